@@ -1,0 +1,17 @@
+"""Fused ops for f-DPG: token log-probs, importance ratios and f-divergence weights out of hidden states.
+
+    linear_logprob(hidden, weight, target_ids)                  -> log-probs [N], differentiable
+    sequence_weights(policy, behavior, cu_seqlens, log_P, log_Z) -> SequenceWeights, one row a sequence
+    fdpg_loss(hidden, weight, target_ids, cu_seqlens, ...)       -> FDPGLoss(loss, weights)
+    divergences.get("jensen_shannon")                            -> Divergence
+
+Needs torch only; knows nothing of the trainer.
+"""
+
+from . import divergences as divergences
+from .divergences import Divergence as Divergence
+from .fdpg_loss import FDPGLoss as FDPGLoss
+from .fdpg_loss import fdpg_loss as fdpg_loss
+from .linear_logprob import linear_logprob as linear_logprob
+from .reference import SequenceWeights as SequenceWeights
+from .sequence_weights import sequence_weights as sequence_weights

@@ -1,0 +1,231 @@
+"""The ops in plain PyTorch with a bounded block of logits: the CPU path, and the fall-back everywhere else.
+
+Notation: C rows of a chunk, V vocabulary, D hidden size. A row keeps E = exp(z − max) and s = ΣE instead of
+the softmax: log π(y) = z_y − max − log s, and d log π(y)/dz = 1[y] − E/s. The row scale (1/s, the incoming
+gradient, the temperature) is applied to [C, D] matrices, so the [C, V] block is touched a few times only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .reference import SequenceWeights
+from .sequence_weights import result_dtype, weights_from_sums
+
+BLOCK_BYTES = 64 * 2**20  # of one [C, V] block; larger blocks gain nothing measurable on a CPU
+
+
+@dataclass
+class _Head:
+    """The LM head in the compute dtype, and the gradients that accumulate while chunks pass by."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    temperature: float
+    softcap: float | None
+    weight_grad: Tensor | None = None  # [V, D]
+    bias_grad: Tensor | None = None  # [V]
+
+    @property
+    def chunk_rows(self) -> int:
+        return max(1, min(4096, BLOCK_BYTES // (self.weight.element_size() * len(self.weight))))
+
+    def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, _Block]:
+        """log-probs [C] and what the backward needs of these rows."""
+        logits = torch.mm(hidden, self.weight.T)  # [C, V]
+        if self.bias is not None:
+            logits += self.bias
+        slope = None
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_()
+            slope = 1 - logits.square()
+            logits.mul_(self.softcap)
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        target_logit = logits.gather(1, target_ids[:, None])[:, 0]
+        largest = logits.amax(dim=1, keepdim=True)
+        exponentials = logits.sub_(largest).exp_()
+        total = exponentials.sum(dim=1)
+        return target_logit - largest[:, 0] - total.log(), _Block(exponentials, total, slope)
+
+    def backward(self, block: _Block, hidden: Tensor, target_ids: Tensor, gradient: Tensor) -> Tensor:
+        """Add the head's gradient of Σ gradient·log π, return that of hidden [C, D]; overwrites the block."""
+        scale = -gradient / (block.total * self.temperature)  # [C]
+        minus_one_hot = block.exponentials
+        minus_one_hot.scatter_add_(1, target_ids[:, None], -block.total[:, None])
+        if block.slope is not None:
+            minus_one_hot.mul_(block.slope)
+        if self.weight_grad is not None:
+            self.weight_grad.addmm_(minus_one_hot.T, hidden * scale[:, None])
+        if self.bias_grad is not None:
+            self.bias_grad.addmv_(minus_one_hot.T, scale)
+        return torch.mm(minus_one_hot, self.weight).mul_(scale[:, None])
+
+
+@dataclass(frozen=True)
+class _Block:
+    exponentials: Tensor  # [C, V]
+    total: Tensor  # [C]
+    slope: Tensor | None  # [C, V], d capped logit / d logit
+
+
+def _head(weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> _Head:
+    compute = result_dtype(weight)
+    return _Head(weight.detach().to(compute), None if bias is None else bias.detach().to(compute), temperature, softcap)
+
+
+def _chunks(start: int, stop: int, rows: int) -> list[slice]:
+    return [slice(i, min(i + rows, stop)) for i in range(start, stop, rows)]
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target_ids, bias, temperature, softcap):
+        head = _head(weight, bias, temperature, softcap)
+        logprob = head.weight.new_empty(len(hidden))
+        for rows in _chunks(0, len(hidden), head.chunk_rows):
+            logprob[rows] = head.forward(hidden[rows].to(head.weight.dtype), target_ids[rows])[0]
+        ctx.save_for_backward(hidden, weight, target_ids, bias)
+        ctx.scaling = temperature, softcap
+        return logprob
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, target_ids, bias = ctx.saved_tensors
+        head = _head(weight, bias, *ctx.scaling)
+        _allocate_gradients(head, ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        hidden_grad = torch.empty_like(hidden)
+        for rows in _chunks(0, len(hidden), head.chunk_rows):
+            x = hidden[rows].to(head.weight.dtype)
+            block = head.forward(x, target_ids[rows])[1]
+            hidden_grad[rows] = head.backward(block, x, target_ids[rows], gradient[rows]).to(hidden.dtype)
+        return hidden_grad, _like(head.weight_grad, weight), None, _like(head.bias_grad, bias), None, None
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> Tensor:
+    """See `fdpg_kernels.linear_logprob`; no ignored rows here."""
+    return _LinearLogprob.apply(hidden, weight, target_ids.long(), bias, temperature, softcap)
+
+
+class _FDPGLoss(torch.autograd.Function):
+    """Forward and backward in one pass over the rows: the upstream gradient of a loss is one scalar."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        target_ids,
+        bias,
+        temperature,
+        softcap,
+        cu_seqlens,
+        behavior,
+        score,
+        log_z,
+        with_grad,
+        options,
+    ):
+        head = _head(weight, bias, temperature, softcap)
+        wants = [with_grad and needed for needed in (ctx.needs_input_grad[i] for i in (0, 1, 3))]
+        _allocate_gradients(head, wants[1], wants[2])
+        hidden_grad = torch.empty_like(hidden) if with_grad else None
+        ends, num_sequences = cu_seqlens.tolist(), len(cu_seqlens) - 1
+        per_sequence = dict(dtype=torch.float64, device=hidden.device)
+        log_z = torch.as_tensor(log_z, **per_sequence).expand(num_sequences)
+        baseline = options.pop("baseline")
+        baseline = torch.as_tensor(0.0 if baseline is None else baseline, **per_sequence).expand(num_sequences)
+
+        parts = []
+        for first, last in _sequence_groups(ends, head.chunk_rows):
+            group, sequences = slice(ends[first], ends[last]), slice(first, last)
+            lengths = torch.tensor([ends[i + 1] - ends[i] for i in range(first, last)], device=hidden.device)
+            owner = torch.repeat_interleave(torch.arange(last - first, device=hidden.device), lengths)
+            chunks, token_logprob = _chunks(group.start, group.stop, head.chunk_rows), []
+            for rows in chunks:
+                x = hidden[rows].to(head.weight.dtype)
+                logprob, block = head.forward(x, target_ids[rows])
+                token_logprob.append(logprob)
+            sums = torch.zeros(2, last - first, dtype=torch.float64, device=hidden.device)
+            if chunks:
+                sums[0].index_add_(0, owner, torch.cat(token_logprob).double())
+                sums[1].index_add_(0, owner, behavior[group].double())
+            weights = weights_from_sums(
+                sums[0],
+                sums[1],
+                score[sequences],
+                log_z[sequences],
+                baseline=baseline[sequences],
+                **options,
+            )
+            parts.append(weights)
+            if not with_grad:
+                continue
+            row_gradient = (-weights.weight / num_sequences)[owner].to(head.weight.dtype)  # d loss / d log π
+            for rows in chunks:
+                if len(chunks) > 1:  # a sequence longer than a chunk: its weight came after its first logits went
+                    x = hidden[rows].to(head.weight.dtype)
+                    block = head.forward(x, target_ids[rows])[1]
+                gradient = row_gradient[rows.start - group.start : rows.stop - group.start]
+                hidden_grad[rows] = head.backward(block, x, target_ids[rows], gradient).to(hidden.dtype)
+
+        weights = SequenceWeights(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        loss = -(weights.weight * weights.policy_logprob).mean().to(head.weight.dtype)
+        ctx.save_for_backward(hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias))
+        ctx.mark_non_differentiable(*weights)
+        return loss, *weights
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        hidden_grad, weight_grad, bias_grad = (None if g is None else g * upstream for g in ctx.saved_tensors)
+        return hidden_grad, weight_grad, None, bias_grad, *[None] * 8
+
+
+def fdpg_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    cu_seqlens: Tensor,
+    behavior: Tensor,
+    score: Tensor,
+    log_z: Tensor,
+    options: dict,
+) -> tuple[Tensor, SequenceWeights]:
+    """See `fdpg_kernels.fdpg_loss`; no ignored rows here. The weights are float64."""
+    with_grad = torch.is_grad_enabled()
+    arguments = (cu_seqlens, behavior.detach(), score.detach(), log_z, with_grad, dict(options))
+    loss, *weights = _FDPGLoss.apply(hidden, weight, target_ids.long(), bias, temperature, softcap, *arguments)
+    return loss, SequenceWeights(*weights)
+
+
+def _sequence_groups(ends: list[int], rows: int) -> Iterator[tuple[int, int]]:
+    """Consecutive sequences that fit `rows` together; a longer sequence is a group of its own."""
+    first = 0
+    for i in range(1, len(ends)):
+        if i == len(ends) - 1 or ends[i + 1] - ends[first] > rows:
+            yield first, i
+            first = i
+
+
+def _allocate_gradients(head: _Head, weight: bool, bias: bool) -> None:
+    # accumulated in float32 over chunks: a bfloat16 sum of many chunks drifts
+    head.weight_grad = torch.zeros_like(head.weight) if weight else None
+    head.bias_grad = torch.zeros_like(head.bias) if bias and head.bias is not None else None
+
+
+def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)

@@ -1,0 +1,160 @@
+"""f-divergences as data: `D_f(π‖p) = Σ_{p>0} p·f(π/p) + f'(∞)·π({p=0})`, with t = π/p and L = log t.
+
+f and f + c·(t−1) define the same divergence, so every f here is normalised to f(1) = f'(1) = 0. The
+policy gradient of D_f needs only the pseudo-reward −f'(t) (Go et al. 2023, theorem 1), and needs it from
+L: t itself overflows within a few dozen tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOG_2 = math.log(2.0)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A convex f, checked numerically when it is made.
+
+    Attributes:
+        name: shown in tables and messages.
+        f: t → f(t), elementwise on positive float64 tensors, f(1) = 0.
+        f_prime_at_infinity: lim f(t)/t for t → ∞, the price of probability mass where p is zero.
+            `math.inf` means that the divergence is undefined on a target with zeros.
+        f_prime_from_log: L → f'(e^L), elementwise in any float dtype, stable for |L| ≤ 80, f'(1) = 0.
+            Left out, it is derived from f by automatic differentiation in float64.
+        power: (κ, c) where f'(t) = c·(t^κ − 1). Such an f lets the importance ratio and t^κ be
+            multiplied as one exponent; leave it out for any other f.
+
+    Raises:
+        ValueError: f is not convex, f(1) ≠ 0, f'(1) ≠ 0, or f' is not the derivative of f.
+    """
+
+    name: str
+    f: Callable[[Tensor], Tensor]
+    f_prime_at_infinity: float
+    f_prime_from_log: Callable[[Tensor], Tensor] | None = None
+    power: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.f_prime_from_log is None:
+            object.__setattr__(self, "f_prime_from_log", _differentiate(self.f))
+        _check(self)
+
+    @property
+    def allows_zeros(self) -> bool:
+        """Whether the target may be zero on some sequences."""
+        return math.isfinite(self.f_prime_at_infinity)
+
+    def f_prime(self, log_t: Tensor) -> Tensor:
+        """f'(t) from log t; f'(∞) where log t = +inf."""
+        assert self.f_prime_from_log is not None
+        off_support = torch.isposinf(log_t)
+        finite = self.f_prime_from_log(torch.where(off_support, 0.0, log_t))
+        return torch.where(off_support, self.f_prime_at_infinity, finite)
+
+
+def _differentiate(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def derivative(log_t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            t = log_t.detach().double().clamp(-80.0, 80.0).exp().requires_grad_()
+            (gradient,) = torch.autograd.grad(f(t).sum(), t)
+        return gradient.to(log_t.dtype)
+
+    slope_at_one = float(derivative(torch.zeros(1, dtype=torch.float64)))
+    return lambda log_t: derivative(log_t) - slope_at_one
+
+
+def _check(divergence: Divergence) -> None:
+    """Compare f and f' on a grid; the messages are for whoever wrote f."""
+    where = f"divergence {divergence.name!r}"
+    log_t = torch.arange(-240, 241, dtype=torch.float64) / 40  # exactly 0 in the middle
+    t, step = log_t.exp(), 1e-6
+    f, slope = divergence.f, divergence.f_prime(log_t)
+    value_at_one = float(f(torch.ones(1, dtype=torch.float64)))
+    if not abs(value_at_one) < 1e-9:
+        raise ValueError(f"{where}: f(1) is {value_at_one:.3g}; a divergence needs f(1) = 0")
+    if not bool(torch.isfinite(slope).all()):
+        raise ValueError(f"{where}: f' is not finite for every t in [e^-6, e^6]")
+    # an f whose f'(1) = s is the same divergence as f − s·(t−1): compare derivatives up to that constant
+    numeric = (f(t * (1 + step)) - f(t * (1 - step))) / (2 * step * t)
+    drift = numeric - slope
+    drift = drift - drift[len(drift) // 2 + 1]
+    smooth = torch.ones_like(t, dtype=torch.bool)
+    smooth[len(t) // 2] = False  # t = 1, where total variation has its kink
+    if not bool((drift.abs() <= 1e-4 * (1 + slope.abs()))[smooth].all()):
+        raise ValueError(f"{where}: f_prime_from_log is not the derivative of f")
+    if not bool((slope.diff() >= -1e-9 * (1 + slope[1:].abs())).all()):
+        raise ValueError(f"{where}: f is not convex (f' decreases somewhere in [e^-6, e^6])")
+    if not abs(float(slope[len(t) // 2])) < 1e-9:
+        raise ValueError(f"{where}: f'(1) is not 0; subtract f'(1)·(t−1), which leaves the divergence unchanged")
+    if not float(slope[-1]) <= divergence.f_prime_at_infinity + 1e-9:
+        raise ValueError(f"{where}: f' exceeds f_prime_at_infinity={divergence.f_prime_at_infinity}")
+
+
+def _power(name: str, f: Callable[[Tensor], Tensor], exponent: float, factor: float) -> Divergence:
+    return Divergence(
+        name,
+        f,
+        f_prime_at_infinity=-factor if exponent < 0 else math.inf,
+        f_prime_from_log=lambda log_t: factor * torch.expm1(exponent * log_t),
+        power=(exponent, factor),
+    )
+
+
+def _jensen_shannon_slope(log_t: Tensor) -> Tensor:
+    # log 2 − softplus(−L) loses all digits near L = 0; log1p(tanh(L/2)) is the same number
+    near = torch.log1p(torch.tanh(log_t.clamp(-1.0, 1.0) / 2))
+    return torch.where(log_t.abs() < 1, near, LOG_2 - torch.nn.functional.softplus(-log_t))
+
+
+def alpha(a: float) -> Divergence:
+    """Amari's α-divergence, 0 < a < 1: a → 0 is forward KL, a → 1 reverse KL, ½ is 2·squared Hellinger."""
+    if not 0 < a < 1:
+        raise ValueError(f"alpha:{a:g} is outside (0, 1); the ends are forward_kl (0) and reverse_kl (1)")
+    return _power(f"alpha:{a:g}", lambda t: (t**a - a * t - (1 - a)) / (a * (a - 1)), a - 1, 1 / (a - 1))
+
+
+_TABLE = {
+    divergence.name: divergence
+    for divergence in (
+        _power("forward_kl", lambda t: t - 1 - t.log(), -1.0, -1.0),
+        Divergence("reverse_kl", lambda t: t * t.log() - t + 1, math.inf, lambda log_t: log_t),
+        Divergence("total_variation", lambda t: (t - 1).abs() / 2, 0.5, lambda log_t: log_t.sign() / 2),
+        Divergence(
+            "jensen_shannon",
+            lambda t: t * (2 * t / (1 + t)).log() + (2 / (1 + t)).log(),
+            LOG_2,
+            _jensen_shannon_slope,
+        ),
+        _power("pearson_chi2", lambda t: (t - 1) ** 2 / t, -2.0, -1.0),
+        _power("neyman_chi2", lambda t: (t - 1) ** 2, 1.0, 2.0),
+        _power("squared_hellinger", lambda t: (t.sqrt() - 1) ** 2, -0.5, -1.0),
+    )
+}
+NAMES = tuple(_TABLE)
+
+
+def get(divergence: str | Divergence) -> Divergence:
+    """The divergence called `divergence`: one of `NAMES`, or "alpha:a" with 0 < a < 1.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the valid ones.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence
+    if divergence in _TABLE:
+        return _TABLE[divergence]
+    family, _, parameter = divergence.partition(":")
+    if family == "alpha":
+        try:
+            a = float(parameter)
+        except ValueError:
+            raise ValueError(f"divergence {divergence!r}: write alpha:a with a number a in (0, 1)") from None
+        return alpha(a)
+    raise ValueError(f"unknown divergence {divergence!r}; choose one of {', '.join(NAMES)}, alpha:a with 0 < a < 1")
