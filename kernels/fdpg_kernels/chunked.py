@@ -170,7 +170,7 @@ class _FDPGLoss(torch.autograd.Function):
                 **options,
             )
             parts.append(weights)
-            if not with_grad:
+            if hidden_grad is None:
                 continue
             row_gradient = (-weights.weight / num_sequences)[owner].to(head.weight.dtype)  # d loss / d log π
             for rows in chunks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,11 +72,14 @@ def fdpg_loss(
     check_packing(target_ids, behavior_logprob, cu_seqlens, target_log_score, log_z, baseline)
     check_options(ratio, ratio_cap, reward_cap)
     check_support(divergence, target_log_score)
-    options = dict(divergence=divergence, baseline=baseline, ratio=ratio, ratio_cap=ratio_cap, reward_cap=reward_cap)
+    options: dict[str, Any] = dict(divergence=divergence, baseline=baseline, ratio=ratio, ratio_cap=ratio_cap, reward_cap=reward_cap)
     if choose_impl(impl) == "reference":
-        head = dict(bias=bias, temperature=temperature, softcap=softcap)
-        sequences = (cu_seqlens, behavior_logprob, target_log_score, log_z)
-        return FDPGLoss(*reference.fdpg_loss(hidden, weight, target_ids, *sequences, **head, **options))
+        head: dict[str, Any] = dict(bias=bias, temperature=temperature, softcap=softcap)
+        return FDPGLoss(
+            *reference.fdpg_loss(
+                hidden, weight, target_ids, cu_seqlens, behavior_logprob, target_log_score, log_z, **head, **options
+            )
+        )
 
     kept = target_ids != IGNORED
     if not bool(kept.all()):

@@ -7,6 +7,7 @@ Go et al. 2023, theorem 1 with the importance ratio of an off-policy sampler:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def sequence_weights(
     check_packing(policy_logprob, behavior_logprob, cu_seqlens, target_log_score, log_z, baseline)
     check_options(ratio, ratio_cap, reward_cap)
     check_support(divergence, target_log_score)
-    options = dict(baseline=baseline, ratio=ratio, ratio_cap=ratio_cap, reward_cap=reward_cap)
+    options: dict[str, Any] = dict(baseline=baseline, ratio=ratio, ratio_cap=ratio_cap, reward_cap=reward_cap)
     arguments = (policy_logprob, behavior_logprob, cu_seqlens, target_log_score, log_z)
     if choose_impl(impl) == "reference":
         return reference.sequence_weights(*arguments, divergence=divergence, **options)
