@@ -1,0 +1,3 @@
+"""Samplers: contexts in, `Rollouts` with exact log-probs out."""
+
+from .transformers import TransformersEngine as TransformersEngine

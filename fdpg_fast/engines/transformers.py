@@ -1,0 +1,150 @@
+"""The embedded engine: samples with the learner's own module, so a weight sync is nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import packed
+from ..contexts import Context
+from ..language_model import LanguageModel
+from ..rollouts import Rollouts, concatenate
+
+
+class TransformersEngine:
+    """Samples at temperature 1 from the full distribution, and reports the log-prob of each token that it drew.
+
+    Args:
+        language_model: the module to sample from; the learner keeps updating it in place.
+        eos_token_ids: tokens that end a completion.
+        max_new_tokens: completions are cut off there.
+        max_sequences: completions decoded side by side; bounds the key-value cache.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        eos_token_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        max_sequences: int = 256,
+    ):
+        self.language_model = language_model
+        self.eos_token_ids = torch.tensor(sorted(eos_token_ids))
+        self.max_new_tokens = max_new_tokens
+        self.max_sequences = max_sequences
+
+    @torch.no_grad()
+    def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
+        """Draw completions; equal arguments and weights give equal completions.
+
+        Args:
+            contexts: C prompts.
+            samples_per_context: n; the result holds B = C·n completions, those of a context side by side.
+            seed: of this call alone; the global generators are not touched.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        per_call = max(1, self.max_sequences // samples_per_context)
+        parts = []
+        for first in range(0, len(contexts), per_call):
+            group = contexts[first : first + per_call]
+            counts = [samples_per_context] * len(group)
+            while counts[0] > 0:  # one context may want more samples than fit side by side
+                batch = [min(count, self.max_sequences) for count in counts]
+                parts.append(self._decode(group, batch, generator))
+                counts = [count - taken for count, taken in zip(counts, batch, strict=True)]
+        return _merge_equal_contexts(parts, contexts)
+
+    def sync_weights(self, learner: object) -> None:
+        """The learner trains this very module: nothing to move."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _decode(self, contexts: Sequence[Context], counts: list[int], generator: torch.Generator) -> Rollouts:
+        model, head, device = self.language_model.model, self.language_model.head, self.language_model.device
+        owner = torch.repeat_interleave(torch.arange(len(contexts)), torch.tensor(counts))
+        total, eos = len(owner), self.eos_token_ids.to(device)
+        # drawn up front, so that a completion does not depend on how many others are still growing
+        uniform = torch.rand(self.max_new_tokens, total, generator=generator, dtype=torch.float64).to(device)
+        cache = packed.DecodeCache([c.token_ids for c in contexts], owner, self.max_new_tokens, device)
+        states = packed.run(model, cache.input_ids, cache.position_ids, cache).index_select(0, cache.last_rows)
+
+        tokens = torch.zeros(total, self.max_new_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(total, self.max_new_tokens, device=device)
+        lengths = torch.zeros(total, dtype=torch.long, device=device)
+        growing = torch.arange(total, device=device)  # rows of the cache → completions
+        finished = torch.zeros(total, dtype=torch.bool, device=device)
+        for step in range(self.max_new_tokens):
+            drawn, logprob = draw(head.logits(states), uniform[step, growing])
+            alive = ~finished[growing]
+            rows = growing[alive]
+            tokens[rows, step], logprobs[rows, step] = drawn[alive], logprob[alive]
+            lengths[rows] += 1
+            finished[rows] = torch.isin(drawn[alive], eos)
+            still = ~finished[growing]
+            left = int(still.sum())
+            if left == 0 or step == self.max_new_tokens - 1:
+                break
+            if left <= 0.8 * len(growing):  # drop the finished once that pays for copying the cache
+                (kept,) = still.nonzero(as_tuple=True)
+                growing, drawn = growing[kept], drawn[kept]
+                cache.select(kept)
+            cache.advance()
+            states = packed.run(model, drawn, cache.next_positions + step, cache)
+
+        real = torch.arange(self.max_new_tokens, device=device) < lengths[:, None]
+        return Rollouts(
+            contexts=tuple(contexts),
+            context_index=owner,
+            token_ids=tokens[real].cpu(),
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cpu(),
+            behavior_logprob=logprobs[real].cpu(),
+            finished=finished.cpu(),
+        )
+
+
+def draw(logits: Tensor, uniform: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse CDF, searched first among blocks of the vocabulary and then inside one.
+
+    Args:
+        logits: [B, V] float32; overwritten.
+        uniform: numbers in [0, 1), [B] float64.
+
+    Returns:
+        token ids [B] and their log-probs [B] float32 under softmax(logits).
+    """
+    largest = logits.amax(dim=1, keepdim=True)
+    weights = logits.sub_(largest).exp()  # [B, V]; logits stays: log-probs of rare tokens come from there
+    padding = -weights.shape[1] % block
+    blocks = torch.nn.functional.pad(weights, (0, padding)).view(len(weights), -1, block)
+    cumulative = blocks.sum(2).double().cumsum(1)  # [B, V/block]
+    total = cumulative[:, -1:]
+    threshold = uniform[:, None] * total
+    chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = torch.where(chosen > 0, cumulative.gather(1, (chosen - 1).clamp(min=0)), 0.0)
+    inside = blocks.take_along_dim(chosen[:, :, None], dim=1)[:, 0].double().cumsum(1)  # [B, block]
+    offset = torch.searchsorted(inside, threshold - before, right=True).clamp_(max=block - 1)
+    token = (chosen * block + offset).clamp_(max=logits.shape[1] - 1)
+    # rounding at a block's end may point at a token of probability zero: once in 10^15 draws take the likeliest
+    token = torch.where(weights.gather(1, token) > 0, token, logits.argmax(1, keepdim=True))
+    logprob = logits.gather(1, token).double() - total.log()
+    return token[:, 0], logprob[:, 0].float()
+
+
+def _merge_equal_contexts(parts: list[Rollouts], contexts: Sequence[Context]) -> Rollouts:
+    merged = parts[0] if len(parts) == 1 else concatenate(parts)
+    if len(merged.contexts) == len(contexts):
+        return merged
+    # one context, sampled in several batches
+    first_of = torch.tensor([contexts.index(context) for context in merged.contexts])
+    return Rollouts(
+        contexts=tuple(contexts),
+        context_index=first_of[merged.context_index],
+        token_ids=merged.token_ids,
+        cu_seqlens=merged.cu_seqlens,
+        behavior_logprob=merged.behavior_logprob,
+        finished=merged.finished,
+    )
