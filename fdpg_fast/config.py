@@ -1,0 +1,376 @@
+"""What a run is made of: frozen models, a YAML file, dotted overrides; every key is documented here and nowhere else.
+
+Paths are relative to the working directory. An unknown key is an error that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fdpg_kernels import divergences
+
+from .errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ContextsConfig(_Section):
+    train: str | None = None
+    """.jsonl file with "prompt" and other columns, or a text file with one prompt a line; none: start from BOS."""
+    eval: str | None = None
+    """Prompts that are never trained on, for the evaluation; none: those of `train`."""
+
+
+class _Feature(_Section):
+    name: str | None = None
+    """Name in metrics and tables; none: made from the kind."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds that one call may take; none: 60, or 600 for a classifier."""
+
+
+class WordFeature(_Feature):
+    kind: Literal["word"]
+    """1 where the completion contains the word."""
+    word: str
+    """The word: whole, in upper or lower case."""
+
+
+class RegexFeature(_Feature):
+    kind: Literal["regex"]
+    """1 where the pattern is found in the completion."""
+    pattern: str
+    """A Python regular expression."""
+
+
+class PythonParsesFeature(_Feature):
+    kind: Literal["python_parses"]
+    """1 where prompt + completion is finished and parses as Python; nothing is executed."""
+
+
+class Pep8Feature(_Feature):
+    kind: Literal["pep8"]
+    """1 where pycodestyle has nothing to say about prompt + completion."""
+
+
+class ClassifierFeature(_Feature):
+    kind: Literal["classifier"]
+    """Probability of a label under a Hugging Face sequence classifier."""
+    model: str
+    """Folder or hub name of the classifier; safetensors only."""
+    label: str
+    """One of the classifier's labels."""
+    batch_size: int = Field(default=32, ge=1)
+    """Texts per forward pass."""
+    with_prompt: bool = False
+    """Classify prompt + completion instead of the completion alone."""
+
+
+class ImportedFeature(_Feature):
+    kind: Literal["import"]
+    """Your own function with the signature of a TRL reward function."""
+    path: str
+    """package.module:function or file.py:function."""
+
+
+FeatureConfig = Annotated[
+    WordFeature | RegexFeature | PythonParsesFeature | Pep8Feature | ClassifierFeature | ImportedFeature,
+    Field(discriminator="kind"),
+]
+
+
+class PointwiseTerm(_Section):
+    kind: Literal["pointwise"]
+    """φ = the feature: a hard constraint where it is 0 or 1."""
+    feature: FeatureConfig
+    """What is asked of a text."""
+
+
+class RLHFTerm(_Section):
+    kind: Literal["rlhf"]
+    """φ = exp(reward/beta)."""
+    feature: FeatureConfig
+    """The reward."""
+    beta: float = Field(gt=0)
+    """Weight of the KL penalty of the equivalent reinforcement learning problem."""
+
+
+class DistributionalTerm(_Section):
+    kind: Literal["distributional"]
+    """φ = exp(λ·features) with λ such that the features have the given means."""
+    features: list[FeatureConfig] = Field(min_length=1)
+    """Features whose means are prescribed."""
+    moments: list[float] = Field(min_length=1)
+    """Their means under the target, one a feature."""
+
+
+class ImportedTarget(_Section):
+    kind: Literal["import"]
+    """Your own `fdpg_fast.targets.Target`, or a function without arguments that makes one."""
+    path: str
+    """package.module:name or file.py:name."""
+
+
+TermConfig = Annotated[PointwiseTerm | RLHFTerm | DistributionalTerm | ImportedTarget, Field(discriminator="kind")]
+
+
+class EngineConfig(_Section):
+    kind: Literal["auto", "transformers"] = "auto"
+    """Who samples."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Completions are cut off there; a cut completion is a text without EOS."""
+    max_sequences: int = Field(default=256, ge=1)
+    """Completions decoded side by side; bounds the memory of the key-value cache."""
+
+
+class PartitionConfig(_Section):
+    kind: Literal["running", "batch", "oracle"] = "running"
+    """Z from all samples so far, from the round's own, or from one frozen sample of the base model."""
+    per_context: bool = True
+    """One Z for each context; false: one for all."""
+    floor: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Smallest value that Z is given; at 0 a context waits until a sample with P > 0 turns up."""
+    oracle_samples: int = Field(default=64, ge=1)
+    """Samples of the base for each context, for `oracle`."""
+
+
+class LossConfig(_Section):
+    baseline: Literal["leave_one_out", "running", "none"] = "leave_one_out"
+    """Subtracted from the pseudo-reward: the mean of the context's other samples, of all earlier ones, or nothing."""
+    ratio: Literal["sequence", "none"] = "sequence"
+    """Importance ratio policy/sampler of the whole sequence, which makes off-policy samples exact, or 1."""
+    ratio_cap: float | None = Field(default=None, gt=0)
+    """Upper limit of the ratio; how often it bites is reported."""
+    reward_cap: float | None = Field(default=None, gt=0)
+    """Limit of |pseudo-reward|; how often it bites is reported."""
+
+
+class OptimizerConfig(_Section):
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: stay, or fall to 0 at the last round."""
+    warmup_rounds: int = Field(default=0, ge=0)
+    """Rounds over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging of gradient and squared gradient."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients of larger norm are scaled down to it."""
+
+
+class RoundsConfig(_Section):
+    rounds: int = Field(default=100, ge=1)
+    """How many times to sample, score, update and sync."""
+    seed: int = Field(default=0, ge=0)
+    """Of everything random; equal seeds give equal runs on the CPU."""
+    contexts_per_round: int = Field(default=16, ge=1)
+    """Contexts sampled from in a round (fewer where the data set is smaller)."""
+    samples_per_context: int = Field(default=16, ge=1)
+    """Completions of each."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens in one forward and backward pass; bounds memory, changes nothing else."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Rounds between checkpoints; the last round always writes one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Older ones are deleted once a newer one is complete."""
+    samples_logged: int = Field(default=8, ge=0)
+    """Completions of each round kept in samples.jsonl."""
+
+
+class EvaluationConfig(_Section):
+    contexts: int = Field(default=128, ge=1)
+    """Contexts to evaluate on, the first ones of the file."""
+    samples_per_context: int = Field(default=8, ge=2)
+    """Completions of each; Z, divergences and diversity come from this one fresh sample."""
+
+
+class TrainConfig(_Section):
+    """A run."""
+
+    model: str
+    """Folder or hub name of the causal LM to align; the target's base model is its frozen copy."""
+    divergence: str = "jensen_shannon"
+    """D_f to minimise: forward_kl, reverse_kl, total_variation, jensen_shannon, pearson_chi2, …, alpha:0.5."""
+    run_dir: str
+    """Folder of this run; made new, or continued with --resume."""
+    target: list[TermConfig] = Field(min_length=1)
+    """φ as a product of terms; the target is base·φ."""
+    target_fit_samples: int = Field(default=2048, ge=1)
+    """Samples of the base from which λ of distributional terms is fitted."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of policy and base model."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's repository."""
+    contexts: ContextsConfig = ContextsConfig()
+    engine: EngineConfig = EngineConfig()
+    partition: PartitionConfig = PartitionConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: RoundsConfig = RoundsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics go besides metrics.jsonl."""
+
+    @field_validator("divergence")
+    @classmethod
+    def _known_divergence(cls, name: str) -> str:
+        divergences.get(name)
+        return name
+
+    @model_validator(mode="after")
+    def _baseline_has_others(self) -> Self:
+        if self.loss.baseline == "leave_one_out" and self.trainer.samples_per_context == 1:
+            raise ValueError(
+                "loss.baseline leave_one_out needs trainer.samples_per_context ≥ 2; use running or none with 1"
+            )
+        return self
+
+
+# what a resumed run may change without becoming another run
+RESUMABLE = ("trainer.rounds", "trainer.checkpoint_every", "trainer.keep_checkpoints", "tracking", "device")
+
+_DISTORTING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty")
+
+
+def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> TrainConfig:
+    """Read a YAML file and apply dotted overrides, e.g. {"trainer.rounds": "20"}.
+
+    Raises:
+        UserError: one line with the key, its value and what would be valid.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"config: {str(path)!r} must hold keys and values, e.g. 'model: examples/tiny-python-lm'")
+    for key, text in (overrides or {}).items():
+        _override(data, key, text)
+    return parse_config(data)
+
+
+def parse_config(data: Mapping[str, Any]) -> TrainConfig:
+    """Validate plain data.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors()[0], data)) from None
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The resolved config as YAML; `load_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_keys() -> dict[str, str]:
+    """Every dotted key with its one-line documentation; list items are written `target.N`."""
+    documented: dict[str, list[str]] = {}
+    for key, text in _keys(TrainConfig, ""):
+        if text not in documented.setdefault(key, []):
+            documented[key].append(text)
+    return {key: "; ".join(texts) for key, texts in documented.items()}
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        models, in_list = _models_in(field.annotation)
+        here = f"{prefix}{name}"
+        if field.description or not models:
+            values = typing.get_args(field.annotation) if name == "kind" else ()
+            tag = f"{values[0]}: " if len(values) == 1 else ""
+            yield here, tag + (field.description or "")
+        for inner in models:
+            yield from _keys(inner, f"{here}.N." if in_list else f"{here}.")
+
+
+def _models_in(annotation: Any, in_list: bool = False) -> tuple[list[type[BaseModel]], bool]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation], in_list
+    found = []
+    if typing.get_origin(annotation) in (list, Annotated, typing.Union, types.UnionType):
+        in_list = in_list or typing.get_origin(annotation) is list
+        for argument in typing.get_args(annotation):
+            inner, deeper = _models_in(argument, in_list)
+            found += inner
+            in_list = in_list or deeper
+    return found, in_list
+
+
+def _override(data: Any, key: str, text: str) -> None:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *path, last = key.split(".")
+    place = data
+    for part in path:
+        if isinstance(place, list):
+            place = place[_index(place, part, key)]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            raise UserError(f"--{key}: {part!r} is inside a plain value")
+    if isinstance(place, list):
+        place[_index(place, last, key)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise UserError(f"--{key}: {path[-1]!r} holds a plain value, not keys")
+
+
+def _index(place: Sequence[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        raise UserError(f"--{key}: {part!r} must be a number below {len(place)}, the length of the list")
+    return int(part)
+
+
+def _explain(error: Any, data: Mapping[str, Any]) -> str:
+    """pydantic's first complaint in one line; the tags of unions are not keys and are left out of the path."""
+    path, place = [], data
+    *parents, last = error["loc"]
+    for part in (*parents, last):
+        if isinstance(place, Mapping) and part == place.get("kind") and (part is not last or part not in place):
+            place = {**place, "kind": None}
+            continue
+        path.append(str(part))
+        place = place[part] if isinstance(place, (Mapping, list)) and _has(place, part) else {}
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        if path[-1] in _DISTORTING:
+            return (
+                f"{key}: samples are drawn from the policy itself; {path[-1]} would make the recorded log q a "
+                "number of another distribution and every importance ratio wrong, so it is not an option"
+            )
+        candidates = [".".join(known.split(".")) for known in config_keys()]
+        generic = ".".join("N" if part.isdigit() else part for part in path)
+        near = difflib.get_close_matches(generic, candidates, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{key}: there is no such key{hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{key}: this key is required"
+    shown = "" if isinstance(error["input"], (dict, list)) else f"{error['input']!r}: "
+    return f"{key}: {shown}{message}" if key else message
+
+
+def _has(place: Any, part: Any) -> bool:
+    return part in place if isinstance(place, Mapping) else isinstance(part, int) and part < len(place)

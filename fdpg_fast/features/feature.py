@@ -1,0 +1,208 @@
+"""A feature and the calling of it: arguments by name, results checked, time limited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RunError, UserError
+from ..rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Completions:
+    """B completions as features see them.
+
+    Attributes:
+        completions: decoded text without the EOS, [B].
+        prompts: what each of them continues, [B].
+        completion_ids: token ids without the EOS, [B].
+        finished: ended by EOS rather than cut off, [B].
+        columns: the contexts' other JSONL fields, [B] each; None where a context lacks the field.
+    """
+
+    completions: list[str]
+    prompts: list[str]
+    completion_ids: list[list[int]]
+    finished: list[bool]
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+
+    @staticmethod
+    def decode(rollouts: Rollouts, tokenizer: Any) -> Completions:
+        ids = rollouts.completion_ids()
+        contexts = [rollouts.contexts[i] for i in rollouts.context_index.tolist()]
+        names = sorted({name for context in rollouts.contexts for name in context.columns})
+        return Completions(
+            completions=tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            prompts=[context.text for context in contexts],
+            completion_ids=ids,
+            finished=rollouts.finished.tolist(),
+            columns={name: [context.columns.get(name) for context in contexts] for name in names},
+        )
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A named batched score of completions.
+
+    Attributes:
+        name: under which its mean is reported.
+        score: called with the keyword arguments that it takes out of completions, prompts, completion_ids,
+            finished and the columns; returns (or awaits) one number, bool or None a completion.
+        timeout: seconds that one call may take.
+    """
+
+    name: str
+    score: Callable[..., Any]
+    timeout: float = 60.0
+
+    def __call__(self, batch: Completions) -> Tensor:
+        """Its values, [B] float64; NaN where it does not apply.
+
+        Raises:
+            RunError: it raised, hung, or returned something else than B numbers.
+        """
+        arguments = {
+            "completions": batch.completions,
+            "prompts": batch.prompts,
+            "completion_ids": batch.completion_ids,
+            "finished": batch.finished,
+            **batch.columns,
+        }
+        try:
+            with _time_limit(self.timeout):
+                values = self.score(**_accepted(self.score, arguments))
+                if inspect.isawaitable(values):
+                    values = asyncio.run(_await(values))
+        except _TimeUp:
+            raise RunError(
+                f"feature {self.name!r} did not return within its timeout of {self.timeout:g} s "
+                f"for {len(batch.completions)} completions; raise the feature's timeout or make it faster"
+            ) from None
+        except Exception as error:
+            raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {error}") from error
+        return self._checked(values, batch)
+
+    def _checked(self, values: Any, batch: Completions) -> Tensor:
+        if not isinstance(values, Sequence | Tensor) and not hasattr(values, "__array__"):
+            raise RunError(f"feature {self.name!r} returned {type(values).__name__}, not one number a completion")
+        if len(values) != len(batch.completions):
+            raise RunError(
+                f"feature {self.name!r} returned {len(values)} values for {len(batch.completions)} completions"
+            )
+        numbers = []
+        for value, text in zip(values, batch.completions, strict=True):
+            try:
+                number = math.nan if value is None else float(value)
+            except (TypeError, ValueError):
+                raise RunError(f"feature {self.name!r} returned {value!r} for {text[:60]!r}, not a number") from None
+            if value is not None and not math.isfinite(number):
+                raise RunError(
+                    f"feature {self.name!r} returned {number} for {text[:60]!r}; "
+                    "return a finite number, or None where the feature does not apply"
+                )
+            numbers.append(number)
+        return torch.tensor(numbers, dtype=torch.float64)
+
+
+def feature(function: Callable[..., Any] | None = None, *, name: str | None = None, timeout: float = 60.0) -> Any:
+    """Decorator that makes a `Feature` of a batched callable: `@feature` or `@feature(name=…, timeout=…)`."""
+    if function is None:
+        return lambda f: feature(f, name=name, timeout=timeout)
+    if isinstance(function, Feature):
+        return function
+    return Feature(name or str(getattr(function, "__name__", "feature")), function, timeout)
+
+
+def import_feature(path: str, *, name: str | None = None, timeout: float = 60.0) -> Feature:
+    """The feature at "package.module:function" or "some/file.py:function".
+
+    Raises:
+        UserError: there is no such module or function.
+    """
+    found = import_object(path)
+    if not callable(found):
+        raise UserError(f"import path {path!r} leads to a {type(found).__name__}, not a function")
+    return feature(found, name=name, timeout=timeout)
+
+
+def import_object(path: str) -> Any:
+    """Whatever is at "package.module:name" or "some/file.py:name".
+
+    Raises:
+        UserError: there is no such module or name.
+    """
+    module_path, _, attribute = path.rpartition(":")
+    if not module_path or not attribute:
+        raise UserError(f"import path {path!r}: write package.module:name or file.py:name")
+    try:
+        module = _load_file(module_path) if module_path.endswith(".py") else _load_module(module_path)
+        return getattr(module, attribute)
+    except (ImportError, OSError, SyntaxError, AttributeError) as error:
+        raise UserError(f"import path {path!r}: {type(error).__name__}: {error}") from None
+
+
+def _load_module(name: str) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` would: a script beside the config is importable
+    return importlib.import_module(name)
+
+
+def _load_file(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+async def _await(values: Any) -> Any:
+    return await values
+
+
+class _TimeUp(BaseException):
+    """Not an Exception: a feature's own `except Exception` must not swallow it."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt the block with SIGALRM, which reaches even a regular expression gone exponential.
+
+    Outside the main thread no signal arrives; there the limit is not enforced.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(_signal: int, _frame: Any) -> None:
+        raise _TimeUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,74 @@
+"""Features of plain text: a word, a pattern, the verdict of a classifier."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from .feature import Feature
+
+
+def word(word: str) -> Feature:
+    """1 where the completion contains the word (whole, in any case), else 0."""
+    if not word.strip():
+        raise UserError("feature word: the word is empty")
+    pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
+    return Feature(f"word:{word.strip()}", _searcher(pattern))
+
+
+def regex(pattern: str) -> Feature:
+    """1 where the pattern is found anywhere in the completion, else 0."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"feature regex: {pattern!r} is not a regular expression: {error}") from None
+    return Feature(f"regex:{pattern}", _searcher(compiled))
+
+
+def classifier(
+    model: str, label: str, *, batch_size: int = 32, with_prompt: bool = False, device: str = "cpu"
+) -> Feature:
+    """Probability of a label under a Hugging Face sequence classifier.
+
+    Args:
+        model: folder or hub name; only safetensors are loaded and no code of the repository is run.
+        label: one of the model's `id2label` values.
+        batch_size: texts per forward pass, longest first, so that padding stays small.
+        with_prompt: classify prompt + completion instead of the completion alone.
+        device: where the classifier runs.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        network = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"feature classifier: cannot load {model!r}: {str(error).splitlines()[0]}") from None
+    labels = {name.lower(): index for index, name in network.config.id2label.items()}
+    if label.lower() not in labels:
+        raise UserError(f"feature classifier: {model!r} has no label {label!r}, only {', '.join(labels)}")
+    column = int(labels[label.lower()])
+
+    @torch.no_grad()
+    def score(completions: list[str], prompts: list[str]) -> list[float]:
+        texts = [p + c for p, c in zip(prompts, completions, strict=True)] if with_prompt else completions
+        scores = [0.0] * len(texts)
+        by_length = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        for first in range(0, len(texts), batch_size):
+            rows = by_length[first : first + batch_size]
+            inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+            logits = network(**inputs.to(device)).logits.float()
+            # one logit is a single yes/no score, several compete for one label
+            chances = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
+            for i, chance in zip(rows, chances[:, column].tolist(), strict=True):
+                scores[i] = chance
+        return scores
+
+    return Feature(f"classifier:{label}", score, timeout=600.0)
+
+
+def _searcher(pattern: re.Pattern[str]) -> Any:
+    return lambda completions: [float(pattern.search(text) is not None) for text in completions]
