@@ -1,0 +1,265 @@
+"""Means, log Z and the table of D_f(π_c‖p_c), all from one sample x_i ~ π(·|c_i), each with its standard error.
+
+Every argument is a tensor on the CPU, one entry a sequence: `policy_logprob` log π(x|c), `base_logprob` log a(x|c),
+`target_log_score` log P = log a + log φ (−inf where P = 0), [B] float64 in nats, and `context_index` [B] int64.
+Contexts weigh alike, however many samples each has. What π never samples is not seen: forward-KL-like divergences
+come out too small where π misses a part of p, and the ESS shows it only if a little of that part is sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdpg_kernels import Divergence, divergences
+
+MATRIX = (*divergences.NAMES, "alpha:0.5")
+LARGEST_EXPONENT = 709.0  # exp() of more is infinite in float64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number measured on a sample.
+
+    Attributes:
+        value: NaN where nothing could be measured.
+        standard_error: NaN where it cannot be estimated, as from one sample, or is not finite.
+        ess: effective number of samples behind the value: (Σw)²/Σw² within each context, summed over contexts,
+            where samples carry importance weights w; otherwise their number.
+    """
+
+    value: float
+    standard_error: float
+    ess: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The normal 95 % confidence interval."""
+        return self.value - 1.96 * self.standard_error, self.value + 1.96 * self.standard_error
+
+
+@dataclass(frozen=True)
+class LogPartition:
+    """log Z_c of each context, [C] float64 each.
+
+    Attributes:
+        log_z: −inf where no sample has P > 0.
+        relative_standard_error: of Z_c, as a fraction of Z_c, so also that of log Z_c; NaN where Z_c = 0 or n_c = 1.
+        ess: (Σw)²/Σw² of w = P/π; 0 where Z_c = 0.
+    """
+
+    log_z: Tensor
+    relative_standard_error: Tensor
+    ess: Tensor
+
+
+@dataclass(frozen=True)
+class DivergenceMatrix:
+    """D_f(π_c‖p_c) averaged over contexts.
+
+    Attributes:
+        estimates: by name: those of `MATRIX`, and "jensen_shannon_half", half of "jensen_shannon".
+        contexts: how many contexts the averages are over.
+        contexts_left_out: how many had no usable Z_c. They are the hard ones: with any of them left out, every value
+            is an average over the easier contexts only.
+    """
+
+    estimates: dict[str, Estimate]
+    contexts: int
+    contexts_left_out: int
+
+
+def mean(values: Tensor, context_index: Tensor) -> Estimate:
+    """Average over contexts of the mean within each context.
+
+    Contexts count as a random sample wherever there are two or more: the spread of their means over √C is then the
+    standard error, and it holds both sources of chance, which contexts were drawn and which samples in each, since
+    every context mean carries the noise of its own samples. (Were the contexts all there are, it would be too wide.)
+    With one context only the samples are random: sd/√n.
+
+    Args:
+        values: [B], any real dtype; NaN means "does not apply" and is ignored, as is a context with nothing else.
+        context_index: [B] int64; any integers, in any order.
+    """
+    applies = ~values.isnan()
+    values = values[applies].double()
+    position, counts = _positions(context_index[applies])
+    context_means = _sums(values / counts[position], position, len(counts))
+    units = context_means if len(counts) > 1 else values
+    return Estimate(float(context_means.mean()), _standard_error(units), float(len(values)))
+
+
+def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_index: Tensor) -> LogPartition:
+    """log Z_c = log mean of P/π over the samples of each context: E_π[P/π] = Z_c wherever π covers P.
+
+    Args:
+        policy_logprob, target_log_score: [B].
+        context_index: [B], values 0..C−1, each at least once.
+
+    Raises:
+        ValueError: P/π is infinite or NaN for some sample, which would pass for a context without samples.
+    """
+    counts = context_index.bincount().double()  # [C]
+    log_weight = target_log_score.double() - policy_logprob.double()
+    if not bool((log_weight < math.inf).all()):
+        bad = int((~(log_weight < math.inf)).nonzero()[0])
+        raise ValueError(
+            f"sample {bad}: log P {float(target_log_score[bad])}, log π {float(policy_logprob[bad])}; "
+            "log P must be below inf and log π finite"
+        )
+    largest = torch.full_like(counts, -math.inf).scatter_reduce(0, context_index, log_weight, "amax")
+    scaled = (log_weight - largest.clamp(min=-torch.finfo(torch.float64).max)[context_index]).exp()  # in [0, 1]
+    total = _sums(scaled, context_index, len(counts))
+    ess = total.square() / _sums(scaled.square(), context_index, len(counts))
+    # sd/√n of w over its mean; (Σw²/n − mean²) in units of mean² is n/ess − 1
+    relative_variance = (counts / ess - 1).clamp(min=0) / (counts - 1)
+    return LogPartition(
+        log_z=largest + (total / counts).log(),
+        relative_standard_error=relative_variance.sqrt(),
+        ess=ess.nan_to_num(nan=0.0),
+    )
+
+
+def divergence_matrix(
+    policy_logprob: Tensor, target_log_score: Tensor, context_index: Tensor, log_z: Tensor | None = None
+) -> DivergenceMatrix:
+    """D_f(π_c‖p_c) for every f of `MATRIX`, averaged over contexts, from samples of π.
+
+    D_c = E_π[h(t)] with t = πZ_c/P, h(t) = f(t)/t where P > 0 and f'(∞) where P = 0 (Go et al. 2023, eq. 6).
+
+    Without `log_z`, Z_c is the mean of P/π over the same samples. That biases D_c by O(1/n_c), towards 0 for most f
+    (p/π cannot exceed n_c), which the standard error does not cover: few samples a context want a Z_c from elsewhere.
+    The standard error over two or more contexts is the spread of D_c over √C, as in `mean`. In one context it is that
+    of the influence of each sample: h_i − D, and through Z_c as well,
+    ∂D/∂Z·(w_i − Z) = E_π[f'(t) − f(t)/t]·(w_i/Z − 1), w = P/π, since t ∝ Z.
+
+    Args:
+        policy_logprob, target_log_score: [B].
+        context_index: [B], values 0..C−1, each at least once.
+        log_z: [C] log Z_c from a larger or another sample, taken as exact.
+
+    Left out are contexts whose Z_c is zero, and without `log_z` those of a single sample: its t is 1 whatever π is.
+    A value is infinite where f'(∞) is and P = 0 on some sample.
+    """
+    partition = log_partition(policy_logprob, target_log_score, context_index)
+    plug_in = log_z is None
+    if log_z is None:
+        log_z = partition.log_z
+        usable = log_z.isfinite() & (context_index.bincount() > 1)
+    else:
+        usable = log_z.isfinite()
+    kept = usable[context_index]
+    log_t = policy_logprob.double() - target_log_score.double() + log_z.double()[context_index]
+    log_t, (position, counts) = log_t[kept], _positions(context_index[kept])
+    ess = float(partition.ess[usable].sum())
+
+    estimates = {}
+    for name in MATRIX:
+        divergence = divergences.get(name)
+        price = _price(divergence, log_t)
+        values = _sums(price / counts[position], position, len(counts))  # D_c
+        value, units = values.mean(), values
+        if len(counts) == 1:
+            units = price - value
+            if plug_in:
+                units = units + _slope_in_log_z(divergence, log_t, price) * ((-log_t).exp() - 1)
+        estimates[name] = Estimate(float(value), _standard_error(units), ess)
+    whole = estimates["jensen_shannon"]
+    estimates["jensen_shannon_half"] = Estimate(whole.value / 2, whole.standard_error / 2, ess)
+    return DivergenceMatrix(estimates, contexts=len(counts), contexts_left_out=len(usable) - len(counts))
+
+
+def kl_to_base(policy_logprob: Tensor, base_logprob: Tensor, context_index: Tensor) -> Estimate:
+    """KL(π‖a) in nats a sequence: the mean of log π − log a."""
+    return mean(policy_logprob.double() - base_logprob.double(), context_index)
+
+
+def entropy_per_sequence(policy_logprob: Tensor, context_index: Tensor) -> Estimate:
+    """Entropy of π in nats a sequence: the mean of −log π."""
+    return mean(-policy_logprob.double(), context_index)
+
+
+def entropy_per_token(policy_logprob: Tensor, lengths: Tensor, context_index: Tensor) -> Estimate:
+    """Entropy rate of π in nats a token: −Σ log π / Σ tokens over the whole sample; `lengths` [B] in tokens."""
+    return _ratio(-policy_logprob.double(), lengths.double(), context_index)
+
+
+def perplexity_under_base(base_logprob: Tensor, lengths: Tensor, context_index: Tensor) -> Estimate:
+    """exp(−Σ log a / Σ tokens) over the whole sample: how odd the base finds what π writes; `lengths` [B] in tokens."""
+    rate = _ratio(-base_logprob.double(), lengths.double(), context_index)
+    value = float(torch.tensor(rate.value, dtype=torch.float64).exp())
+    return Estimate(value, value * rate.standard_error, rate.ess)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, context_index: Tensor) -> Estimate:
+    """Σ numerator / Σ denominator, with the delta method's standard error: the spread of numerator − ratio·denominator.
+
+    Contexts are the units of the spread where there are two or more, otherwise samples; see `mean`.
+    """
+    position, counts = _positions(context_index)
+    value = numerator.sum() / denominator.sum()
+    residuals = numerator - value * denominator
+    if len(counts) > 1:
+        residuals = _sums(residuals, position, len(counts))
+    error = _standard_error(residuals) / float((denominator.sum() / len(residuals)).abs())
+    return Estimate(float(value), error, float(len(numerator)))
+
+
+def _positions(context_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the contexts that occur each sample belongs to, [B], and how many samples each has, [contexts]."""
+    _, position, counts = context_index.unique(return_inverse=True, return_counts=True)
+    return position, counts
+
+
+def _sums(values: Tensor, position: Tensor, num_contexts: int) -> Tensor:
+    return torch.zeros(num_contexts, dtype=torch.float64).index_add(0, position, values)
+
+
+def _standard_error(units: Tensor) -> float:
+    """sd/√n of independent units; NaN for fewer than two, or where one is not finite."""
+    if len(units) < 2 or not bool(units.isfinite().all()):
+        return math.nan
+    scale = float(units.abs().max()) or 1.0  # squares of e^500 would overflow
+    return float((units / scale).std()) * scale / math.sqrt(len(units))
+
+
+def _price(divergence: Divergence, log_t: Tensor) -> Tensor:
+    """h = f(t)/t from log t, f'(∞) where log t = +inf: what D_f pays for each sample, never negative."""
+    off_support = log_t.isposinf()
+    too_far = log_t < -LARGEST_EXPONENT  # p/π itself is infinite in float64, and here h grows at least as p/π does
+    finite = _f_over_t(divergence, log_t.masked_fill(off_support | too_far, 0.0))
+    return finite.masked_fill(off_support, divergence.f_prime_at_infinity).masked_fill(too_far, math.inf)
+
+
+def _f_over_t(divergence: Divergence, log_t: Tensor) -> Tensor:
+    """f(t)/t of the f normalised to f(1) = f'(1) = 0, without forming t."""
+    if divergence.power == (-1.0, -1.0):  # forward KL: t − 1 − log t over t, where 1/t and log t would be 0·inf
+        return 1 - (1 + log_t) * (-log_t).exp()
+    if divergence.power is not None:  # the integral of c·(t^κ − 1), over t
+        exponent, factor = divergence.power
+        joined = torch.expm1(exponent * log_t) + exponent * torch.expm1(-log_t)
+        return factor / (exponent + 1) * joined
+    return F_OVER_T[divergence.name](log_t)
+
+
+def _jensen_shannon(log_t: Tensor) -> Tensor:
+    # log(2t/(1+t)) is f'(t), and log(2/(1+t)) is f'(1/t)
+    slope = divergences.get("jensen_shannon").f_prime
+    return slope(log_t) + (-log_t).exp() * slope(-log_t)
+
+
+F_OVER_T: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": lambda log_t: log_t + torch.expm1(-log_t),
+    "total_variation": lambda log_t: torch.expm1(-log_t).abs() / 2,
+    "jensen_shannon": _jensen_shannon,
+}
+
+
+def _slope_in_log_z(divergence: Divergence, log_t: Tensor, price: Tensor) -> Tensor:
+    """∂D/∂log Z = E_π[f'(t) − f(t)/t]; the bracket is 0 off the support. A scalar."""
+    bracket = (divergence.f_prime(log_t) - price).masked_fill(log_t.isposinf(), 0.0)
+    return (bracket / len(log_t)).sum()

@@ -1,0 +1,71 @@
+"""Everything that is measured of a policy, from one fresh sample of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from . import estimators
+from .diversity import distinct_n, self_bleu
+from .estimators import Estimate
+from .metrics import Scores
+from .rollouts import Rollouts
+
+SELF_BLEU_TEXTS = 1000  # it grows with the number of texts: always the same number where there are enough
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured values by name: feature/…, divergence/…, kl_to_base, entropy_…, distinct_…, self_bleu_5, log_z, ….
+
+    Attributes:
+        num_samples, num_contexts: of the sample that all values come from.
+        contexts_left_out: contexts without a sample that the target allows; no divergence is known there.
+    """
+
+    metrics: dict[str, Estimate]
+    num_samples: int
+    num_contexts: int
+    contexts_left_out: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str], texts: Sequence[str]) -> Evaluation:
+    """Measure a policy on B on-policy rollouts with their scores and decoded completions.
+
+    Divergences are between policy and target and use the Z of this very sample (see `divergence_matrix`);
+    entropies and KL in nats; Distinct-n and Self-BLEU over all completions together.
+    """
+    owner, lengths = rollouts.context_index, rollouts.lengths.double()
+    log_pi, log_a, log_score = scores.behavior_logprob, scores.base_logprob, scores.log_score
+    metrics = {
+        f"feature/{name}": estimators.mean(values, owner)
+        for name, values in zip(feature_names, scores.values.T, strict=True)
+    }
+    metrics |= {
+        "kl_to_base": estimators.kl_to_base(log_pi, log_a, owner),
+        "entropy_per_sequence": estimators.entropy_per_sequence(log_pi, owner),
+        "entropy_per_token": estimators.entropy_per_token(log_pi, lengths, owner),
+        "length": estimators.mean(lengths, owner),
+        "perplexity_under_base": estimators.perplexity_under_base(log_a, lengths, owner),
+    }
+    for n in (1, 2, 3):
+        metrics[f"distinct_{n}"] = Estimate(distinct_n(texts, n), math.nan, len(texts))
+    some = texts[:SELF_BLEU_TEXTS]
+    metrics["self_bleu_5"] = Estimate(self_bleu(some, 5), math.nan, len(some))
+
+    partition = estimators.log_partition(log_pi, log_score, owner)
+    seen = partition.log_z.isfinite()
+    errors = partition.relative_standard_error[seen]
+    metrics["log_z"] = Estimate(
+        float(partition.log_z[seen].mean()),
+        float(errors.square().sum().sqrt()) / max(1, len(errors)),
+        float(partition.ess.sum()),
+    )
+    matrix = estimators.divergence_matrix(log_pi, log_score, owner)
+    metrics |= {f"divergence/{name}": estimate for name, estimate in matrix.estimates.items()}
+    return Evaluation(metrics, len(rollouts), len(rollouts.contexts), matrix.contexts_left_out)
