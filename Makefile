@@ -1,0 +1,44 @@
+# make demo   install into .venv, align the shipped tiny model, print before/after and the path of report.html
+# make test   install the test extras, check style and types, run the tests
+# make bench  the benchmarks beside a plain PyTorch pipeline (minutes)
+
+export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 0
+
+PYTHON ?= python3
+BIN := .venv/bin
+CPU_TORCH := torch==2.13.0+cpu
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+RUN := runs/quickstart
+
+.PHONY: demo test bench
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	rm -rf $(RUN)
+	$(BIN)/fdpg-fast train examples/quickstart.yaml --run_dir=$(RUN)
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: .venv/installed-test
+	$(BIN)/pytest benchmarks --benchmark-columns=median,min,max,rounds --benchmark-group-by=group
+
+# without an NVIDIA GPU the CPU build of torch: from pip's own sources, and only if that fails from PyTorch's index
+.venv/torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fdpg-fast needs Python 3.11 or newer; say make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	if nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q torch; else \
+	  $(BIN)/pip install -q '$(CPU_TORCH)' || $(BIN)/pip install -q '$(CPU_TORCH)' --extra-index-url $(CPU_INDEX); fi
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml setup.py
+	$(BIN)/pip install -q -e '.[examples]'
+	touch $@
+
+.venv/installed-test: .venv/torch pyproject.toml setup.py
+	$(BIN)/pip install -q -e '.[test,examples]'
+	touch $@

@@ -1,0 +1,154 @@
+"""Checkpoints: a Hugging Face model folder plus what the trainer needs to go on with the same numbers.
+
+    checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder)
+                                trainer.safetensors: optimizer, Z, baseline, torch's generator
+                                trainer.json: round, λ, the other generators, SHA-256 of every file
+
+A checkpoint is written under a temporary name, flushed and renamed: a killed process leaves the older one whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import RunError, UserError
+from .learner import Learner
+from .partition import Baseline, PartitionFunction
+from .run_folder import disk_errors, fsync_folder
+
+TRAINER_FILES = ("trainer.safetensors", "trainer.json")
+
+
+@dataclass
+class TrainerState:
+    """Everything that changes from round to round besides the policy's weights."""
+
+    learner: Learner
+    partition: PartitionFunction
+    baseline: Baseline
+    round: int = 0
+    exponents: tuple[float, ...] | None = None
+
+
+def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: int) -> Path:
+    """Write the checkpoint of `state.round` rounds and delete those older than the newest `keep`.
+
+    Raises:
+        RunError: the disk is full or not writable; what was there before is intact.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"round-{state.round:06d}"
+    temporary = folder / f".writing-{final.name}"
+    try:
+        with disk_errors(f"writing checkpoint {final}"):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            state.learner.policy.model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            save_file(_tensors(state), temporary / TRAINER_FILES[0])
+            hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+            trainer = {"round": state.round, "exponents": state.exponents, **_generators(), "sha256": hashes}
+            (temporary / TRAINER_FILES[1]).write_text(json.dumps(trainer))
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            fsync_folder(folder)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise RunError(f"writing checkpoint {final}: {error}; free some space and continue with --resume") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(Path(run_dir).glob("checkpoints/round-*"))
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint, verified; None where the run has written none.
+
+    Raises:
+        UserError: it is damaged; the message names the next older one.
+    """
+    found = checkpoints(run_dir)
+    if not found:
+        return None
+    fault = _fault(found[-1])
+    if fault:
+        older = f"continue from {found[-2].name}" if len(found) > 1 else "start again from round 0"
+        raise UserError(f"checkpoint {found[-1]} is damaged ({fault}); delete that folder to {older}")
+    return found[-1]
+
+
+def load_checkpoint(path: Path, state: TrainerState) -> None:
+    """Restore everything but the policy's weights, which `load_model(path)` reads."""
+    tensors = load_file(path / TRAINER_FILES[0])
+    trainer = json.loads((path / TRAINER_FILES[1]).read_text())
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _with_prefix(tensors, "optimizer.").items():
+        index, key = name.split(".")
+        moments.setdefault(int(index), {})[key] = tensor
+    optimizer = state.learner.optimizer
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    state.partition.load_state(_with_prefix(tensors, "partition."))
+    state.baseline.load_state(_with_prefix(tensors, "baseline."))
+    state.round = trainer["round"]
+    state.exponents = None if trainer["exponents"] is None else tuple(trainer["exponents"])
+    version, internal, gauss = trainer["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *position = trainer["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))
+    torch.set_rng_state(tensors["torch_generator"])
+
+
+def _tensors(state: TrainerState) -> dict[str, Tensor]:
+    tensors = {"torch_generator": torch.get_rng_state()}
+    for index, moments in state.learner.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
+    tensors |= {f"partition.{key}": tensor for key, tensor in state.partition.state().items()}
+    tensors |= {f"baseline.{key}": tensor for key, tensor in state.baseline.state().items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _generators() -> dict[str, Any]:
+    """Features may draw from the global generators; our own draws do not."""
+    name, keys, *position = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *position]}
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        expected = json.loads((path / TRAINER_FILES[1]).read_text())["sha256"]
+        for name, digest in expected.items():
+            if _sha256(path / name) != digest:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return getattr(error, "strerror", None) or f"{TRAINER_FILES[1]} is not readable"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,216 @@
+"""The command line: train, evaluate, compare, sample, doctor. Bad input ends with status 2 and one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 failed while running, 2 bad input."""
+    # idle OpenMP threads that spin make small models many times slower on a busy machine; set before torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if rest and options.command != "train":
+            raise UserError(f"{options.command}: there is no option {rest[0]!r}")
+        return options.run(options, rest)
+    except UserError as error:
+        print(f"fdpg-fast: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"fdpg-fast: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fdpg-fast: stopped; continue with --resume", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fdpg-fast", description="Align a language model with an explicit target distribution."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a policy",
+        description="Train as CONFIG.yaml says; any key can be overridden, e.g. --trainer.rounds=20. "
+        "`fdpg-fast train --keys` lists every key.",
+        allow_abbrev=False,
+    )
+    train.add_argument("config", nargs="?", help="YAML file")
+    train.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved config and what would be done")
+    train.add_argument("--keys", action="store_true", help="list the config keys with their documentation")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a run's newest checkpoint on a fresh sample")
+    evaluate.add_argument("run_dir", metavar="RUN")
+    evaluate.add_argument("--samples", type=_positive, help="completions per context (default: the run's)")
+    evaluate.add_argument("--seed", type=int, default=1, help="of the fresh sample")
+    evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser("compare", help="several runs side by side: a table and a Pareto plot")
+    compare.add_argument("run_dirs", nargs="+", metavar="RUN")
+    compare.add_argument("--output", default="comparison.html", help="HTML file to write")
+    compare.set_defaults(run=_compare)
+
+    sample = commands.add_parser("sample", help="print completions of a run's newest checkpoint as JSON lines")
+    sample.add_argument("run_dir", metavar="RUN")
+    sample.add_argument("--prompt", help="continue this text (default: the run's evaluation contexts)")
+    sample.add_argument("--count", type=_positive, default=8, help="how many completions")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.set_defaults(run=_sample)
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, and why not more")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    from .config import RESUMABLE, config_keys, load_config
+    from .run_folder import read_config
+
+    if options.keys:
+        for key, text in config_keys().items():
+            print(f"{key}\n    {text}")
+        return 0
+    overrides = _overrides(rest)
+    if options.resume is not None:
+        if options.config is not None:
+            raise UserError("train: --resume takes the run's own config; leave CONFIG.yaml out")
+        for key in overrides:
+            if key not in RESUMABLE:
+                raise UserError(f"--{key}: a resumed run keeps its config; only {', '.join(RESUMABLE)} may change")
+        config = read_config(options.resume, overrides)
+    elif options.config is None:
+        raise UserError("train: give a CONFIG.yaml, or --resume RUN")
+    else:
+        config = load_config(options.config, overrides)
+
+    from .report import before_after_table
+    from .trainer import Trainer
+
+    trainer = Trainer(config, resume=options.resume is not None)
+    if options.dry_run:
+        print(trainer.describe())
+        return 0
+    result = trainer.train()
+    print(f"\n{before_after_table(result.run_dir)}\n\nreport: {result.report}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    from .report import evaluation_table
+    from .trainer import Trainer
+
+    trainer = Trainer(_finished_run(options.run_dir), resume=True)
+    row = trainer.evaluate_checkpoint(samples_per_context=options.samples, seed=options.seed)
+    path = Path(options.run_dir) / "evaluation.json"
+    path.write_text(json.dumps(row, indent=1))
+    print(f"{evaluation_table(row)}\n\nwritten to {path}")
+    return 0
+
+
+def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+    from .report import compare_table, write_comparison
+    from .run_folder import read_config
+
+    for run_dir in options.run_dirs:
+        read_config(run_dir)
+    print(compare_table(options.run_dirs))
+    print(f"\n{write_comparison(options.run_dirs, options.output)}")
+    return 0
+
+
+def _sample(options: argparse.Namespace, rest: list[str]) -> int:
+    from .trainer import Trainer
+
+    trainer = Trainer(_finished_run(options.run_dir), resume=True)
+    for row in trainer.sample_checkpoint(options.prompt, options.count, options.seed):
+        print(json.dumps(row, ensure_ascii=False))
+    return 0
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} used by torch; {memory:.1f} GiB memory")
+    print(f"disk          {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
+    for package in ("torch", "transformers", "triton", "vllm", "tensorboard", "wandb", "trackio", "pycodestyle"):
+        print(f"{package:<13} {_version(package)}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            capability = f"compute capability {found.major}.{found.minor}"
+            print(f"gpu {index}         {found.name}, {found.total_memory / 2**30:.0f} GiB, {capability}")
+    else:
+        print(f"gpu           none: {_why_no_gpu(torch)}")
+    print("ops           fdpg_kernels: chunked PyTorch (any device), float64 reference")
+    print("engine        transformers: samples with the learner's own module")
+    return 0
+
+
+def _why_no_gpu(torch: Any) -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "torch is built with CUDA but finds no device (is a driver installed?)"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _finished_run(run_dir: str) -> Any:
+    from .checkpoint import checkpoints
+    from .run_folder import read_config
+
+    config = read_config(run_dir)
+    if not checkpoints(run_dir):
+        raise UserError(f"{run_dir!r} has no checkpoint yet; train it first: fdpg-fast train --resume {run_dir}")
+    return config
+
+
+def _overrides(arguments: list[str]) -> dict[str, str]:
+    """--a.b=c and --a.b c."""
+    overrides: dict[str, str] = {}
+    position = 0
+    while position < len(arguments):
+        name, equals, value = arguments[position].partition("=")
+        if not name.startswith("--"):
+            raise UserError(f"train: what is {name!r}? Overrides look like --trainer.rounds=20")
+        if not equals:
+            position += 1
+            if position == len(arguments):
+                raise UserError(f"{name}: a value is missing; write {name}=VALUE")
+            value = arguments[position]
+        overrides[name[2:]] = value
+        position += 1
+    return overrides
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

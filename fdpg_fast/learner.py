@@ -1,0 +1,106 @@
+"""The policy being trained: one fused loss per micro-batch, one AdamW step per round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdpg_kernels import Divergence, SequenceWeights, fdpg_loss
+
+from .config import LossConfig, OptimizerConfig
+from .language_model import LanguageModel
+from .rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step did; weights of all B sequences, on the CPU."""
+
+    loss: float
+    grad_norm: float
+    weights: SequenceWeights
+    skipped: bool
+
+
+class Learner:
+    """Policy and optimizer.
+
+    Args:
+        policy: trained in place.
+        divergence: D_f to minimise.
+        loss: ratio and caps.
+        optimizer: AdamW's settings.
+        rounds: of the whole run; the schedule ends there.
+        micro_batch_tokens: bounds the memory of a forward and backward pass.
+    """
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        divergence: Divergence,
+        *,
+        loss: LossConfig,
+        optimizer: OptimizerConfig,
+        rounds: int,
+        micro_batch_tokens: int,
+    ):
+        self.policy, self.divergence, self.micro_batch_tokens = policy, divergence, micro_batch_tokens
+        self._loss, self._settings, self._rounds = loss, optimizer, rounds
+        self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    def step(
+        self, rollouts: Rollouts, target_log_score: Tensor, log_z: Tensor, baseline: Tensor, round_index: int
+    ) -> Update:
+        """Descend D_f once on B rollouts; target_log_score, log_z and baseline are [B] float64."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.policy.device)
+        parts = []
+        for rows in rollouts.micro_batches(self.micro_batch_tokens):
+            part = rollouts.part(rows)
+            head, device = self.policy.head, self.policy.device
+            per_token = (part.token_ids, part.cu_seqlens, part.behavior_logprob)
+            per_sequence = (target_log_score[rows], log_z[rows])
+            part_loss, weights = fdpg_loss(
+                self.policy.hidden(part),
+                head.weight,
+                *(tensor.to(device) for tensor in (*per_token, *per_sequence)),
+                divergence=self.divergence,
+                baseline=baseline[rows].to(device),
+                ratio=self._loss.ratio,
+                ratio_cap=self._loss.ratio_cap,
+                reward_cap=self._loss.reward_cap,
+                **head.options(),
+            )
+            share = part_loss * (len(part) / len(rollouts))
+            share.backward()
+            loss += share.detach()
+            parts.append(weights)
+        weights = SequenceWeights(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm))
+        # no sample in support yet, or an overflow: Adam must not move on its momentum alone
+        skipped = not math.isfinite(norm) or not bool((weights.weight != 0).any())
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(round_index)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(float(loss), norm, weights, skipped)
+
+    def learning_rate(self, round_index: int) -> float:
+        """Of a round, counted from 0."""
+        settings, peak = self._settings, self._settings.learning_rate
+        if round_index < settings.warmup_rounds:
+            return peak * (round_index + 1) / (settings.warmup_rounds + 1)
+        if settings.schedule == "constant":
+            return peak
+        progress = (round_index - settings.warmup_rounds) / max(1, self._rounds - settings.warmup_rounds)
+        return peak * (1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)

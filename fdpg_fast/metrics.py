@@ -1,0 +1,124 @@
+"""The numbers of a round, under namespaced keys, and the line that shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .estimators import mean
+from .learner import Update
+from .partition import PartitionFunction
+from .rollouts import Rollouts
+
+
+class Clock:
+    """Seconds spent in each phase of a round."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.phases[phase] = time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known of B rollouts before the update, [B] float64 each.
+
+    Attributes:
+        values: of the target's features, [B, F]; NaN where one does not apply.
+        behavior_logprob: log q.
+        base_logprob: log a.
+        log_score: log P = log a + log φ.
+    """
+
+    values: Tensor
+    behavior_logprob: Tensor
+    base_logprob: Tensor
+    log_score: Tensor
+
+
+def round_metrics(
+    rollouts: Rollouts,
+    scores: Scores,
+    feature_names: list[str],
+    partition: PartitionFunction,
+    update: Update,
+    learning_rate: float,
+    clock: Clock,
+) -> dict[str, float]:
+    """Everything that metrics.jsonl records of a round; nats, tokens, seconds, bytes."""
+    owner, weights = rollouts.context_index, update.weights
+    metrics = {"loss": update.loss}
+    for name, values in zip(feature_names, scores.values.T, strict=True):
+        metrics |= _with_error(f"target/{name}", values, owner)
+    importance = (scores.log_score - scores.behavior_logprob).softmax(0)
+    satisfied = scores.log_score > -torch.inf
+    metrics["target/in_support"] = float(satisfied.double().mean())
+    metrics["target/ess"] = float(1 / importance.square().sum()) if bool(satisfied.any()) else 0.0
+    metrics |= {f"z/{name}": value for name, value in partition.summary().items()}
+    metrics |= _with_error("policy/kl_to_base", scores.behavior_logprob - scores.base_logprob, owner)
+    gap = (weights.policy_logprob - weights.behavior_logprob).abs()
+    metrics |= {
+        "policy/entropy_per_token": -float(scores.behavior_logprob.sum()) / rollouts.num_tokens,
+        "policy/length": rollouts.num_tokens / len(rollouts),
+        "policy/finished": float(rollouts.finished.double().mean()),
+        "policy/pseudo_reward_std": float(weights.pseudo_reward.std()),
+        "policy/clipped": float(weights.clipped.double().mean()),
+        "policy/grad_norm": update.grad_norm,
+        "policy/skipped": float(update.skipped),
+        "policy/learning_rate": learning_rate,
+        "engine/logprob_gap_mean": float(gap.mean()),
+        "engine/logprob_gap_max": float(gap.max()),
+    }
+    total = clock.total
+    metrics |= {f"time/{phase}": seconds for phase, seconds in clock.phases.items()}
+    metrics["time/round"] = total
+    metrics["time/tokens_per_second"] = rollouts.num_tokens / total
+    metrics["memory/peak_bytes"] = float(peak_memory())
+    if torch.cuda.is_available():
+        metrics["memory/peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
+    return metrics
+
+
+def progress_line(
+    round_index: int, rounds: int, metrics: dict[str, float], feature_names: list[str], seconds_left: float
+) -> str:
+    """One line a round: it survives nohup, a pager and a log file."""
+    features = "  ".join(
+        f"E[{name}] {metrics[f'target/{name}']:.3f} ± {1.96 * metrics[f'target/{name}_se']:.3f}"
+        for name in feature_names
+    )
+    minutes, seconds = divmod(round(seconds_left), 60)
+    return (
+        f"round {round_index + 1:>{len(str(rounds))}}/{rounds}  loss {metrics['loss']:+.3f}  {features}  "
+        f"log Z {metrics['z/log_z']:.2f} ± {1.96 * metrics['z/log_z_se']:.2f}  ESS {metrics['target/ess']:.0f}  "
+        f"KL(π‖a) {metrics['policy/kl_to_base']:.2f}  {metrics['time/tokens_per_second']:,.0f} tok/s  "
+        f"{minutes}:{seconds:02d} left"
+    )
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _with_error(key: str, values: Tensor, owner: Tensor) -> dict[str, float]:
+    estimate = mean(values, owner)
+    return {key: estimate.value, f"{key}_se": estimate.standard_error}

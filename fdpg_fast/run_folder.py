@@ -1,0 +1,120 @@
+"""A run on disk: config.yaml, *.jsonl, checkpoints/ and report.html in one folder, one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig, dump_config, load_config
+from .errors import RunError, UserError
+
+
+class RunFolder:
+    """The folder of a run that this process owns until `close`.
+
+    Args:
+        path: made if it is not there.
+
+    Raises:
+        UserError: another process is using it, or it cannot be written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
+        except OSError as error:
+            raise UserError(f"run_dir: cannot write to {str(path)!r}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"run_dir: {str(path)!r} is in use by another process; choose another folder") from None
+
+    @staticmethod
+    def create(config: TrainConfig) -> RunFolder:
+        """Start a run; refuses a folder that already holds one."""
+        if (Path(config.run_dir) / "config.yaml").exists():
+            raise UserError(
+                f"run_dir: {config.run_dir!r} already holds a run; continue it with --resume {config.run_dir}, "
+                "or choose another run_dir"
+            )
+        folder = RunFolder(config.run_dir)
+        folder.write("config.yaml", dump_config(config))
+        return folder
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file whole or not at all."""
+        path = self.path / name
+        with disk_errors(f"writing {path}"):
+            temporary = path.with_name(f".{name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        return path
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Add one object to a .jsonl file."""
+        with disk_errors(f"writing {self.path / name}"), open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+
+    def forget_from(self, round_index: int) -> None:
+        """Drop what rounds ≥ round_index left in the .jsonl files: a resumed run writes them again."""
+        for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
+            if (self.path / name).exists():
+                kept = [row for row in _whole_rows(self.path / name) if row["round"] < round_index]
+                self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) -> TrainConfig:
+    """The config of an existing run.
+
+    Raises:
+        UserError: there is no run in that folder.
+    """
+    path = Path(run_dir) / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{str(run_dir)!r} is not the folder of a run: it has no config.yaml")
+    return load_config(path, {**(overrides or {}), "run_dir": str(run_dir)})
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Say plainly that the disk is full or not writable."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{what}: {error.strerror or error}; free some space and continue with --resume") from error
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a rename inside the folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
+            yield json.loads(line)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null and the strings "inf", "-inf" stand for them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

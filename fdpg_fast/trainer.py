@@ -1,0 +1,285 @@
+"""The round, as data flows: sample → score → Z and baseline → update → sync; the one module that knows them all."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdpg_kernels import divergences
+from fdpg_kernels.sequence_weights import refusal, sum_by_sequence
+
+from .assemble import build_target
+from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, save_checkpoint
+from .config import TrainConfig, dump_config
+from .contexts import Context, load_contexts, schedule
+from .engines import TransformersEngine
+from .errors import UserError
+from .evaluate import Evaluation, evaluate
+from .features import Completions
+from .language_model import eos_token_ids, load_model, load_tokenizer
+from .learner import Learner
+from .metrics import Clock, Scores, progress_line, round_metrics
+from .partition import Baseline, PartitionFunction, pseudo_rewards
+from .report import write_report
+from .rollouts import Rollouts
+from .run_folder import RunFolder
+from .tracking import Tracking
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    run_dir: Path
+    before: Evaluation | None
+    after: Evaluation
+    report: Path
+
+
+class Trainer:
+    """f-DPG on one machine.
+
+    Args:
+        config: of the run.
+        resume: continue from the newest checkpoint in config.run_dir; without one, from the start.
+        say: takes the lines that tell a person how it goes.
+
+    Raises:
+        UserError: something in the config does not fit; nothing has been written yet.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False, say: Callable[[str], None] | None = None):
+        self.config, self.resume = config, resume
+        self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        device = _device(config.device)
+        self.divergence = divergences.get(config.divergence)
+        self.target = build_target(config, device)
+        if self.target.can_be_zero and not self.divergence.allows_zeros:
+            raise UserError(f"divergence: {refusal(self.divergence)}")
+        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
+        room = self.base.max_length - config.engine.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
+                f"in the model's {self.base.max_length} positions"
+            )
+        self.contexts = load_contexts(config.contexts.train, self.tokenizer, room)
+        held_out = config.contexts.eval
+        self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.tokenizer, room)
+        self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
+
+        self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
+        policy_path = config.model if self.checkpoint is None else str(self.checkpoint)
+        policy = load_model(policy_path, config.dtype, device, config.trust_remote_code)
+        eos = eos_token_ids(policy.model, self.tokenizer)
+        limits = {"max_new_tokens": config.engine.max_new_tokens, "max_sequences": config.engine.max_sequences}
+        self.engine = TransformersEngine(policy, eos, **limits)
+        self.base_engine = TransformersEngine(self.base, eos, **limits)
+        partition, rounds = config.partition, config.trainer
+        self.state = TrainerState(
+            Learner(
+                policy,
+                self.divergence,
+                loss=config.loss,
+                optimizer=config.optimizer,
+                rounds=rounds.rounds,
+                micro_batch_tokens=rounds.micro_batch_tokens,
+            ),
+            PartitionFunction(
+                len(self.contexts), kind=partition.kind, per_context=partition.per_context, floor=partition.floor
+            ),
+            Baseline(config.loss.baseline),
+        )
+
+    def train(self) -> RunResult:
+        """Run all rounds that are left, evaluate, and write the report.
+
+        Raises:
+            RunError: something failed on the way; the checkpoints written so far are intact.
+        """
+        config, state = self.config, self.state
+        folder = RunFolder(config.run_dir) if self.resume else RunFolder.create(config)
+        try:
+            before = self._start(folder)
+            tracking = Tracking(config, folder)
+            rounds, started = config.trainer.rounds, time.perf_counter()
+            first = state.round
+            for round_index in range(first, rounds):
+                metrics = self.round(round_index, folder)
+                tracking.log(round_index, metrics)
+                state.round = round_index + 1
+                pace = (time.perf_counter() - started) / (state.round - first)
+                left = pace * (rounds - state.round)
+                self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
+                if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
+                    save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
+            tracking.close()
+            after = self._evaluate(folder, rounds)
+            return RunResult(folder.path, before, after, write_report(folder.path))
+        finally:
+            self.engine.close()
+            folder.close()
+
+    def round(self, round_index: int, folder: RunFolder) -> dict[str, float]:
+        """Sample, score, estimate, update, sync; returns the round's metrics."""
+        settings, state, clock = self.config.trainer, self.state, Clock()
+        per_round = min(settings.contexts_per_round, len(self.contexts))
+        chosen = torch.tensor(schedule(len(self.contexts), per_round, round_index, settings.seed))
+        contexts = [self.contexts[i] for i in chosen.tolist()]
+
+        with clock("sample"):
+            seed = self._seed("rollouts", round_index)
+            rollouts = self.engine.sample(contexts, settings.samples_per_context, seed)
+        scores = self._score(rollouts, clock)
+        owner = chosen[rollouts.context_index]
+        state.partition.update(scores.log_score - scores.behavior_logprob, owner)
+        log_z = state.partition.log_z(owner)
+        rewards = pseudo_rewards(
+            scores.behavior_logprob, scores.log_score, log_z, self.divergence, self.config.loss.reward_cap
+        )
+        baseline = state.baseline(rewards, rollouts.context_index)
+        with clock("update"):
+            update = state.learner.step(rollouts, scores.log_score, log_z, baseline, round_index)
+        with clock("sync"):
+            self.engine.sync_weights(state.learner)
+
+        for row in self._sample_rows(rollouts, scores, settings.samples_logged):
+            folder.append("samples.jsonl", {"round": round_index, "split": "train", **row})
+        learning_rate = state.learner.learning_rate(round_index)
+        return round_metrics(rollouts, scores, self._feature_names, state.partition, update, learning_rate, clock)
+
+    def evaluate_checkpoint(self, samples_per_context: int | None, seed: int) -> dict[str, Any]:
+        """Measure the policy as loaded on a sample of its own seed; what evaluation.jsonl would record."""
+        self._restore()
+        samples = samples_per_context or self.config.evaluation.samples_per_context
+        evaluation, _ = self._measure(samples, self._seed("fresh evaluation", seed), count=0)
+        return {"round": self.state.round, **evaluation.as_dict()}
+
+    def sample_checkpoint(self, prompt: str | None, count: int, seed: int) -> list[dict[str, Any]]:
+        """Completions of the policy as loaded, of one prompt or of the evaluation contexts in turn."""
+        self._restore()
+        contexts = self.eval_contexts[:count]
+        if prompt is not None:
+            contexts = [Context(0, prompt, tuple(self.tokenizer(prompt)["input_ids"]))]
+        rollouts = self.engine.sample(contexts, -(-count // len(contexts)), self._seed("samples", seed))
+        return self._sample_rows(rollouts, self._score(rollouts, Clock()), count)
+
+    def describe(self) -> str:
+        """What a run of this config will do, for --dry-run."""
+        config, settings = self.config, self.config.trainer
+        parameters = sum(p.numel() for p in self.base.model.parameters())
+        per_round = min(settings.contexts_per_round, len(self.contexts))
+        samples = per_round * settings.samples_per_context
+        left = settings.rounds - (0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[1]))
+        return (
+            f"{dump_config(config)}\n"
+            f"{config.model}: {parameters / 1e6:.1f} M parameters, {config.dtype}, on {self.base.device}\n"
+            f"{len(self.contexts)} contexts to train on, {len(self.eval_contexts)} to evaluate on; "
+            f"features: {', '.join(self._feature_names)}\n"
+            f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
+            f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target\n"
+            f"writes to {config.run_dir}; nothing was done yet"
+        )
+
+    def _start(self, folder: RunFolder) -> Evaluation | None:
+        """Resume, or do what precedes the first round: λ, oracle Z, and the evaluation of the base model."""
+        if self.checkpoint is not None:
+            self._restore()
+            folder.forget_from(self.state.round)
+            self.say(f"resuming {folder.path} after round {self.state.round} ({self.checkpoint.name})")
+            return None
+        if self.resume:
+            folder.forget_from(0)
+            self.say(f"{folder.path} has no checkpoint yet: starting from round 0")
+        if self.target.needs_fit:
+            contexts = self.contexts[: self.config.target_fit_samples]
+            per_context = self.config.target_fit_samples // len(contexts)
+            rollouts = self.base_engine.sample(contexts, per_context, self._seed("fit", 0))
+            self.target = self.target.fit(self._feature_values(rollouts), rollouts.context_index)
+            self.state.exponents = self.target.exponents
+            self.say(f"target: λ = {', '.join(f'{x:.4g}' for x in self.target.exponents or ())}")
+        if self.config.partition.kind == "oracle":
+            samples = self.config.partition.oracle_samples
+            rollouts = self.base_engine.sample(self.contexts, samples, self._seed("oracle", 0))
+            # the base is its own sampler here: P/q is φ
+            self.state.partition.update(self.target.log_phi(self._feature_values(rollouts)), rollouts.context_index)
+        return self._evaluate(folder, 0)
+
+    def _restore(self) -> None:
+        assert self.checkpoint is not None
+        load_checkpoint(self.checkpoint, self.state)
+        if self.state.exponents is not None:
+            self.target = self.target.with_exponents(self.state.exponents)
+
+    @property
+    def _feature_names(self) -> list[str]:
+        return [feature.name for feature in self.target.features]
+
+    def _score(self, rollouts: Rollouts, clock: Clock) -> Scores:
+        with clock("features"):
+            values = self._feature_values(rollouts)
+        with clock("base"):
+            base = self.base.token_logprobs(rollouts, self.config.trainer.micro_batch_tokens)
+        base_logprob = sum_by_sequence(base, rollouts.cu_seqlens)
+        behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
+        return Scores(values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
+
+    def _feature_values(self, rollouts: Rollouts) -> Tensor:
+        completions = Completions.decode(rollouts, self.tokenizer)
+        return torch.stack([feature(completions) for feature in self.target.features], dim=1)  # [B, F]
+
+    def _evaluate(self, folder: RunFolder, round_index: int) -> Evaluation:
+        """Of the policy as it is now, on one fresh sample; recorded in evaluation.jsonl."""
+        settings = self.config.evaluation
+        # one seed for every evaluation: before and after are compared on common random numbers
+        evaluation, rows = self._measure(settings.samples_per_context, self._seed("evaluation", 0), count=16)
+        folder.append("evaluation.jsonl", {"round": round_index, **evaluation.as_dict()})
+        for row in rows:
+            folder.append("samples.jsonl", {"round": round_index, "split": "evaluation", **row})
+        return evaluation
+
+    def _measure(self, samples_per_context: int, seed: int, count: int) -> tuple[Evaluation, list[dict[str, Any]]]:
+        rollouts = self.engine.sample(self.eval_contexts, samples_per_context, seed)
+        scores = self._score(rollouts, Clock())
+        texts = Completions.decode(rollouts, self.tokenizer).completions
+        evaluation = evaluate(rollouts, scores, self._feature_names, texts)
+        return evaluation, self._sample_rows(rollouts, scores, count)
+
+    def _sample_rows(self, rollouts: Rollouts, scores: Scores, count: int) -> list[dict[str, Any]]:
+        """A few completions, evenly from all of them, as samples.jsonl records them."""
+        texts = Completions.decode(rollouts, self.tokenizer)
+        chosen = torch.linspace(0, len(rollouts) - 1, min(count, len(rollouts))).long().tolist()
+        return [
+            {
+                "prompt": texts.prompts[i],
+                "completion": texts.completions[i],
+                "finished": texts.finished[i],
+                "features": dict(zip(self._feature_names, scores.values[i].tolist(), strict=True)),
+                "log_q": float(scores.behavior_logprob[i]),
+                "log_score": float(scores.log_score[i]),
+            }
+            for i in chosen
+        ]
+
+    def _seed(self, purpose: str, round_index: int) -> int:
+        text = f"{self.config.trainer.seed}/{purpose}/{round_index}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} is not usable here: {str(error).splitlines()[0]}") from None
+    return name
