@@ -124,8 +124,6 @@ TermConfig = Annotated[PointwiseTerm | RLHFTerm | DistributionalTerm | ImportedT
 
 
 class EngineConfig(_Section):
-    kind: Literal["auto", "transformers"] = "auto"
-    """Who samples."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Completions are cut off there; a cut completion is a text without EOS."""
     max_sequences: int = Field(default=256, ge=1)

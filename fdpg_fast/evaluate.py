@@ -34,13 +34,14 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str], texts: Sequence[str]) -> Evaluation:
-    """Measure a policy on B on-policy rollouts with their scores and decoded completions.
+def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str]) -> Evaluation:
+    """Measure a policy on B on-policy rollouts and their scores.
 
     Divergences are between policy and target and use the Z of this very sample (see `divergence_matrix`);
     entropies and KL in nats; Distinct-n and Self-BLEU over all completions together.
     """
     owner, lengths = rollouts.context_index, rollouts.lengths.double()
+    texts = scores.texts.completions
     log_pi, log_a, log_score = scores.behavior_logprob, scores.base_logprob, scores.log_score
     metrics = {
         f"feature/{name}": estimators.mean(values, owner)

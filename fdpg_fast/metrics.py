@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .estimators import mean
+from .features import Completions
 from .learner import Update
 from .partition import PartitionFunction
 from .rollouts import Rollouts
@@ -38,15 +39,17 @@ class Clock:
 
 @dataclass(frozen=True)
 class Scores:
-    """What is known of B rollouts before the update, [B] float64 each.
+    """What is known of B rollouts before the update; tensors are [B] float64.
 
     Attributes:
+        texts: the rollouts as the features saw them.
         values: of the target's features, [B, F]; NaN where one does not apply.
         behavior_logprob: log q.
         base_logprob: log a.
         log_score: log P = log a + log φ.
     """
 
+    texts: Completions
     values: Tensor
     behavior_logprob: Tensor
     base_logprob: Tensor

@@ -71,6 +71,13 @@ class RunFolder:
                 kept = [row for row in _whole_rows(self.path / name) if row["round"] < round_index]
                 self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
+    def discard(self) -> None:
+        """Undo `create`: remove what this process has written, and the folder if nothing else is in it."""
+        for name in ("config.yaml", "evaluation.jsonl", "samples.jsonl", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
     def close(self) -> None:
         self._lock.close()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .config import TrainConfig, dump_config
@@ -47,11 +50,7 @@ class WandbLike:
 
 
 class Tracking:
-    """The fan-out.
-
-    Raises:
-        UserError: a backend that was asked for is not installed.
-    """
+    """The fan-out."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder):
         self._folder = folder
@@ -68,16 +67,20 @@ class Tracking:
             backend.close()
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Refuse a backend that is not there before anything is done.
+
+    Raises:
+        UserError: naming the extra to install.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f'tracking: {name} is not installed; pip install "fdpg-fast[tracking]"')
+
+
 def _open(name: str, config: TrainConfig) -> Tracker:
-    try:
-        if name == "tensorboard":
-            return TensorBoard(config)
-        if name == "wandb":
-            import wandb
-
-            return WandbLike(wandb, config, dir=config.run_dir)
-        import trackio
-
-        return WandbLike(trackio, config)
-    except ModuleNotFoundError:
-        raise UserError(f'tracking: {name} is not installed; pip install "fdpg-fast[tracking]"') from None
+    if name == "tensorboard":
+        return TensorBoard(config)
+    if name == "wandb":
+        return WandbLike(importlib.import_module(name), config, dir=config.run_dir)
+    return WandbLike(importlib.import_module(name), config)

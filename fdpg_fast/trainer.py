@@ -31,7 +31,7 @@ from .partition import Baseline, PartitionFunction, pseudo_rewards
 from .report import write_report
 from .rollouts import Rollouts
 from .run_folder import RunFolder
-from .tracking import Tracking
+from .tracking import Tracking, check_installed
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Trainer:
         self.config, self.resume = config, resume
         self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         device = _device(config.device)
+        check_installed(config.tracking)
         self.divergence = divergences.get(config.divergence)
         self.target = build_target(config, device)
         if self.target.can_be_zero and not self.divergence.allows_zeros:
@@ -109,7 +110,12 @@ class Trainer:
         config, state = self.config, self.state
         folder = RunFolder(config.run_dir) if self.resume else RunFolder.create(config)
         try:
-            before = self._start(folder)
+            try:
+                before = self._start(folder)
+            except UserError:  # the config asks for what cannot be had: leave no half-made run in its way
+                if not self.resume:
+                    folder.discard()
+                raise
             tracking = Tracking(config, folder)
             rounds, started = config.trainer.rounds, time.perf_counter()
             first = state.round
@@ -152,7 +158,7 @@ class Trainer:
         with clock("sync"):
             self.engine.sync_weights(state.learner)
 
-        for row in self._sample_rows(rollouts, scores, settings.samples_logged):
+        for row in self._sample_rows(scores, settings.samples_logged):
             folder.append("samples.jsonl", {"round": round_index, "split": "train", **row})
         learning_rate = state.learner.learning_rate(round_index)
         return round_metrics(rollouts, scores, self._feature_names, state.partition, update, learning_rate, clock)
@@ -171,7 +177,7 @@ class Trainer:
         if prompt is not None:
             contexts = [Context(0, prompt, tuple(self.tokenizer(prompt)["input_ids"]))]
         rollouts = self.engine.sample(contexts, -(-count // len(contexts)), self._seed("samples", seed))
-        return self._sample_rows(rollouts, self._score(rollouts, Clock()), count)
+        return self._sample_rows(self._score(rollouts, Clock()), count)
 
     def describe(self) -> str:
         """What a run of this config will do, for --dry-run."""
@@ -203,16 +209,19 @@ class Trainer:
         if self.target.needs_fit:
             contexts = self.contexts[: self.config.target_fit_samples]
             per_context = self.config.target_fit_samples // len(contexts)
-            rollouts = self.base_engine.sample(contexts, per_context, self._seed("fit", 0))
-            self.target = self.target.fit(self._feature_values(rollouts), rollouts.context_index)
+            values, owner = self._sample_base(contexts, per_context, "fit")
+            self.target = self.target.fit(values, owner)
             self.state.exponents = self.target.exponents
             self.say(f"target: λ = {', '.join(f'{x:.4g}' for x in self.target.exponents or ())}")
         if self.config.partition.kind == "oracle":
-            samples = self.config.partition.oracle_samples
-            rollouts = self.base_engine.sample(self.contexts, samples, self._seed("oracle", 0))
-            # the base is its own sampler here: P/q is φ
-            self.state.partition.update(self.target.log_phi(self._feature_values(rollouts)), rollouts.context_index)
+            values, owner = self._sample_base(self.contexts, self.config.partition.oracle_samples, "oracle")
+            self.state.partition.update(self.target.log_phi(values), owner)  # sampled from the base, P/q is φ
         return self._evaluate(folder, 0)
+
+    def _sample_base(self, contexts: list[Context], samples_per_context: int, purpose: str) -> tuple[Tensor, Tensor]:
+        """Feature values [B, F] of samples of the base, and which context each continues [B]."""
+        rollouts = self.base_engine.sample(contexts, samples_per_context, self._seed(purpose, 0))
+        return self._feature_values(Completions.decode(rollouts, self.tokenizer)), rollouts.context_index
 
     def _restore(self) -> None:
         assert self.checkpoint is not None
@@ -226,16 +235,16 @@ class Trainer:
 
     def _score(self, rollouts: Rollouts, clock: Clock) -> Scores:
         with clock("features"):
-            values = self._feature_values(rollouts)
+            texts = Completions.decode(rollouts, self.tokenizer)
+            values = self._feature_values(texts)
         with clock("base"):
             base = self.base.token_logprobs(rollouts, self.config.trainer.micro_batch_tokens)
         base_logprob = sum_by_sequence(base, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
-        return Scores(values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
+        return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
 
-    def _feature_values(self, rollouts: Rollouts) -> Tensor:
-        completions = Completions.decode(rollouts, self.tokenizer)
-        return torch.stack([feature(completions) for feature in self.target.features], dim=1)  # [B, F]
+    def _feature_values(self, texts: Completions) -> Tensor:
+        return torch.stack([feature(texts) for feature in self.target.features], dim=1)  # [B, F]
 
     def _evaluate(self, folder: RunFolder, round_index: int) -> Evaluation:
         """Of the policy as it is now, on one fresh sample; recorded in evaluation.jsonl."""
@@ -250,14 +259,12 @@ class Trainer:
     def _measure(self, samples_per_context: int, seed: int, count: int) -> tuple[Evaluation, list[dict[str, Any]]]:
         rollouts = self.engine.sample(self.eval_contexts, samples_per_context, seed)
         scores = self._score(rollouts, Clock())
-        texts = Completions.decode(rollouts, self.tokenizer).completions
-        evaluation = evaluate(rollouts, scores, self._feature_names, texts)
-        return evaluation, self._sample_rows(rollouts, scores, count)
+        return evaluate(rollouts, scores, self._feature_names), self._sample_rows(scores, count)
 
-    def _sample_rows(self, rollouts: Rollouts, scores: Scores, count: int) -> list[dict[str, Any]]:
+    def _sample_rows(self, scores: Scores, count: int) -> list[dict[str, Any]]:
         """A few completions, evenly from all of them, as samples.jsonl records them."""
-        texts = Completions.decode(rollouts, self.tokenizer)
-        chosen = torch.linspace(0, len(rollouts) - 1, min(count, len(rollouts))).long().tolist()
+        texts, total = scores.texts, len(scores.log_score)
+        chosen = torch.linspace(0, total - 1, min(count, total)).long().tolist()
         return [
             {
                 "prompt": texts.prompts[i],
