@@ -1,9 +1,10 @@
-"""Means, log Z and the table of D_f(π_c‖p_c), all from one sample x_i ~ π(·|c_i), each with its standard error.
+"""Means, log Z and the table of D_f(π_c‖p_c), from one sample x_i ~ π(·|c_i), each with its standard error.
 
-Every argument is a tensor on the CPU, one entry a sequence: `policy_logprob` log π(x|c), `base_logprob` log a(x|c),
-`target_log_score` log P = log a + log φ (−inf where P = 0), [B] float64 in nats, and `context_index` [B] int64.
-Contexts weigh alike, however many samples each has. What π never samples is not seen: forward-KL-like divergences
-come out too small where π misses a part of p, and the ESS shows it only if a little of that part is sampled.
+Every argument is a tensor on the CPU, one entry a sequence: `policy_logprob` log π(x|c), `base_logprob` log
+a(x|c), `target_log_score` log P = log a + log φ (−inf where P = 0), [B] float64 in nats, and `context_index`
+[B] int64. Contexts weigh alike, however many samples each has. What π never samples is not seen:
+forward-KL-like divergences come out too small where π misses a part of p, and the ESS shows it only if a
+little of that part is sampled.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Estimate:
     Attributes:
         value: NaN where nothing could be measured.
         standard_error: NaN where it cannot be estimated, as from one sample, or is not finite.
-        ess: effective number of samples behind the value: (Σw)²/Σw² within each context, summed over contexts,
-            where samples carry importance weights w; otherwise their number.
+        ess: effective number of samples behind the value: (Σw)²/Σw² within each context, summed over
+            contexts, where samples carry importance weights w; otherwise their number.
     """
 
     value: float
@@ -48,7 +49,8 @@ class LogPartition:
 
     Attributes:
         log_z: −inf where no sample has P > 0.
-        relative_standard_error: of Z_c, as a fraction of Z_c, so also that of log Z_c; NaN where Z_c = 0 or n_c = 1.
+        relative_standard_error: of Z_c, as a fraction of Z_c, so also that of log Z_c; NaN where Z_c = 0 or
+            n_c = 1.
         ess: (Σw)²/Σw² of w = P/π; 0 where Z_c = 0.
     """
 
@@ -64,8 +66,8 @@ class DivergenceMatrix:
     Attributes:
         estimates: by name: those of `MATRIX`, and "jensen_shannon_half", half of "jensen_shannon".
         contexts: how many contexts the averages are over.
-        contexts_left_out: how many had no usable Z_c. They are the hard ones: with any of them left out, every value
-            is an average over the easier contexts only.
+        contexts_left_out: how many had no usable Z_c. They are the hard ones: with any of them left out,
+            every value is an average over the easier contexts only.
     """
 
     estimates: dict[str, Estimate]
@@ -76,13 +78,14 @@ class DivergenceMatrix:
 def mean(values: Tensor, context_index: Tensor) -> Estimate:
     """Average over contexts of the mean within each context.
 
-    Contexts count as a random sample wherever there are two or more: the spread of their means over √C is then the
-    standard error, and it holds both sources of chance, which contexts were drawn and which samples in each, since
-    every context mean carries the noise of its own samples. (Were the contexts all there are, it would be too wide.)
-    With one context only the samples are random: sd/√n.
+    Contexts count as a random sample wherever there are two or more: the spread of their means over √C is
+    then the standard error, and it holds both sources of chance, which contexts were drawn and which samples
+    in each, since every context mean carries the noise of its own samples. (Were the contexts all there are,
+    it would be too wide.) With one context only the samples are random: sd/√n.
 
     Args:
-        values: [B], any real dtype; NaN means "does not apply" and is ignored, as is a context with nothing else.
+        values: [B], any real dtype; NaN means "does not apply" and is ignored, as is a context with nothing
+            else.
         context_index: [B] int64; any integers, in any order.
     """
     applies = ~values.isnan()
@@ -112,7 +115,8 @@ def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_inde
             "log P must be below inf and log π finite"
         )
     largest = torch.full_like(counts, -math.inf).scatter_reduce(0, context_index, log_weight, "amax")
-    scaled = (log_weight - largest.clamp(min=-torch.finfo(torch.float64).max)[context_index]).exp()  # in [0, 1]
+    offset = largest.masked_fill(largest.isneginf(), 0.0)
+    scaled = (log_weight - offset[context_index]).exp()  # P/π over the largest of its context, or all 0
     total = _sums(scaled, context_index, len(counts))
     ess = total.square() / _sums(scaled.square(), context_index, len(counts))
     # sd/√n of w over its mean; (Σw²/n − mean²) in units of mean² is n/ess − 1
@@ -129,21 +133,24 @@ def divergence_matrix(
 ) -> DivergenceMatrix:
     """D_f(π_c‖p_c) for every f of `MATRIX`, averaged over contexts, from samples of π.
 
-    D_c = E_π[h(t)] with t = πZ_c/P, h(t) = f(t)/t where P > 0 and f'(∞) where P = 0 (Go et al. 2023, eq. 6).
+    D_c = E_π[h(t)] with t = πZ_c/P, h(t) = f(t)/t where P > 0 and f'(∞) where P = 0 (Go et al. 2023).
 
-    Without `log_z`, Z_c is the mean of P/π over the same samples. That biases D_c by O(1/n_c), towards 0 for most f
-    (p/π cannot exceed n_c), which the standard error does not cover: few samples a context want a Z_c from elsewhere.
-    The standard error over two or more contexts is the spread of D_c over √C, as in `mean`. In one context it is that
-    of the influence of each sample: h_i − D, and through Z_c as well,
-    ∂D/∂Z·(w_i − Z) = E_π[f'(t) − f(t)/t]·(w_i/Z − 1), w = P/π, since t ∝ Z.
+    Without `log_z`, Z_c is the mean of P/π over the same samples. That biases D_c by O(1/n_c), mostly towards
+    0 (p/π cannot exceed n_c), and no standard error shows it: measured with 8 samples of each of 128
+    contexts, a forward KL of 0.49 came out as 0.36 ± 0.02, with 128 samples as 0.47. Few samples a context
+    want a Z_c from elsewhere.
+
+    The standard error over two or more contexts is the spread of D_c over √C, as in `mean`. In one context it
+    is that of the influence of each sample, h_i − D, and where Z is estimated along with it,
+    ∂D/∂Z·(w_i − Z) = E_π[f'(t) − f(t)/t]·(w_i/Z − 1), w = P/π, more: t ∝ Z.
 
     Args:
         policy_logprob, target_log_score: [B].
         context_index: [B], values 0..C−1, each at least once.
         log_z: [C] log Z_c from a larger or another sample, taken as exact.
 
-    Left out are contexts whose Z_c is zero, and without `log_z` those of a single sample: its t is 1 whatever π is.
-    A value is infinite where f'(∞) is and P = 0 on some sample.
+    Left out are contexts whose Z_c is zero, and without `log_z` those of a single sample: its t is 1 whatever
+    π is. A value is infinite where f'(∞) is and P = 0 on some sample.
     """
     partition = log_partition(policy_logprob, target_log_score, context_index)
     plug_in = log_z is None
@@ -161,8 +168,8 @@ def divergence_matrix(
     for name in MATRIX:
         divergence = divergences.get(name)
         price = _price(divergence, log_t)
-        values = _sums(price / counts[position], position, len(counts))  # D_c
-        value, units = values.mean(), values
+        units = _sums(price / counts[position], position, len(counts))  # D_c
+        value = units.mean()
         if len(counts) == 1:
             units = price - value
             if plug_in:
@@ -184,21 +191,21 @@ def entropy_per_sequence(policy_logprob: Tensor, context_index: Tensor) -> Estim
 
 
 def entropy_per_token(policy_logprob: Tensor, lengths: Tensor, context_index: Tensor) -> Estimate:
-    """Entropy rate of π in nats a token: −Σ log π / Σ tokens over the whole sample; `lengths` [B] in tokens."""
+    """Entropy of π in nats a token: −Σ log π / Σ tokens over the whole sample; `lengths` [B] in tokens."""
     return _ratio(-policy_logprob.double(), lengths.double(), context_index)
 
 
 def perplexity_under_base(base_logprob: Tensor, lengths: Tensor, context_index: Tensor) -> Estimate:
-    """exp(−Σ log a / Σ tokens) over the whole sample: how odd the base finds what π writes; `lengths` [B] in tokens."""
+    """exp(−Σ log a / Σ tokens) over the whole sample: how odd the base finds it; `lengths` [B] in tokens."""
     rate = _ratio(-base_logprob.double(), lengths.double(), context_index)
     value = float(torch.tensor(rate.value, dtype=torch.float64).exp())
     return Estimate(value, value * rate.standard_error, rate.ess)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, context_index: Tensor) -> Estimate:
-    """Σ numerator / Σ denominator, with the delta method's standard error: the spread of numerator − ratio·denominator.
+    """Σ numerator / Σ denominator; by the delta method its error is that of numerator − ratio·denominator.
 
-    Contexts are the units of the spread where there are two or more, otherwise samples; see `mean`.
+    Contexts are the units of the error where there are two or more, otherwise samples; see `mean`.
     """
     position, counts = _positions(context_index)
     value = numerator.sum() / denominator.sum()
@@ -210,7 +217,7 @@ def _ratio(numerator: Tensor, denominator: Tensor, context_index: Tensor) -> Est
 
 
 def _positions(context_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the contexts that occur each sample belongs to, [B], and how many samples each has, [contexts]."""
+    """Which of the contexts that occur each sample belongs to, [B], and how many samples each has."""
     _, position, counts = context_index.unique(return_inverse=True, return_counts=True)
     return position, counts
 
@@ -230,14 +237,14 @@ def _standard_error(units: Tensor) -> float:
 def _price(divergence: Divergence, log_t: Tensor) -> Tensor:
     """h = f(t)/t from log t, f'(∞) where log t = +inf: what D_f pays for each sample, never negative."""
     off_support = log_t.isposinf()
-    too_far = log_t < -LARGEST_EXPONENT  # p/π itself is infinite in float64, and here h grows at least as p/π does
+    too_far = log_t < -LARGEST_EXPONENT  # p/π is infinite in float64, and h grows at least as fast here
     finite = _f_over_t(divergence, log_t.masked_fill(off_support | too_far, 0.0))
     return finite.masked_fill(off_support, divergence.f_prime_at_infinity).masked_fill(too_far, math.inf)
 
 
 def _f_over_t(divergence: Divergence, log_t: Tensor) -> Tensor:
     """f(t)/t of the f normalised to f(1) = f'(1) = 0, without forming t."""
-    if divergence.power == (-1.0, -1.0):  # forward KL: t − 1 − log t over t, where 1/t and log t would be 0·inf
+    if divergence.name == "forward_kl":  # the one power whose integral is a logarithm
         return 1 - (1 + log_t) * (-log_t).exp()
     if divergence.power is not None:  # the integral of c·(t^κ − 1), over t
         exponent, factor = divergence.power

@@ -327,7 +327,8 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new_tokens})[0])
 ```
 
 The tokenizer puts `<|endoftext|>` in front of every prompt; alone, it makes the model invent a function.
-The tokens of a signature, up to its colon, are a prefix of the tokens of the whole function. `generation_config.json` asks for plain sampling at temperature 1, without top-k or top-p.
+The tokens of a signature, up to its colon, are a prefix of the tokens of the whole function.
+`generation_config.json` asks for plain sampling at temperature 1, without top-k or top-p.
 
 ## Samples
 
