@@ -100,7 +100,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         config = load_config(options.config, overrides)
 
-    from .report import before_after_table
+    from .results import before_after_table
     from .trainer import Trainer
 
     trainer = Trainer(config, resume=options.resume is not None)
@@ -113,7 +113,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
-    from .report import evaluation_table
+    from .results import evaluation_table
     from .trainer import Trainer
 
     trainer = Trainer(_finished_run(options.run_dir), resume=True)
@@ -125,7 +125,8 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
-    from .report import compare_table, write_comparison
+    from .report import write_comparison
+    from .results import compare_table
     from .run_folder import read_config
 
     for run_dir in options.run_dirs:

@@ -212,7 +212,7 @@ def _ratio(numerator: Tensor, denominator: Tensor, context_index: Tensor) -> Est
     residuals = numerator - value * denominator
     if len(counts) > 1:
         residuals = _sums(residuals, position, len(counts))
-    error = _standard_error(residuals) / float((denominator.sum() / len(residuals)).abs())
+    error = _standard_error(residuals * len(residuals) / denominator.sum())
     return Estimate(float(value), error, float(len(numerator)))
 
 
