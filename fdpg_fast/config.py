@@ -187,10 +187,10 @@ class RoundsConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    contexts: int = Field(default=128, ge=1)
+    contexts: int = Field(default=64, ge=1)
     """Contexts to evaluate on, the first ones of the file."""
-    samples_per_context: int = Field(default=8, ge=2)
-    """Completions of each; Z, divergences and diversity come from this one fresh sample."""
+    samples_per_context: int = Field(default=32, ge=2)
+    """Completions of each; Z and divergences come from this one sample, and few samples a context bias them to 0."""
 
 
 class TrainConfig(_Section):

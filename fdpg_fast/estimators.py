@@ -10,7 +10,7 @@ little of that part is sampled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,7 @@ class DivergenceMatrix:
     """D_f(π_c‖p_c) averaged over contexts.
 
     Attributes:
-        estimates: by name: those of `MATRIX`, and "jensen_shannon_half", half of "jensen_shannon".
+        estimates: by name: those asked for, and "jensen_shannon_half", half of "jensen_shannon".
         contexts: how many contexts the averages are over.
         contexts_left_out: how many had no usable Z_c. They are the hard ones: with any of them left out,
             every value is an average over the easier contexts only.
@@ -129,9 +129,13 @@ def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_inde
 
 
 def divergence_matrix(
-    policy_logprob: Tensor, target_log_score: Tensor, context_index: Tensor, log_z: Tensor | None = None
+    policy_logprob: Tensor,
+    target_log_score: Tensor,
+    context_index: Tensor,
+    log_z: Tensor | None = None,
+    names: Sequence[str] = MATRIX,
 ) -> DivergenceMatrix:
-    """D_f(π_c‖p_c) for every f of `MATRIX`, averaged over contexts, from samples of π.
+    """D_f(π_c‖p_c) for every f in `names`, averaged over contexts, from samples of π.
 
     D_c = E_π[h(t)] with t = πZ_c/P, h(t) = f(t)/t where P > 0 and f'(∞) where P = 0 (Go et al. 2023).
 
@@ -165,7 +169,7 @@ def divergence_matrix(
     ess = float(partition.ess[usable].sum())
 
     estimates = {}
-    for name in MATRIX:
+    for name in dict.fromkeys((*names, "jensen_shannon")):
         divergence = divergences.get(name)
         price = _price(divergence, log_t)
         units = _sums(price / counts[position], position, len(counts))  # D_c

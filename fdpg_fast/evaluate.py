@@ -13,32 +13,31 @@ from .estimators import Estimate
 from .metrics import Scores
 from .rollouts import Rollouts
 
-SELF_BLEU_TEXTS = 1000  # it grows with the number of texts: always the same number where there are enough
-
 
 @dataclass(frozen=True)
 class Evaluation:
     """Measured values by name: feature/…, divergence/…, kl_to_base, entropy_…, distinct_…, self_bleu_5, log_z, ….
 
+    `contexts_left_out` counts contexts without a sample that the target allows: log Z and divergences are averages
+    over the others, the easier ones.
+
     Attributes:
         num_samples, num_contexts: of the sample that all values come from.
-        contexts_left_out: contexts without a sample that the target allows; no divergence is known there.
     """
 
     metrics: dict[str, Estimate]
     num_samples: int
     num_contexts: int
-    contexts_left_out: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str]) -> Evaluation:
+def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str], divergence: str) -> Evaluation:
     """Measure a policy on B on-policy rollouts and their scores.
 
-    Divergences are between policy and target and use the Z of this very sample (see `divergence_matrix`);
-    entropies and KL in nats; Distinct-n and Self-BLEU over all completions together.
+    Divergences, the trained one among them, are between policy and target and use the Z of this very sample (see
+    `divergence_matrix`); entropies and KL in nats; Distinct-n and Self-BLEU over all completions together.
     """
     owner, lengths = rollouts.context_index, rollouts.lengths.double()
     texts = scores.texts.completions
@@ -56,8 +55,7 @@ def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str]) -
     }
     for n in (1, 2, 3):
         metrics[f"distinct_{n}"] = Estimate(distinct_n(texts, n), math.nan, len(texts))
-    some = texts[:SELF_BLEU_TEXTS]
-    metrics["self_bleu_5"] = Estimate(self_bleu(some, 5), math.nan, len(some))
+    metrics["self_bleu_5"] = Estimate(self_bleu(texts, 5), math.nan, len(texts))
 
     partition = estimators.log_partition(log_pi, log_score, owner)
     seen = partition.log_z.isfinite()
@@ -67,6 +65,7 @@ def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str]) -
         float(errors.square().sum().sqrt()) / max(1, len(errors)),
         float(partition.ess.sum()),
     )
-    matrix = estimators.divergence_matrix(log_pi, log_score, owner)
+    matrix = estimators.divergence_matrix(log_pi, log_score, owner, names=(*estimators.MATRIX, divergence))
+    metrics["contexts_left_out"] = Estimate(matrix.contexts_left_out, math.nan, len(rollouts.contexts))
     metrics |= {f"divergence/{name}": estimate for name, estimate in matrix.estimates.items()}
-    return Evaluation(metrics, len(rollouts), len(rollouts.contexts), matrix.contexts_left_out)
+    return Evaluation(metrics, len(rollouts), len(rollouts.contexts))

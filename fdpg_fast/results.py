@@ -27,6 +27,7 @@ LABELS = {  # in the order of the tables
     "self_bleu_5": "Self-BLEU-5",
     "perplexity_under_base": "perplexity under base",
     "log_z": "log Z",
+    "contexts_left_out": "contexts without support",
     "divergence/forward_kl": "forward KL(p‖π)",
     "divergence/reverse_kl": "reverse KL(π‖p)",
     "divergence/total_variation": "total variation",

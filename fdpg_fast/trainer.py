@@ -259,7 +259,7 @@ class Trainer:
     def _measure(self, samples_per_context: int, seed: int, count: int) -> tuple[Evaluation, list[dict[str, Any]]]:
         rollouts = self.engine.sample(self.eval_contexts, samples_per_context, seed)
         scores = self._score(rollouts, Clock())
-        return evaluate(rollouts, scores, self._feature_names), self._sample_rows(scores, count)
+        return evaluate(rollouts, scores, self._feature_names, self.divergence.name), self._sample_rows(scores, count)
 
     def _sample_rows(self, scores: Scores, count: int) -> list[dict[str, Any]]:
         """A few completions, evenly from all of them, as samples.jsonl records them."""

@@ -3,8 +3,8 @@
 A world is a few contexts, each with a policy π over K outcomes and P = Z·p. The intervals are judged on 400
 or 500 replications with a fixed seed: nominal coverage 0.95 has a sampling error of 0.011 there. Sample sizes
 are such that the O(1/n) bias of the plug-in Z stays small beside the standard error: with 2000 samples of one
-context, and Var(P/π)/Z² near 1, it is of order 1/n = 0.0005 against 1/√n = 0.02; with 120 samples of each of
-25 contexts, about a fifth of the spread between contexts over √25. Each test states what it allows.
+context, and Var(P/π)/Z² near 1, it is of order 1/n = 0.0005 against 1/√n = 0.02; with 240 samples of each of
+25 contexts, about a tenth of the spread between contexts over √25. Each test states what it allows.
 """
 
 import math
@@ -141,7 +141,7 @@ def test_matrix_intervals_cover_over_contexts_drawn_at_random():
     runs = []
     for _ in range(400):
         drawn = torch.randint(30, (25,), generator=generator)
-        outcome, context = draw(generator, policies[drawn], 120)
+        outcome, context = draw(generator, policies[drawn], 240)
         policy, target = (table[drawn[context], outcome] for table in (policies, targets))
         runs.append(divergence_matrix(policy.log(), target.log(), context).estimates)
     for name in NAMES:
@@ -253,6 +253,19 @@ def test_one_sample_has_a_value_but_no_error():
     matrix = divergence_matrix(one, one - 1, context, log_z=torch.tensor([-1.5], dtype=F64))
     assert matrix.estimates["reverse_kl"].value == pytest.approx(-0.5 + math.exp(0.5) - 1)
     assert math.isnan(matrix.estimates["reverse_kl"].standard_error)
+
+
+def test_no_samples_or_no_tokens_give_nan():
+    nothing, no_context = torch.zeros(0, dtype=F64), torch.zeros(0, dtype=torch.int64)
+    zero, context = torch.zeros(2, dtype=F64), torch.tensor([0, 0])
+    for estimate in (
+        mean(nothing, no_context),
+        mean(torch.full((2,), math.nan), context),
+        entropy_per_token(nothing, no_context, no_context),
+        entropy_per_token(zero, torch.tensor([0, 0]), context),
+        divergence_matrix(nothing, nothing, no_context).estimates["forward_kl"],
+    ):
+        assert math.isnan(estimate.value) and math.isnan(estimate.standard_error)
 
 
 def test_a_context_of_one_sample_cannot_supply_its_own_z():
