@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -114,12 +113,13 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from .results import evaluation_table
+    from .run_folder import to_json
     from .trainer import Trainer
 
     trainer = Trainer(_finished_run(options.run_dir), resume=True)
     row = trainer.evaluate_checkpoint(samples_per_context=options.samples, seed=options.seed)
     path = Path(options.run_dir) / "evaluation.json"
-    path.write_text(json.dumps(row, indent=1))
+    path.write_text(to_json(row) + "\n", encoding="utf-8")
     print(f"{evaluation_table(row)}\n\nwritten to {path}")
     return 0
 
@@ -137,11 +137,12 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _sample(options: argparse.Namespace, rest: list[str]) -> int:
+    from .run_folder import to_json
     from .trainer import Trainer
 
     trainer = Trainer(_finished_run(options.run_dir), resume=True)
     for row in trainer.sample_checkpoint(options.prompt, options.count, options.seed):
-        print(json.dumps(row, ensure_ascii=False))
+        print(to_json(row))
     return 0
 
 

@@ -55,6 +55,8 @@ class Estimate:
         known = math.isfinite(self.error)
         if abs(self.value) >= 1e6:
             return f"{self.value:.2e}" + (f" ± {self.error:.0e}" if known else "")
+        if not known and self.value == round(self.value):
+            return f"{self.value:,.0f}"
         # two digits of the error, else three of the value
         digits = 1 - _magnitude(self.error) if known and self.error > 0 else 2 - _magnitude(self.value)
         places = min(max(digits, 0), 4)

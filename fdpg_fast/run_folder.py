@@ -62,7 +62,7 @@ class RunFolder:
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Add one object to a .jsonl file."""
         with disk_errors(f"writing {self.path / name}"), open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+            file.write(to_json(row) + "\n")
 
     def forget_from(self, round_index: int) -> None:
         """Drop what rounds ≥ round_index left in the .jsonl files: a resumed run writes them again."""
@@ -118,8 +118,12 @@ def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def to_json(row: dict[str, Any]) -> str:
+    """One line of JSON, which has no NaN and no infinity: null and the strings "inf", "-inf" stand for them."""
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+
+
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null and the strings "inf", "-inf" stand for them."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
