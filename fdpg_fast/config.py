@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from fdpg_kernels import divergences
 
@@ -282,20 +283,20 @@ def dump_config(config: TrainConfig) -> str:
 def config_keys() -> dict[str, str]:
     """Every dotted key with its one-line documentation; list items are written `target.N`."""
     documented: dict[str, list[str]] = {}
-    for key, text in _keys(TrainConfig, ""):
+    for key, field in _keys(TrainConfig, ""):
+        values = typing.get_args(field.annotation) if key.endswith("kind") else ()
+        text = (f"{values[0]}: " if len(values) == 1 else "") + (field.description or "")
         if text not in documented.setdefault(key, []):
             documented[key].append(text)
     return {key: "; ".join(texts) for key, texts in documented.items()}
 
 
-def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
         models, in_list = _models_in(field.annotation)
         here = f"{prefix}{name}"
         if field.description or not models:
-            values = typing.get_args(field.annotation) if name == "kind" else ()
-            tag = f"{values[0]}: " if len(values) == 1 else ""
-            yield here, tag + (field.description or "")
+            yield here, field
         for inner in models:
             yield from _keys(inner, f"{here}.N." if in_list else f"{here}.")
 
@@ -313,11 +314,21 @@ def _models_in(annotation: Any, in_list: bool = False) -> tuple[list[type[BaseMo
     return found, in_list
 
 
+def _generic(key: str) -> str:
+    """A key with N for the places in lists, as `config_keys` has it."""
+    return ".".join("N" if part.isdigit() else part for part in key.split("."))
+
+
+_TEXT_KEYS = {key for key, field in _keys(TrainConfig, "") if field.annotation in (str, str | None)}
+
+
 def _override(data: Any, key: str, text: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
+    if value is not None and (not isinstance(value, dict | list) or _generic(key) in _TEXT_KEYS):
+        value = text  # as typed: the field knows its type, while YAML makes a bool of "no" and a list of "[a-z]"
     *path, last = key.split(".")
     place = data
     for part in path:
@@ -358,9 +369,8 @@ def _explain(error: Any, data: Mapping[str, Any]) -> str:
                 f"{key}: samples are drawn from the policy itself; {path[-1]} would make the recorded log q a "
                 "number of another distribution and every importance ratio wrong, so it is not an option"
             )
-        candidates = [".".join(known.split(".")) for known in config_keys()]
-        generic = ".".join("N" if part.isdigit() else part for part in path)
-        near = difflib.get_close_matches(generic, candidates, n=1, cutoff=0.5)
+        near = [known for known in config_keys() if known.split(".")[-1] == path[-1] and "N" not in known]
+        near = near or difflib.get_close_matches(_generic(key), config_keys(), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{key}: there is no such key{hint}"
     message = error["msg"].removeprefix("Value error, ")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from .errors import UserError
 
 
@@ -44,12 +46,13 @@ def load_contexts(path: str | None, tokenizer: Any, max_tokens: int) -> list[Con
     if path is None:
         return [Context(0, "", (_start_token(tokenizer),))]
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"contexts: cannot read {path!r}: {_reason(error)}") from None
     parse = _parse_json_line if path.endswith(".jsonl") else _parse_text_line
     contexts: list[Context] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a prompt may hold a form feed
+        line = line.removesuffix("\r")
         if line.strip():
             prompt, columns = parse(line, f"{path}:{number}")
             contexts.append(_context(len(contexts), prompt, columns, tokenizer, max_tokens, f"{path}:{number}"))
@@ -83,7 +86,11 @@ def _parse_json_line(line: str, where: str) -> tuple[str | list, dict[str, Any]]
     if not isinstance(row, dict) or "prompt" not in row:
         raise UserError(f'contexts: {where} needs an object with "prompt", a string or a list of messages')
     prompt = row.pop("prompt")
-    if isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    ):
         return prompt, row
     if not isinstance(prompt, str):
         raise UserError(f'contexts: {where}: "prompt" must be a string or a list of {{"role", "content"}} messages')
@@ -96,7 +103,10 @@ def _context(
     if isinstance(prompt, list):
         if tokenizer.chat_template is None:
             raise UserError(f"contexts: {where} has chat messages but the tokenizer has no chat template")
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise UserError(f"contexts: {where}: the chat template refuses these messages: {error}") from None
     else:
         text = prompt
     if not text.strip():

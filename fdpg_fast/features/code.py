@@ -25,7 +25,9 @@ def pep8() -> Feature:
         raise UserError('feature pep8 needs pycodestyle: pip install "fdpg-fast[examples]"') from None
 
     def score(completions: list[str], prompts: list[str], finished: list[bool]) -> list[float]:
-        style = pycodestyle.StyleGuide(quiet=2, max_line_length=100)
+        # spelled out, or the user's own ~/.config/pycodestyle would change the target
+        checks = {"select": (), "ignore": pycodestyle.DEFAULT_IGNORE.split(","), "max_line_length": 79}
+        style = pycodestyle.StyleGuide(quiet=2, **checks)
 
         def clean(source: str) -> bool:
             lines = (source.rstrip("\n") + "\n").splitlines(keepends=True)
@@ -43,7 +45,7 @@ def _score_parses(completions: list[str], prompts: list[str], finished: list[boo
 def parses(source: str) -> bool:
     """Whether `ast.parse` takes the source."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
+        warnings.simplefilter("ignore")
         try:
             ast.parse(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: nested too deeply

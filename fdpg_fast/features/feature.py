@@ -77,11 +77,11 @@ class Feature:
             RunError: it raised, hung, or returned something else than B numbers.
         """
         arguments = {
+            **batch.columns,
             "completions": batch.completions,
             "prompts": batch.prompts,
             "completion_ids": batch.completion_ids,
             "finished": batch.finished,
-            **batch.columns,
         }
         try:
             with _time_limit(self.timeout):
@@ -94,11 +94,13 @@ class Feature:
                 f"for {len(batch.completions)} completions; raise the feature's timeout or make it faster"
             ) from None
         except Exception as error:
-            raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {error}") from error
+            message = " ".join(str(error).split())
+            raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {message}") from error
         return self._checked(values, batch)
 
     def _checked(self, values: Any, batch: Completions) -> Tensor:
-        if not isinstance(values, Sequence | Tensor) and not hasattr(values, "__array__"):
+        is_array = getattr(values, "ndim", 0) > 0  # of numpy or torch
+        if isinstance(values, str) or not (isinstance(values, Sequence) or is_array):
             raise RunError(f"feature {self.name!r} returned {type(values).__name__}, not one number a completion")
         if len(values) != len(batch.completions):
             raise RunError(
@@ -108,8 +110,9 @@ class Feature:
         for value, text in zip(values, batch.completions, strict=True):
             try:
                 number = math.nan if value is None else float(value)
-            except (TypeError, ValueError):
-                raise RunError(f"feature {self.name!r} returned {value!r} for {text[:60]!r}, not a number") from None
+            except (TypeError, ValueError, OverflowError, RuntimeError):
+                shown = " ".join(repr(value).split())[:60]
+                raise RunError(f"feature {self.name!r} returned {shown} for {text[:60]!r}, not a number") from None
             if value is not None and not math.isfinite(number):
                 raise RunError(
                     f"feature {self.name!r} returned {number} for {text[:60]!r}; "
@@ -152,8 +155,9 @@ def import_object(path: str) -> Any:
     try:
         module = _load_file(module_path) if module_path.endswith(".py") else _load_module(module_path)
         return getattr(module, attribute)
-    except (ImportError, OSError, SyntaxError, AttributeError) as error:
-        raise UserError(f"import path {path!r}: {type(error).__name__}: {error}") from None
+    except Exception as error:  # whatever the user's module does when it is imported
+        message = " ".join(str(error).split())
+        raise UserError(f"import path {path!r}: {type(error).__name__}: {message}") from error
 
 
 def _load_module(name: str) -> Any:
@@ -167,6 +171,7 @@ def _load_file(path: str) -> Any:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses, for one, look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -196,13 +201,19 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    rang = False
+
     def ring(_signal: int, _frame: Any) -> None:
+        nonlocal rang
+        rang = True
         raise _TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # again and again: a bare `except:` swallows the first
     try:
         yield
+        if rang:
+            raise _TimeUp
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

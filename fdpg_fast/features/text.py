@@ -43,10 +43,18 @@ def classifier(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        network = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True).to(device).eval()
+        network, loading = AutoModelForSequenceClassification.from_pretrained(
+            model, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(f"feature classifier: cannot load {model!r}: {str(error).splitlines()[0]}") from None
+    if loading["missing_keys"]:  # transformers would make a random head, another one in every run
+        raise UserError(
+            f"feature classifier: {model!r} is no sequence classifier: it has no trained classification head"
+        )
+    network = network.to(device).eval()
+    independent = network.config.problem_type == "multi_label_classification" or network.config.num_labels == 1
     labels = {name.lower(): index for index, name in network.config.id2label.items()}
     if label.lower() not in labels:
         raise UserError(f"feature classifier: {model!r} has no label {label!r}, only {', '.join(labels)}")
@@ -61,8 +69,7 @@ def classifier(
             rows = by_length[first : first + batch_size]
             inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
             logits = network(**inputs.to(device)).logits.float()
-            # one logit is a single yes/no score, several compete for one label
-            chances = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
+            chances = logits.sigmoid() if independent else logits.softmax(-1)
             for i, chance in zip(rows, chances[:, column].tolist(), strict=True):
                 scores[i] = chance
         return scores
