@@ -80,19 +80,14 @@ class Rollouts:
 
 
 def concatenate(parts: list[Rollouts]) -> Rollouts:
-    """Rollouts of several rounds or batches as one; contexts are kept side by side, not merged."""
-    offsets, tokens, contexts = [], 0, 0
-    index = []
-    for part in parts:
-        offsets.append(part.cu_seqlens[1:] + tokens)
-        index.append(part.context_index + contexts)
-        tokens += part.num_tokens
-        contexts += len(part.contexts)
+    """Rollouts of the same contexts, sampled in several batches, as one."""
+    first_tokens = torch.tensor([0, *(part.num_tokens for part in parts)]).cumsum(0)
+    ends = [part.cu_seqlens[1:] + first for part, first in zip(parts, first_tokens.tolist(), strict=False)]
     return Rollouts(
-        contexts=tuple(context for part in parts for context in part.contexts),
-        context_index=torch.cat(index),
+        contexts=parts[0].contexts,
+        context_index=torch.cat([part.context_index for part in parts]),
         token_ids=torch.cat([part.token_ids for part in parts]),
-        cu_seqlens=torch.cat([parts[0].cu_seqlens[:1], *offsets]).int(),
+        cu_seqlens=torch.cat([parts[0].cu_seqlens[:1], *ends]).int(),
         behavior_logprob=torch.cat([part.behavior_logprob for part in parts]),
         finished=torch.cat([part.finished for part in parts]),
     )

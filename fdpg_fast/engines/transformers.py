@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,9 +54,10 @@ class TransformersEngine:
             counts = [samples_per_context] * len(group)
             while counts[0] > 0:  # one context may want more samples than fit side by side
                 batch = [min(count, self.max_sequences) for count in counts]
-                parts.append(self._decode(group, batch, generator))
+                part = self._decode(group, batch, generator)
+                parts.append(replace(part, contexts=tuple(contexts), context_index=part.context_index + first))
                 counts = [count - taken for count, taken in zip(counts, batch, strict=True)]
-        return _merge_equal_contexts(parts, contexts)
+        return concatenate(parts)
 
     def sync_weights(self, learner: object) -> None:
         """The learner trains this very module: nothing to move."""
@@ -120,7 +122,7 @@ def draw(logits: Tensor, uniform: Tensor, block: int = 128) -> tuple[Tensor, Ten
     weights = logits.sub_(largest).exp()  # [B, V]; logits stays: log-probs of rare tokens come from there
     padding = -weights.shape[1] % block
     blocks = torch.nn.functional.pad(weights, (0, padding)).view(len(weights), -1, block)
-    cumulative = blocks.sum(2).double().cumsum(1)  # [B, V/block]
+    cumulative = blocks.sum(2, dtype=torch.float64).cumsum(1)  # [B, V/block]
     total = cumulative[:, -1:]
     threshold = uniform[:, None] * total
     chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
@@ -132,19 +134,3 @@ def draw(logits: Tensor, uniform: Tensor, block: int = 128) -> tuple[Tensor, Ten
     token = torch.where(weights.gather(1, token) > 0, token, logits.argmax(1, keepdim=True))
     logprob = logits.gather(1, token).double() - total.log()
     return token[:, 0], logprob[:, 0].float()
-
-
-def _merge_equal_contexts(parts: list[Rollouts], contexts: Sequence[Context]) -> Rollouts:
-    merged = parts[0] if len(parts) == 1 else concatenate(parts)
-    if len(merged.contexts) == len(contexts):
-        return merged
-    # one context, sampled in several batches
-    first_of = torch.tensor([contexts.index(context) for context in merged.contexts])
-    return Rollouts(
-        contexts=tuple(contexts),
-        context_index=first_of[merged.context_index],
-        token_ids=merged.token_ids,
-        cu_seqlens=merged.cu_seqlens,
-        behavior_logprob=merged.behavior_logprob,
-        finished=merged.finished,
-    )
