@@ -61,7 +61,12 @@ def build_target(config: c.TrainConfig, device: str) -> Target:
 
 def _imported(path: str) -> Target:
     found = import_object(path)
-    found = found if isinstance(found, Target) or not callable(found) else found()
+    if callable(found) and not isinstance(found, Target):
+        try:
+            found = found()
+        except Exception as error:  # the user's code
+            message = " ".join(str(error).split())
+            raise UserError(f"target: {path!r} raised {type(error).__name__}: {message}") from error
     if not isinstance(found, Target):
         raise UserError(f"target: {path!r} is a {type(found).__name__}, not a Target or a function that makes one")
     return found

@@ -2,7 +2,8 @@
 
     checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder)
                                 trainer.safetensors: optimizer, Z, baseline, torch's generator
-                                trainer.json: round, λ, the other generators, SHA-256 of every file
+                                trainer.json: round, λ, the other generators
+                                SHA256SUMS: of every file, as `sha256sum --check` reads it
 
 A checkpoint is written under a temporary name, flushed and renamed: a killed process leaves the older one whole.
 """
@@ -29,7 +30,7 @@ from .learner import Learner
 from .partition import Baseline, PartitionFunction
 from .run_folder import disk_errors, fsync_folder
 
-TRAINER_FILES = ("trainer.safetensors", "trainer.json")
+TENSORS, STATE, SUMS = "trainer.safetensors", "trainer.json", "SHA256SUMS"
 
 
 @dataclass
@@ -58,10 +59,11 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: in
             temporary.mkdir(parents=True)
             state.learner.policy.model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            save_file(_tensors(state), temporary / TRAINER_FILES[0])
-            hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-            trainer = {"round": state.round, "exponents": state.exponents, **_generators(), "sha256": hashes}
-            (temporary / TRAINER_FILES[1]).write_text(json.dumps(trainer))
+            save_file(_tensors(state), temporary / TENSORS)
+            trainer = {"round": state.round, "exponents": state.exponents, **_generators()}
+            (temporary / STATE).write_text(json.dumps(trainer))
+            sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+            (temporary / SUMS).write_text("".join(sums))
             for path in temporary.iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
@@ -82,6 +84,11 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
     return sorted(Path(run_dir).glob("checkpoints/round-*"))
 
 
+def round_of(path: Path) -> int:
+    """How many rounds precede a checkpoint."""
+    return int(path.name.split("-")[1])
+
+
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest checkpoint, verified; None where the run has written none.
 
@@ -100,8 +107,8 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 
 def load_checkpoint(path: Path, state: TrainerState) -> None:
     """Restore everything but the policy's weights, which `load_model(path)` reads."""
-    tensors = load_file(path / TRAINER_FILES[0])
-    trainer = json.loads((path / TRAINER_FILES[1]).read_text())
+    tensors = load_file(path / TENSORS)
+    trainer = json.loads((path / STATE).read_text())
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _with_prefix(tensors, "optimizer.").items():
         index, key = name.split(".")
@@ -140,12 +147,14 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _fault(path: Path) -> str | None:
     try:
-        expected = json.loads((path / TRAINER_FILES[1]).read_text())["sha256"]
-        for name, digest in expected.items():
-            if _sha256(path / name) != digest:
-                return f"{name} has changed"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return getattr(error, "strerror", None) or f"{TRAINER_FILES[1]} is not readable"
+        expected = dict(line.split("  ")[::-1] for line in (path / SUMS).read_text().splitlines())
+    except (OSError, ValueError):
+        return f"{SUMS} is not readable"
+    for name in (STATE, TENSORS, *expected):
+        if not (path / name).is_file():
+            return f"{name} is not there"
+        if _sha256(path / name) != expected.get(name):
+            return f"{name} has changed"
     return None
 
 

@@ -9,9 +9,11 @@ import platform
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import RunError, UserError
+
+TRAIN_OPTIONS = ("--resume", "--dry-run", "--keys", "--help")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,12 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
     # idle OpenMP threads that spin make small models many times slower on a busy machine; set before torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
     try:
-        if rest and options.command != "train":
-            raise UserError(f"{options.command}: there is no option {rest[0]!r}")
-        return options.run(options, rest)
+        known, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
+        options = _parser().parse_args(known)
+        options.overrides = overrides
+        return options.run(options)
     except UserError as error:
         print(f"fdpg-fast: {error}", file=sys.stderr)
         return 2
@@ -36,10 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fdpg-fast", description="Align a language model with an explicit target distribution."
-    )
+    parser = _Parser(prog="fdpg-fast", description="Align a language model with an explicit target distribution.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -47,7 +51,6 @@ def _parser() -> argparse.ArgumentParser:
         help="train a policy",
         description="Train as CONFIG.yaml says; any key can be overridden, e.g. --trainer.rounds=20. "
         "`fdpg-fast train --keys` lists every key.",
-        allow_abbrev=False,
     )
     train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
@@ -78,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(options: argparse.Namespace, rest: list[str]) -> int:
+def _train(options: argparse.Namespace) -> int:
     from .config import RESUMABLE, config_keys, load_config
     from .run_folder import read_config
 
@@ -86,18 +89,17 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         for key, text in config_keys().items():
             print(f"{key}\n    {text}")
         return 0
-    overrides = _overrides(rest)
     if options.resume is not None:
         if options.config is not None:
             raise UserError("train: --resume takes the run's own config; leave CONFIG.yaml out")
-        for key in overrides:
+        for key in options.overrides:
             if key not in RESUMABLE:
                 raise UserError(f"--{key}: a resumed run keeps its config; only {', '.join(RESUMABLE)} may change")
-        config = read_config(options.resume, overrides)
+        config = read_config(options.resume, options.overrides)
     elif options.config is None:
         raise UserError("train: give a CONFIG.yaml, or --resume RUN")
     else:
-        config = load_config(options.config, overrides)
+        config = load_config(options.config, options.overrides)
 
     from .results import before_after_table
     from .trainer import Trainer
@@ -111,7 +113,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+def _evaluate(options: argparse.Namespace) -> int:
     from .results import evaluation_table
     from .run_folder import to_json
     from .trainer import Trainer
@@ -124,7 +126,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+def _compare(options: argparse.Namespace) -> int:
     from .report import write_comparison
     from .results import compare_table
     from .run_folder import read_config
@@ -136,7 +138,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _sample(options: argparse.Namespace, rest: list[str]) -> int:
+def _sample(options: argparse.Namespace) -> int:
     from .run_folder import to_json
     from .trainer import Trainer
 
@@ -146,7 +148,7 @@ def _sample(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+def _doctor(options: argparse.Namespace) -> int:
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -190,22 +192,23 @@ def _finished_run(run_dir: str) -> Any:
     return config
 
 
-def _overrides(arguments: list[str]) -> dict[str, str]:
-    """--a.b=c and --a.b c."""
-    overrides: dict[str, str] = {}
-    position = 0
-    while position < len(arguments):
-        name, equals, value = arguments[position].partition("=")
-        if not name.startswith("--"):
-            raise UserError(f"train: what is {name!r}? Overrides look like --trainer.rounds=20")
-        if not equals:
-            position += 1
-            if position == len(arguments):
-                raise UserError(f"{name}: a value is missing; write {name}=VALUE")
-            value = arguments[position]
+def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Take --a.b=c and --a.b c out of the arguments of `train`; argparse knows no such options."""
+    if arguments[:1] != ["train"]:
+        return arguments, {}
+    known, overrides = [], {}
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or name in TRAIN_OPTIONS:
+            known.append(argument)
+            if argument == "--resume":
+                known += [value for value in [next(waiting, None)] if value is not None]
+            continue
+        if not equals and (value := next(waiting, "--")).startswith("--"):
+            raise UserError(f"{name}: a value is missing; write {name}=VALUE")
         overrides[name[2:]] = value
-        position += 1
-    return overrides
+    return known, overrides
 
 
 def _positive(text: str) -> int:

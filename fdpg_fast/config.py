@@ -22,7 +22,12 @@ from .errors import UserError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ContextsConfig(_Section):
@@ -162,7 +167,7 @@ class OptimizerConfig(_Section):
     """Rounds over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's averaging of gradient and squared gradient."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of larger norm are scaled down to it."""
@@ -272,7 +277,9 @@ def parse_config(data: Mapping[str, Any]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(error.errors()[0], data)) from None
+        # a mistyped key comes first: what is missing may be what it was meant to be
+        complaints = sorted(error.errors(), key=lambda e: e["type"] not in ("extra_forbidden", "invalid_key"))
+        raise UserError(_explain(complaints[0], data)) from None
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -327,8 +334,8 @@ def _override(data: Any, key: str, text: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if value is not None and (not isinstance(value, dict | list) or _generic(key) in _TEXT_KEYS):
-        value = text  # as typed: the field knows its type, while YAML makes a bool of "no" and a list of "[a-z]"
+    if value is not None and _generic(key) in _TEXT_KEYS:
+        value = text  # as typed: YAML would make a number of 2024, a bool of "no" and a list of "[a-z]"
     *path, last = key.split(".")
     place = data
     for part in path:
@@ -355,9 +362,9 @@ def _index(place: Sequence[Any], part: str, key: str) -> int:
 def _explain(error: Any, data: Mapping[str, Any]) -> str:
     """pydantic's first complaint in one line; the tags of unions are not keys and are left out of the path."""
     path, place = [], data
-    *parents, last = error["loc"]
-    for part in (*parents, last):
-        if isinstance(place, Mapping) and part == place.get("kind") and (part is not last or part not in place):
+    for position, part in enumerate(error["loc"], start=1):
+        is_key = position == len(error["loc"]) and _has(place, part)
+        if isinstance(place, Mapping) and part == place.get("kind") and not is_key:
             place = {**place, "kind": None}
             continue
         path.append(str(part))
@@ -376,6 +383,9 @@ def _explain(error: Any, data: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{key}: this key is required"
+    if error["type"] == "union_tag_not_found":
+        kinds = [typing.get_args(f.annotation) for k, f in _keys(TrainConfig, "") if k == f"{_generic(key)}.kind"]
+        return f"{key}: the key kind is required; choose one of {', '.join(repr(kind) for (kind,) in kinds)}"
     shown = "" if isinstance(error["input"], (dict, list)) else f"{error['input']!r}: "
     return f"{key}: {shown}{message}" if key else message
 

@@ -27,6 +27,7 @@ from .results import (
     read_runs,
     table_rows,
 )
+from .run_folder import write_whole
 
 CURVES = {
     "policy/kl_to_base": "KL to base (nats)",
@@ -335,11 +336,7 @@ def _section(title: str, content: str, note: str = "") -> str:
 
 
 def _write_page(path: Path, title: str, body: list[str]) -> Path:
-    """Write under another name first; `title` and `body` are HTML already."""
+    """`title` and `body` are HTML already."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     page = f'<!doctype html><html lang="en">{head}<title>{title}</title><style>{CSS}</style><h1>{title}</h1>\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page + "\n".join(body) + "\n</html>\n", encoding="utf-8", errors="replace")
-    temporary.replace(path)
-    return path
+    return write_whole(path, page + "\n".join(body) + "\n</html>\n")

@@ -14,6 +14,8 @@ from typing import Any
 from .config import TrainConfig, dump_config, load_config
 from .errors import RunError, UserError
 
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
+
 
 class RunFolder:
     """The folder of a run that this process owns until `close`.
@@ -47,21 +49,16 @@ class RunFolder:
                 "or choose another run_dir"
             )
         folder = RunFolder(config.run_dir)
-        folder.write("config.yaml", dump_config(config))
+        folder.record(config)
         return folder
 
-    def write(self, name: str, text: str) -> Path:
-        """Write a file whole or not at all."""
-        path = self.path / name
-        with disk_errors(f"writing {path}"):
-            temporary = path.with_name(f".{name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        return path
+    def record(self, config: TrainConfig) -> None:
+        """Make this the config of the run."""
+        write_whole(self.path / "config.yaml", dump_config(config))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Add one object to a .jsonl file."""
-        with disk_errors(f"writing {self.path / name}"), open(self.path / name, "a", encoding="utf-8") as file:
+        with disk_errors(f"writing {self.path / name}"), open(self.path / name, "a", **TEXT) as file:
             file.write(to_json(row) + "\n")
 
     def forget_from(self, round_index: int) -> None:
@@ -69,7 +66,7 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
             if (self.path / name).exists():
                 kept = [row for row in _whole_rows(self.path / name) if row["round"] < round_index]
-                self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+                write_whole(self.path / name, "".join(to_json(row) + "\n" for row in kept))
 
     def discard(self) -> None:
         """Undo `create`: remove what this process has written, and the folder if nothing else is in it."""
@@ -94,6 +91,19 @@ def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) ->
     return load_config(path, {**(overrides or {}), "run_dir": str(run_dir)})
 
 
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(f"writing {path}"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, **TEXT)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
     """Say plainly that the disk is full or not writable."""
@@ -113,8 +123,8 @@ def fsync_folder(path: Path) -> None:
 
 
 def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: a completion may hold U+2028
-        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut short
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):  # the line that a kill cut short, maybe inside a character
             yield json.loads(line)
 
 

@@ -17,7 +17,7 @@ from fdpg_kernels import divergences
 from fdpg_kernels.sequence_weights import refusal, sum_by_sequence
 
 from .assemble import build_target
-from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .config import TrainConfig, dump_config
 from .contexts import Context, load_contexts, schedule
 from .engines import TransformersEngine
@@ -79,6 +79,9 @@ class Trainer:
         self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
 
         self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
+        done = 0 if self.checkpoint is None else round_of(self.checkpoint)
+        if done > config.trainer.rounds:
+            raise UserError(f"trainer.rounds: {config.trainer.rounds} is less than the {done} that the run has done")
         policy_path = config.model if self.checkpoint is None else str(self.checkpoint)
         policy = load_model(policy_path, config.dtype, device, config.trust_remote_code)
         eos = eos_token_ids(policy.model, self.tokenizer)
@@ -185,7 +188,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.base.model.parameters())
         per_round = min(settings.contexts_per_round, len(self.contexts))
         samples = per_round * settings.samples_per_context
-        left = settings.rounds - (0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[1]))
+        left = settings.rounds - (0 if self.checkpoint is None else round_of(self.checkpoint))
         return (
             f"{dump_config(config)}\n"
             f"{config.model}: {parameters / 1e6:.1f} M parameters, {config.dtype}, on {self.base.device}\n"
@@ -198,6 +201,8 @@ class Trainer:
 
     def _start(self, folder: RunFolder) -> Evaluation | None:
         """Resume, or do what precedes the first round: λ, oracle Z, and the evaluation of the base model."""
+        if self.resume:
+            folder.record(self.config)  # it may have more rounds now
         if self.checkpoint is not None:
             self._restore()
             folder.forget_from(self.state.round)

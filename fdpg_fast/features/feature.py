@@ -93,7 +93,7 @@ class Feature:
                 f"feature {self.name!r} did not return within its timeout of {self.timeout:g} s "
                 f"for {len(batch.completions)} completions; raise the feature's timeout or make it faster"
             ) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             message = " ".join(str(error).split())
             raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {message}") from error
         return self._checked(values, batch)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .reference import SequenceWeights
 from .sequence_weights import result_dtype, weights_from_sums
@@ -94,6 +95,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logprob
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         hidden, weight, target_ids, bias = ctx.saved_tensors
         head = _head(weight, bias, *ctx.scaling)
@@ -187,6 +189,7 @@ class _FDPGLoss(torch.autograd.Function):
         return loss, *weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, *_):
         hidden_grad, weight_grad, bias_grad = (None if g is None else g * upstream for g in ctx.saved_tensors)
         return hidden_grad, weight_grad, None, bias_grad, *[None] * 8

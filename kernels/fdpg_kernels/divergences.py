@@ -23,7 +23,8 @@ class Divergence:
 
     Attributes:
         name: shown in tables and messages.
-        f: t → f(t), elementwise on positive float64 tensors, f(1) = 0.
+        f: t → f(t), elementwise on positive float64 tensors, f(1) = 0. An f without `f_prime_from_log` may have any
+            slope at 1: f − f'(1)·(t − 1), the same divergence, takes its place, and f'(∞) is lowered as well.
         f_prime_at_infinity: lim f(t)/t for t → ∞, the price of probability mass where p is zero.
             `math.inf` means that the divergence is undefined on a target with zeros.
         f_prime_from_log: L → f'(e^L), elementwise in any float dtype, stable for |L| ≤ 80, f'(1) = 0.
@@ -43,7 +44,11 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.f_prime_from_log is None:
-            object.__setattr__(self, "f_prime_from_log", _differentiate(self.f))
+            f, slope = self.f, _differentiate(self.f)
+            at_one = float(slope(torch.zeros(1, dtype=torch.float64)))
+            object.__setattr__(self, "f", lambda t: f(t) - at_one * (t - 1))
+            object.__setattr__(self, "f_prime_from_log", lambda log_t: slope(log_t) - at_one)
+            object.__setattr__(self, "f_prime_at_infinity", self.f_prime_at_infinity - at_one)
         _check(self)
 
     @property
@@ -66,8 +71,7 @@ def _differentiate(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             (gradient,) = torch.autograd.grad(f(t).sum(), t)
         return gradient.to(log_t.dtype)
 
-    slope_at_one = float(derivative(torch.zeros(1, dtype=torch.float64)))
-    return lambda log_t: derivative(log_t) - slope_at_one
+    return derivative
 
 
 def _check(divergence: Divergence) -> None:
@@ -93,6 +97,10 @@ def _check(divergence: Divergence) -> None:
         raise ValueError(f"{where}: f is not convex (f' decreases somewhere in [e^-6, e^6])")
     if not abs(float(slope[len(t) // 2])) < 1e-9:
         raise ValueError(f"{where}: f'(1) is not 0; subtract f'(1)·(t−1), which leaves the divergence unchanged")
+    if divergence.power is not None:
+        exponent, factor = divergence.power
+        if not torch.allclose(factor * torch.expm1(exponent * log_t), slope, rtol=1e-9):
+            raise ValueError(f"{where}: power={divergence.power} does not describe f': it must be c·(t^κ − 1)")
     if not float(slope[-1]) <= divergence.f_prime_at_infinity + 1e-9:
         raise ValueError(f"{where}: f' exceeds f_prime_at_infinity={divergence.f_prime_at_infinity}")
 
@@ -108,15 +116,15 @@ def _power(name: str, f: Callable[[Tensor], Tensor], exponent: float, factor: fl
 
 
 def _jensen_shannon_slope(log_t: Tensor) -> Tensor:
-    # log 2 − softplus(−L) loses all digits near L = 0; log1p(tanh(L/2)) is the same number
+    # log 2 + log σ(L) loses all digits near L = 0; log1p(tanh(L/2)) is the same number
     near = torch.log1p(torch.tanh(log_t.clamp(-1.0, 1.0) / 2))
-    return torch.where(log_t.abs() < 1, near, LOG_2 - torch.nn.functional.softplus(-log_t))
+    return torch.where(log_t.abs() < 1, near, LOG_2 + torch.nn.functional.logsigmoid(log_t))
 
 
 def alpha(a: float) -> Divergence:
     """Amari's α-divergence, 0 < a < 1: a → 0 is forward KL, a → 1 reverse KL, ½ is 2·squared Hellinger."""
-    if not 0 < a < 1:
-        raise ValueError(f"alpha:{a:g} is outside (0, 1); the ends are forward_kl (0) and reverse_kl (1)")
+    if not 1e-4 <= a <= 1 - 1e-4:
+        raise ValueError(f"alpha:{a:g}: a must be in (0, 1), 0.0001 or more from the ends, forward_kl (0) and reverse_kl (1)")
     return _power(f"alpha:{a:g}", lambda t: (t**a - a * t - (1 - a)) / (a * (a - 1)), a - 1, 1 / (a - 1))
 
 
@@ -148,6 +156,8 @@ def get(divergence: str | Divergence) -> Divergence:
     """
     if isinstance(divergence, Divergence):
         return divergence
+    if not isinstance(divergence, str):
+        raise ValueError(f"divergence {divergence!r}: give a name or a Divergence")
     if divergence in _TABLE:
         return _TABLE[divergence]
     family, _, parameter = divergence.partition(":")

@@ -35,7 +35,7 @@ def fdpg_loss(
     cu_seqlens: Tensor,
     behavior_logprob: Tensor,
     target_log_score: Tensor,
-    log_z: Tensor,
+    log_z: Tensor | float,
     *,
     divergence: str | Divergence = "jensen_shannon",
     baseline: Tensor | float | None = None,
@@ -61,18 +61,20 @@ def fdpg_loss(
         impl: "auto" | "chunked" | "reference".
 
     Returns:
-        FDPGLoss(loss [] float32, weights), float64 for float64 inputs; the loss is differentiable once in
-        hidden, weight and bias.
+        FDPGLoss(loss [] float32, weights), float64 for float64 inputs and from the reference; the loss is
+        differentiable once in hidden, weight and bias.
 
     Raises:
         ValueError: see `linear_logprob` and `sequence_weights`.
     """
-    divergence = divergences.get(divergence)
+    divergence, log_z = divergences.get(divergence), torch.as_tensor(log_z)
     check_head(hidden, weight, target_ids, bias, temperature, softcap)
     check_packing(target_ids, behavior_logprob, cu_seqlens, target_log_score, log_z, baseline)
     check_options(ratio, ratio_cap, reward_cap)
     check_support(divergence, target_log_score)
-    options: dict[str, Any] = dict(divergence=divergence, baseline=baseline, ratio=ratio, ratio_cap=ratio_cap, reward_cap=reward_cap)
+    options: dict[str, Any] = dict(
+        divergence=divergence, baseline=baseline, ratio=ratio, ratio_cap=ratio_cap, reward_cap=reward_cap
+    )
     if choose_impl(impl) == "reference":
         head: dict[str, Any] = dict(bias=bias, temperature=temperature, softcap=softcap)
         return FDPGLoss(

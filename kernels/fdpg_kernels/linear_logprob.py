@@ -31,7 +31,7 @@ def linear_logprob(
         impl: "auto" | "chunked" (at most a [chunk, V] block of logits alive) | "reference" (float64, plain).
 
     Returns:
-        [N] float32 (float64 for float64 inputs), accumulated in float32 or better.
+        [N] float32 (float64 for float64 inputs, and from the reference), accumulated in float32 or better.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit.

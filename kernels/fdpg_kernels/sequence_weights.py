@@ -24,7 +24,7 @@ def sequence_weights(
     behavior_logprob: Tensor,
     cu_seqlens: Tensor,
     target_log_score: Tensor,
-    log_z: Tensor,
+    log_z: Tensor | float,
     *,
     divergence: str | Divergence = "jensen_shannon",
     baseline: Tensor | float | None = None,
@@ -49,13 +49,15 @@ def sequence_weights(
         impl: "auto" | "chunked" | "reference" (float64, plain).
 
     Returns:
-        SequenceWeights in float32 (float64 where policy_logprob is float64).
+        SequenceWeights in float32 (float64 where policy_logprob is float64, and from the reference).
 
     Raises:
         ValueError: shapes or options do not fit, or (CPU tensors only, a GPU is not asked to wait) a target
-            with zeros is combined with a divergence whose f'(∞) is infinite.
+            with zeros is combined with a divergence whose f'(∞) is infinite, or a score is NaN or +inf.
     """
     divergence = divergences.get(divergence)
+    target_log_score, log_z = target_log_score.detach(), torch.as_tensor(log_z).detach()
+    baseline = baseline.detach() if isinstance(baseline, Tensor) else baseline
     check_packing(policy_logprob, behavior_logprob, cu_seqlens, target_log_score, log_z, baseline)
     check_options(ratio, ratio_cap, reward_cap)
     check_support(divergence, target_log_score)
@@ -96,7 +98,7 @@ def weights_from_sums(
     capped_reward = reward.clamp(-limit, limit)
     clipped = clipped | (reward != capped_reward)
 
-    offset = 0.0 if baseline is None else baseline
+    offset = baseline.double() if isinstance(baseline, Tensor) else baseline or 0.0
     importance = log_ratio.exp()
     weight = importance * (capped_reward - offset)
     if divergence.power is not None:
@@ -140,10 +142,12 @@ def check_options(ratio: str, ratio_cap: float | None, reward_cap: float | None)
 
 
 def check_support(divergence: Divergence, target_log_score: Tensor) -> None:
-    """Refuse an infinite f'(∞) on a target with zeros where looking costs no host synchronisation."""
-    if divergence.allows_zeros or target_log_score.device.type != "cpu":
+    """Refuse scores that no weight can come of, where looking costs no host synchronisation."""
+    if target_log_score.device.type != "cpu":
         return
-    if bool(torch.isneginf(target_log_score).any()):
+    if bool((target_log_score.isnan() | target_log_score.isposinf()).any()):
+        raise ValueError("target_log_score has a NaN or +inf; it must be a number, or −inf where the target is zero")
+    if not divergence.allows_zeros and bool(target_log_score.isneginf().any()):
         raise ValueError(refusal(divergence))
 
 
@@ -167,7 +171,7 @@ def check_packing(
     num_tokens, num_sequences = len(policy_logprob), len(cu_seqlens) - 1
     if policy_logprob.ndim != 1 or behavior_logprob.shape != policy_logprob.shape:
         raise ValueError(
-            f"policy and behavior log-probs must be two [N] tensors, one number a token; "
+            f"what there is one of for each token must be [N] tensors of one N; "
             f"got {tuple(policy_logprob.shape)} and {tuple(behavior_logprob.shape)}"
         )
     if cu_seqlens.ndim != 1 or num_sequences < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):

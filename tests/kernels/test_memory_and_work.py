@@ -1,0 +1,123 @@
+"""No [N, V] tensor is ever formed, and none twice: storages and matrix products are watched while an op runs."""
+
+import weakref
+
+import pytest
+import torch
+from kernel_cases import packing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fdpg_kernels import chunked, fdpg_loss, linear_logprob
+
+N, D, V = 2000, 8, 4096
+ROWS = 40
+BLOCK = ROWS * V * 4  # bytes; [N, V] is 50 of them
+HEAD, HIDDEN = V * D * 4, N * D * 4  # bytes of the gradients
+
+
+class Storages(TorchDispatchMode):
+    """Sizes in bytes of the storages created under it, and how much of them was alive at once."""
+
+    def __init__(self, *callers: torch.Tensor):
+        super().__init__()
+        self.not_ours = {x.untyped_storage()._cdata for x in callers}
+        self.sizes: set[int] = set()
+        self.alive = self.peak = 0
+        self.watched: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self._watch(x.untyped_storage())
+        return out
+
+    def _watch(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.not_ours or key in self.watched:
+            return
+
+        def freed(_):
+            self.alive -= size
+            del self.watched[key]
+
+        self.watched[key] = weakref.ref(storage, freed)
+        self.sizes.add(size)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+
+@pytest.fixture
+def inputs(monkeypatch):
+    monkeypatch.setattr(chunked, "BLOCK_BYTES", BLOCK)
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=rng, requires_grad=True)
+    weight = torch.randn(V, D, generator=rng, requires_grad=True)
+    return hidden, weight, torch.randint(V, (N,), generator=rng)
+
+
+def sequences(length):
+    batch = N // length
+    return packing([length] * batch), torch.full((N,), -8.0), torch.zeros(batch), torch.tensor(0.0)
+
+
+def test_the_watch_sees_a_full_logit_matrix(inputs):
+    with Storages(*inputs) as seen:
+        linear_logprob(*inputs, impl="reference")
+    assert max(seen.sizes) == N * V * 8 and seen.peak >= 2 * N * V * 8 > seen.alive
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_linear_logprob(inputs, softcap):
+    with Storages(*inputs) as seen:
+        logprob = linear_logprob(*inputs, softcap=softcap, impl="chunked")
+    assert max(seen.sizes) == BLOCK
+    assert seen.alive < 10 * N  # the log-probs; nothing of a block is saved for the backward
+    with Storages(*inputs, logprob) as seen:
+        logprob.sum().backward()
+    assert max(seen.sizes) == BLOCK
+    # the block of this chunk and of the last one; a soft cap adds their slopes and one temporary
+    assert seen.peak <= (2 if softcap is None else 5) * BLOCK + HEAD + HIDDEN + 100 * N
+
+
+@pytest.mark.parametrize("length", [ROWS // 2, N // 2], ids=["short sequences", "sequences of many chunks"])
+def test_fdpg_loss(inputs, length):
+    others = sequences(length)
+    with Storages(*inputs, *others) as seen:
+        loss = fdpg_loss(*inputs, *others, impl="chunked").loss
+    assert max(seen.sizes) == BLOCK
+    assert seen.peak <= 2 * BLOCK + HEAD + HIDDEN + 100 * N
+    assert seen.alive <= HEAD + HIDDEN + 100 * N  # the gradients, waiting for backward to scale them
+    loss.backward()
+    assert inputs[0].grad.shape == (N, D) and inputs[1].grad.shape == (V, D)
+
+
+def test_no_gradient_is_formed_under_no_grad(inputs):
+    others = sequences(ROWS // 2)
+    with torch.no_grad(), Storages(*inputs, *others) as seen:
+        quiet = fdpg_loss(*inputs, *others, impl="chunked").loss
+    assert not quiet.requires_grad and not {HEAD, HIDDEN} & seen.sizes
+    with Storages(*inputs, *others) as seen:
+        learning = fdpg_loss(*inputs, *others, impl="chunked").loss
+    assert learning.requires_grad and {HEAD, HIDDEN} <= seen.sizes
+    torch.testing.assert_close(quiet, learning.detach())
+
+
+class MultiplyAdds(TorchDispatchMode):
+    """Multiply-adds of the matrix products run under it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.count += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("length", "products"), [(ROWS // 2, 3), (N // 2, 4)], ids=["short", "many chunks"])
+def test_logits_are_formed_twice_only_for_sequences_that_span_chunks(inputs, length, products):
+    # a weight is known once its whole sequence has passed: logits, ∇hidden and ∇weight, and logits again if gone
+    with MultiplyAdds() as seen:
+        fdpg_loss(*inputs, *sequences(length), impl="chunked").loss.backward()
+    assert seen.count == products * N * D * V
