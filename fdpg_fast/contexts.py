@@ -55,7 +55,7 @@ def load_contexts(path: str | None, tokenizer: Any, max_tokens: int) -> list[Con
         line = line.removesuffix("\r")
         if line.strip():
             prompt, columns = parse(line, f"{path}:{number}")
-            contexts.append(_context(len(contexts), prompt, columns, tokenizer, max_tokens, f"{path}:{number}"))
+            contexts.append(make_context(len(contexts), prompt, columns, tokenizer, max_tokens, f"{path}:{number}"))
     if not contexts:
         raise UserError(f"contexts: {path!r} holds no prompt; write one a line, or leave the path out")
     return contexts
@@ -97,7 +97,7 @@ def _parse_json_line(line: str, where: str) -> tuple[str | list, dict[str, Any]]
     return prompt, row
 
 
-def _context(
+def make_context(
     index: int, prompt: str | list, columns: dict[str, Any], tokenizer: Any, max_tokens: int, where: str
 ) -> Context:
     if isinstance(prompt, list):

@@ -54,13 +54,9 @@ class PartitionFunction:
     def summary(self) -> dict[str, float]:
         """Mean log Z over the contexts seen, its standard error, and effective samples a context."""
         seen = self._log_sum > -math.inf
+        at_zero = float(((self._count > 0) & ~seen).sum())
         if not bool(seen.any()):
-            return {
-                "log_z": -math.inf,
-                "log_z_se": math.nan,
-                "ess": 0.0,
-                "contexts_at_zero": float(len(seen)),
-            }
+            return {"log_z": -math.inf, "log_z_se": math.nan, "ess": 0.0, "contexts_at_zero": at_zero}
         ess = (2 * self._log_sum - self._log_sum_squares)[seen].exp()
         relative_variance = (1 / ess - 1 / self._count[seen]).clamp(min=0)  # of each Z_c
         log_z = self._log_sum[seen] - self._count[seen].log()
@@ -68,11 +64,13 @@ class PartitionFunction:
             "log_z": float(log_z.mean()),
             "log_z_se": float(relative_variance.sum().sqrt() / len(ess)),
             "ess": float(ess.mean()),
-            "contexts_at_zero": float(((self._count > 0) & ~seen).sum()),
+            "contexts_at_zero": at_zero,
         }
 
     def state(self) -> dict[str, Tensor]:
-        return {"log_sum": self._log_sum, "log_sum_squares": self._log_sum_squares, "count": self._count}
+        """A copy of what `load_state` takes."""
+        tensors = {"log_sum": self._log_sum, "log_sum_squares": self._log_sum_squares, "count": self._count}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._log_sum, self._log_sum_squares, self._count = (

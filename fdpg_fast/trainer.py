@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from fdpg_kernels import divergences
@@ -19,9 +21,9 @@ from fdpg_kernels.sequence_weights import refusal, sum_by_sequence
 from .assemble import build_target
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .config import TrainConfig, dump_config
-from .contexts import Context, load_contexts, schedule
+from .contexts import Context, load_contexts, make_context, schedule
 from .engines import TransformersEngine
-from .errors import UserError
+from .errors import RunError, UserError
 from .evaluate import Evaluation, evaluate
 from .features import Completions
 from .language_model import eos_token_ids, load_model, load_tokenizer
@@ -67,15 +69,15 @@ class Trainer:
             raise UserError(f"divergence: {refusal(self.divergence)}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
-        room = self.base.max_length - config.engine.max_new_tokens
-        if room < 1:
+        self.room = self.base.max_length - config.engine.max_new_tokens
+        if self.room < 1:
             raise UserError(
                 f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
                 f"in the model's {self.base.max_length} positions"
             )
-        self.contexts = load_contexts(config.contexts.train, self.tokenizer, room)
+        self.contexts = load_contexts(config.contexts.train, self.tokenizer, self.room)
         held_out = config.contexts.eval
-        self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.tokenizer, room)
+        self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.tokenizer, self.room)
         self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
 
         self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
@@ -119,19 +121,16 @@ class Trainer:
                 if not self.resume:
                     folder.discard()
                 raise
-            tracking = Tracking(config, folder)
-            rounds, started = config.trainer.rounds, time.perf_counter()
-            first = state.round
-            for round_index in range(first, rounds):
-                metrics = self.round(round_index, folder)
-                tracking.log(round_index, metrics)
-                state.round = round_index + 1
-                pace = (time.perf_counter() - started) / (state.round - first)
-                left = pace * (rounds - state.round)
-                self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
-                if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
-                    save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
-            tracking.close()
+            first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
+            with contextlib.closing(Tracking(config, folder)) as tracking:
+                for round_index in range(first, rounds):
+                    metrics = self.round(round_index, folder)
+                    tracking.log(round_index, metrics)
+                    state.round = round_index + 1
+                    left = (time.perf_counter() - started) / (state.round - first) * (rounds - state.round)
+                    self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
+                    if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
+                        save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
             after = self._evaluate(folder, rounds)
             return RunResult(folder.path, before, after, write_report(folder.path))
         finally:
@@ -178,7 +177,7 @@ class Trainer:
         self._restore()
         contexts = self.eval_contexts[:count]
         if prompt is not None:
-            contexts = [Context(0, prompt, tuple(self.tokenizer(prompt)["input_ids"]))]
+            contexts = [make_context(0, prompt, {}, self.tokenizer, self.room, "--prompt")]
         rollouts = self.engine.sample(contexts, -(-count // len(contexts)), self._seed("samples", seed))
         return self._sample_rows(self._score(rollouts, Clock()), count)
 
@@ -201,6 +200,7 @@ class Trainer:
 
     def _start(self, folder: RunFolder) -> Evaluation | None:
         """Resume, or do what precedes the first round: λ, oracle Z, and the evaluation of the base model."""
+        transformers.set_seed(self.config.trainer.seed)  # for features that draw from the global generators
         if self.resume:
             folder.record(self.config)  # it may have more rounds now
         if self.checkpoint is not None:
@@ -246,6 +246,11 @@ class Trainer:
             base = self.base.token_logprobs(rollouts, self.config.trainer.micro_batch_tokens)
         base_logprob = sum_by_sequence(base, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
+        if not bool(behavior_logprob.isfinite().all()):
+            raise RunError(
+                "the policy's log-probs are no numbers any more: training has diverged; "
+                "start again with a lower optimizer.learning_rate"
+            )
         return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
 
     def _feature_values(self, texts: Completions) -> Tensor:

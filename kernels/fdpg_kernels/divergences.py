@@ -124,7 +124,7 @@ def _jensen_shannon_slope(log_t: Tensor) -> Tensor:
 def alpha(a: float) -> Divergence:
     """Amari's α-divergence, 0 < a < 1: a → 0 is forward KL, a → 1 reverse KL, ½ is 2·squared Hellinger."""
     if not 1e-4 <= a <= 1 - 1e-4:
-        raise ValueError(f"alpha:{a:g}: a must be in (0, 1), 0.0001 or more from the ends, forward_kl (0) and reverse_kl (1)")
+        raise ValueError(f"alpha:{a:g} is outside (0, 1) or within 0.0001 of its ends, forward_kl and reverse_kl")
     return _power(f"alpha:{a:g}", lambda t: (t**a - a * t - (1 - a)) / (a * (a - 1)), a - 1, 1 / (a - 1))
 
 
