@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from .errors import UserError
 
 
@@ -54,8 +52,10 @@ def load_contexts(path: str | None, tokenizer: Any, max_tokens: int) -> list[Con
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a prompt may hold a form feed
         line = line.removesuffix("\r")
         if line.strip():
-            prompt, columns = parse(line, f"{path}:{number}")
-            contexts.append(make_context(len(contexts), prompt, columns, tokenizer, max_tokens, f"{path}:{number}"))
+            prompt, columns = parse(line, f"contexts: {path}:{number}")
+            contexts.append(
+                make_context(len(contexts), prompt, columns, tokenizer, max_tokens, f"contexts: {path}:{number}")
+            )
     if not contexts:
         raise UserError(f"contexts: {path!r} holds no prompt; write one a line, or leave the path out")
     return contexts
@@ -82,9 +82,9 @@ def _parse_json_line(line: str, where: str) -> tuple[str | list, dict[str, Any]]
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"contexts: {where} is not JSON: {error.msg}") from None
+        raise UserError(f"{where} is not JSON: {error.msg}") from None
     if not isinstance(row, dict) or "prompt" not in row:
-        raise UserError(f'contexts: {where} needs an object with "prompt", a string or a list of messages')
+        raise UserError(f'{where} needs an object with "prompt", a string or a list of messages')
     prompt = row.pop("prompt")
     if (
         isinstance(prompt, list)
@@ -93,7 +93,7 @@ def _parse_json_line(line: str, where: str) -> tuple[str | list, dict[str, Any]]
     ):
         return prompt, row
     if not isinstance(prompt, str):
-        raise UserError(f'contexts: {where}: "prompt" must be a string or a list of {{"role", "content"}} messages')
+        raise UserError(f'{where}: "prompt" must be a string or a list of {{"role", "content"}} messages')
     return prompt, row
 
 
@@ -102,22 +102,23 @@ def make_context(
 ) -> Context:
     if isinstance(prompt, list):
         if tokenizer.chat_template is None:
-            raise UserError(f"contexts: {where} has chat messages but the tokenizer has no chat template")
+            raise UserError(f"{where} has chat messages but the tokenizer has no chat template")
         try:
             text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise UserError(f"contexts: {where}: the chat template refuses these messages: {error}") from None
+        except Exception as error:  # a template is a program
+            message = " ".join(str(error).split())
+            raise UserError(f"{where}: the chat template refuses these messages: {message}") from error
     else:
         text = prompt
     if not text.strip():
-        raise UserError(f"contexts: {where} is an empty prompt; leave the path out to sample unconditionally")
+        raise UserError(f"{where} is an empty prompt; leave the path out to sample unconditionally")
     templated = isinstance(prompt, list)  # a template writes its own BOS
     token_ids = tuple(tokenizer(text, add_special_tokens=not templated)["input_ids"])
     if not token_ids:
-        raise UserError(f"contexts: {where}: the tokenizer makes no token of this prompt")
+        raise UserError(f"{where}: the tokenizer makes no token of this prompt")
     if len(token_ids) > max_tokens:
         raise UserError(
-            f"contexts: {where} has {len(token_ids)} tokens but the model has room for {max_tokens} "
+            f"{where} has {len(token_ids)} tokens but the model has room for {max_tokens} "
             "beside engine.max_new_tokens; shorten the prompt or lower engine.max_new_tokens"
         )
     return Context(index, text, token_ids, columns)

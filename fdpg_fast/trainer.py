@@ -248,7 +248,7 @@ class Trainer:
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
         if not bool(behavior_logprob.isfinite().all()):
             raise RunError(
-                "the policy's log-probs are no numbers any more: training has diverged; "
+                "the policy's log-probs are not finite any more: training has diverged; "
                 "start again with a lower optimizer.learning_rate"
             )
         return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
