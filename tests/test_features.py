@@ -1,0 +1,404 @@
+"""Features: what each one counts, how a user's own is called, and that a bad one ends in one clear line."""
+
+import asyncio
+import json
+import signal
+import sys
+import threading
+import time
+import warnings
+
+import numpy
+import pycodestyle
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from fdpg_fast.contexts import Context
+from fdpg_fast.errors import RunError, UserError
+from fdpg_fast.features import (
+    Completions,
+    Feature,
+    classifier,
+    feature,
+    import_feature,
+    pep8,
+    python_parses,
+    regex,
+    word,
+)
+from fdpg_fast.rollouts import Rollouts
+
+
+def batch_of(*completions, prompts=None, finished=None, **columns):
+    return Completions(
+        completions=list(completions),
+        prompts=prompts or [""] * len(completions),
+        completion_ids=[list(text.encode(errors="surrogatepass")) for text in completions],
+        finished=finished or [True] * len(completions),
+        columns=columns,
+    )
+
+
+def values(feature, *completions, **options):
+    return feature(batch_of(*completions, **options)).tolist()
+
+
+# --- built-in features ---
+
+
+def test_word_is_whole_and_in_any_case():
+    texts = ["An AMAZING day", "amazing", "amazingly", "unamazing", "so amazing!", '"amazing"', "amazing_thing", ""]
+    assert values(word("amazing"), *texts) == [1, 1, 0, 0, 1, 1, 0, 0]
+    assert values(word(" Café "), "un CAFÉ.", "cafés", "cafe", "le café,") == [1, 0, 0, 1]
+    assert values(word("C++"), "in C++.", "C+", "c++11", "(C++)") == [1, 0, 0, 1]  # its own punctuation is literal
+    assert values(word("東京"), "東京 へ", "東京都") == [1, 0]
+    with pytest.raises(UserError, match="the word is empty"):
+        word("  ")
+
+
+def test_word_and_regex_look_at_the_completion_only():
+    assert values(word("yes"), "no", prompts=["yes"]) == [0]
+    assert values(regex(r"\d{2,}$"), "1 12", "12 1", "x", "é42", prompts=["99"] * 4) == [1, 0, 0, 1]
+    assert values(regex("^b"), "ab", "a\nb") == [0, 0]
+    with pytest.raises(UserError, match=r"'\(a' is not a regular expression"):
+        regex("(a")
+
+
+def test_python_parses_takes_prompt_and_completion_together():
+    sources = ["    return x\n", "return x\n", "    return (x\n", "", "    pass\n    # é\n"]
+    assert values(python_parses(), *sources, prompts=["def f(x):\n"] * 5) == [1, 0, 0, 0, 1]
+    assert values(python_parses(), "x = 1", "x = 1", finished=[True, False]) == [1, 0]  # cut off counts as 0
+
+
+def test_python_parses_survives_hostile_source():
+    depth = 50_000
+    hostile = ["x = 1\0", "(" * depth, "-" * depth + "1", "x" + ".y" * depth, "\ud800", "'\ud800'", "lambda:" * depth]
+    assert values(python_parses(), *hostile) == [0] * len(hostile)
+
+
+def test_python_parses_says_nothing_about_dubious_source():
+    """Whatever the user does about warnings: "\\d" and `1 is 1` are valid Python."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert values(python_parses(), "x = '\\d'", "1 is 1", "assert (1, 2)") == [1, 1, 1]
+        warnings.simplefilter("error")
+        assert values(python_parses(), "x = '\\d'", "1 is 1", "assert (1, 2)") == [1, 1, 1]
+    assert not caught
+
+
+def test_source_is_never_executed(tmp_path, capfd):
+    target = tmp_path / "executed"
+    source = f"print('ran')\nopen({str(target)!r}, 'w')\n"
+    assert values(python_parses(), source) == [1]
+    pep8()(batch_of(source))
+    assert not target.exists() and capfd.readouterr() == ("", "")
+
+
+def test_pep8():
+    sources = ["x = 1\n", "x=1\n", "import os, sys\n", "x = (\n", "def f():\n  return 1\n"]
+    assert values(pep8(), *sources) == [1, 0, 0, 0, 0]
+    assert values(pep8(), "    return 1", "   return 1", prompts=["def f():\n"] * 2) == [1, 0]
+    assert values(pep8(), "x = 1", finished=[False]) == [0]
+
+
+def test_pep8_does_not_depend_on_the_user_s_own_configuration(tmp_path, monkeypatch):
+    (tmp_path / "pycodestyle").write_text("[pycodestyle]\nselect = E101\n")
+    monkeypatch.setattr(pycodestyle, "USER_CONFIG", str(tmp_path / "pycodestyle"))
+    assert values(pep8(), "x=1\n") == [0]
+
+
+@pytest.fixture
+def make_classifier(tiny_model, tmp_path):
+    def make(**options):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model, model_max_length=20)
+        sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        torch.manual_seed(0)
+        config = BertConfig(
+            **sizes, num_attention_heads=2, max_position_embeddings=20, pad_token_id=0, initializer_range=0.5, **options
+        )
+        network = BertForSequenceClassification(config).eval()
+        for saved in (network, tokenizer):
+            saved.save_pretrained(tmp_path)
+        return str(tmp_path), lambda text: network(**tokenizer(text[:20], return_tensors="pt")).logits[0].detach()
+
+    return make
+
+
+TEXTS = ["short", "a longer text here", "x", "far longer than the twenty positions there are", "mid size"]
+LABELS = {"id2label": {0: "Negative", 1: "neutral", 2: "POSITIVE"}, "label2id": {"Negative": 0}}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_classifier_gives_the_label_s_probability(make_classifier, batch_size):
+    """Batched, padded, sorted and cut to the classifier's length: as every text alone."""
+    path, logits = make_classifier(**LABELS)
+    expected = [float(logits(text).softmax(0)[2]) for text in TEXTS]
+    assert max(expected) - min(expected) > 0.05
+    scores = classifier(path, "positive", batch_size=batch_size)
+    assert values(scores, *TEXTS, prompts=["not looked at"] * 5) == pytest.approx(expected, abs=1e-5)
+    with_prompt = classifier(path, "positive", batch_size=batch_size, with_prompt=True)
+    assert values(with_prompt, "b", "xyz", prompts=["a", ""]) == pytest.approx(
+        [float(logits(text).softmax(0)[2]) for text in ("ab", "xyz")], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_labels": 1}, {**LABELS, "problem_type": "multi_label_classification"}],
+    ids=["one logit", "several labels at once"],
+)
+def test_labels_that_do_not_exclude_each_other_are_yes_no_scores(make_classifier, options):
+    path, logits = make_classifier(**options)
+    label = list(BertConfig.from_pretrained(path).id2label.values())[0]
+    expected = [float(logits(text).sigmoid()[0]) for text in TEXTS]
+    assert values(classifier(path, label), *TEXTS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_classifier_refusals(make_classifier, tiny_model, tmp_path):
+    path, _ = make_classifier(**LABELS)
+    with pytest.raises(UserError, match="no label 'joy', only negative, neutral, positive"):
+        classifier(path, "joy")
+    with pytest.raises(UserError, match="cannot load"):
+        classifier(str(tmp_path / "nothing"), "joy")
+
+
+def test_a_model_without_a_classification_head_is_refused(tiny_model):
+    """transformers would give it a random head, another one in every run."""
+    with pytest.raises(UserError, match="classifier"):
+        classifier(str(tiny_model), "LABEL_1")
+
+
+# --- a user's own feature ---
+
+
+def test_decorator_with_and_without_arguments():
+    @feature
+    def length(completions):
+        return [len(text) for text in completions]
+
+    @feature(name="size", timeout=3.0)
+    def other(completions):
+        return [len(text) for text in completions]
+
+    assert (length.name, length.timeout, other.name, other.timeout) == ("length", 60.0, "size", 3.0)
+    assert values(length, "ab", "") == values(other, "ab", "") == [2, 0]
+    assert feature(length) is length
+    assert values(feature(lambda completions: [1] * len(completions)), "a") == [1]
+
+
+def test_arguments_come_by_name_as_in_trl():
+    batch = batch_of("a", "b", prompts=["p", "q"], finished=[True, False], answer=[4, None])
+    seen = {}
+
+    def score(completions, prompts, completion_ids, answer, **columns):
+        seen.update(columns, completions=completions, prompts=prompts, ids=completion_ids, answer=answer)
+        return [0.0] * len(completions)
+
+    feature(score)(batch)
+    assert seen == {
+        "completions": ["a", "b"],
+        "prompts": ["p", "q"],
+        "ids": [[97], [98]],
+        "answer": [4, None],
+        "finished": [True, False],
+    }
+    assert feature(lambda finished, answer=None, nothing=5: [nothing, answer[0]])(batch).tolist() == [5, 4]
+
+
+def test_a_column_cannot_replace_what_the_policy_wrote():
+    batch = batch_of("a", completions=["forged"], finished=[False], answer=[1])
+    assert feature(lambda completions, **_: [float(completions == ["a"])])(batch).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, 0.5, None],
+        (True, 0.5, None),
+        [numpy.float32(1), numpy.float64(0.5), None],
+        [torch.tensor(1), torch.tensor(0.5), None],
+    ],
+)
+def test_numbers_of_any_kind_and_none(returned):
+    result = feature(lambda completions: returned)(batch_of("a", "b", "c"))
+    assert result.dtype == torch.float64 and result[:2].tolist() == [1, 0.5] and bool(result[2].isnan())
+
+
+def test_arrays():
+    for array in (numpy.array([1, 0]), numpy.array([True, False]), torch.tensor([1.0, 0.0])):
+        assert values(feature(lambda completions, array=array: array), "a", "b") == [1, 0]
+    assert values(feature(lambda completions: torch.tensor([[1.0], [0.0]])), "a", "b") == [1, 0]
+
+
+def test_async_features():
+    async def one(text):
+        await asyncio.sleep(0.001)
+        return len(text)
+
+    async def score(completions):
+        return await asyncio.gather(*map(one, completions))
+
+    assert values(feature(score), "ab", "c") == [2, 1]
+
+
+def test_import_paths(tmp_path, monkeypatch):
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+    source += "@dataclass\nclass Scale:\n    by: float = 2.0\n\n"  # dataclasses look their module up
+    source += "def double(completions):\n    return [Scale().by * len(text) for text in completions]\n"
+    (tmp_path / "my_features.py").write_text(source)
+    for path in (f"{tmp_path}/my_features.py:double", "my_features:double"):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        found = import_feature(path)
+        assert found.name == "double" and values(found, "ab") == [4]
+    assert import_feature("my_features:double", name="twice", timeout=1.0).name == "twice"
+
+
+def test_a_file_does_not_take_the_place_of_a_module_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "json", json)  # put back whatever happens
+    (tmp_path / "json.py").write_text("def f(completions):\n    return [1] * len(completions)\n")
+    assert values(import_feature(f"{tmp_path}/json.py:f"), "a") == [1]
+    assert sys.modules["json"] is json
+
+
+BROKEN = "raise ValueError('at import')\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("my_features", "write package.module:name or file.py:name"),
+        ("no_such_module:f", "no_such_module"),
+        ("missing.py:f", "missing.py"),
+        ("math:no_such_name", "no_such_name"),
+        ("math:pi", "leads to a float, not a function"),
+        ("syntax.py:f", "SyntaxError"),
+        ("broken.py:f", "ValueError: at import"),
+    ],
+)
+def test_bad_import_paths_are_refused(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "syntax.py").write_text("def f(:\n")
+    (tmp_path / "broken.py").write_text(BROKEN)
+    with pytest.raises(UserError, match=message) as refusal:
+        import_feature(path)
+    assert "\n" not in str(refusal.value)
+
+
+# --- bad features ---
+
+
+def raises(completions):
+    raise KeyError("answer")
+
+
+def raises_lines(completions):
+    raise ValueError("first\nsecond")
+
+
+BAD = {
+    "raises": (raises, "'f' raised KeyError: 'answer'"),
+    "raises several lines": (raises_lines, "'f' raised ValueError: first"),
+    "wrong arguments": (lambda completions, missing: [0, 0], "'f' raised TypeError.*missing"),
+    "too few": (lambda completions: [1.0], "'f' returned 1 values for 2 completions"),
+    "too many": (lambda completions: [1.0] * 3, "'f' returned 3 values for 2"),
+    "one number": (lambda completions: 0.5, "'f' returned float"),
+    "one numpy number": (lambda completions: numpy.float64(0.5), "'f' returned float64"),
+    "one tensor": (lambda completions: torch.tensor(0.5), "'f' returned Tensor"),
+    "nothing": (lambda completions: None, "'f' returned NoneType"),
+    "dict": (lambda completions: {0: 1, 1: 2}, "'f' returned dict"),
+    "NaN": (lambda completions: [0, float("nan")], "'f' returned nan for 'bb'.*finite number, or None"),
+    "inf": (lambda completions: torch.tensor([torch.inf, 0]), "'f' returned inf for 'a'"),
+    "words": (lambda completions: ["good", "bad"], "'f' returned 'good' for 'a', not a number"),
+    "text of the right length": (lambda completions: "12", "'f' returned str"),
+    "two columns": (lambda completions: torch.zeros(2, 2), r"'f' returned .* not a number"),
+    "too large": (lambda completions: [10**400, 0], "'f' returned"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_features_end_in_one_line(name):
+    score, message = BAD[name]
+    with pytest.raises(RunError, match=message) as failure:
+        Feature("f", score)(batch_of("a", "bb"))
+    assert "\n" not in str(failure.value)
+
+
+async def sleeps_async(completions):
+    await asyncio.sleep(20)
+
+
+def stubborn(completions):
+    for _ in range(20):
+        try:
+            time.sleep(1)
+        except Exception:
+            time.sleep(20)
+
+
+def swallows(completions):
+    scores = []
+    for _ in completions:
+        try:
+            time.sleep(1.5)
+            scores.append(1.0)
+        except:  # noqa: E722  (reward functions do this)
+            scores.append(0.0)
+    return scores
+
+
+HANGS = {
+    "sleeps": lambda completions: time.sleep(20),
+    "busy": lambda completions: sum(i for i in range(10**10)),
+    "async": sleeps_async,
+    "catches Exception": stubborn,
+    "catches everything": swallows,
+    "regular expression": regex("(a+)+$").score,
+}
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_a_feature_that_hangs_is_stopped(name):
+    handler, started = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(RunError, match="'f' did not return within its timeout of 0.2 s for 2 completions"):
+        Feature("f", HANGS[name], timeout=0.2)(batch_of("a" * 40 + "!", "b"))
+    assert time.monotonic() - started < 1.4
+    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_feature_in_time_is_left_alone():
+    assert values(Feature("f", lambda completions: [1], timeout=0.05), "a") == [1]
+    time.sleep(0.1)  # no late alarm
+    results = []
+    thread = threading.Thread(target=lambda: results.append(values(feature(lambda completions: [1]), "a")))
+    thread.start()
+    thread.join()
+    assert results == [[1]]  # another thread gets no signal, and still gets its values
+
+
+# --- from rollouts to text ---
+
+
+def test_decode_gives_text_without_eos_and_columns_by_row(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    contexts = (
+        Context(0, "p", tuple(tokenizer("p")["input_ids"]), {"answer": 1}),
+        Context(1, "q", tuple(tokenizer("q")["input_ids"]), {"level": "x"}),
+    )
+    texts = [tokenizer(text)["input_ids"] for text in (" a , b .", "é", "c")]
+    packed = [texts[0] + [0], [0], texts[1] + [0], texts[2]]
+    lengths = torch.tensor([len(tokens) for tokens in packed])
+    rollouts = Rollouts(
+        contexts=contexts,
+        context_index=torch.tensor([0, 0, 1, 1]),
+        token_ids=torch.tensor([token for tokens in packed for token in tokens]),
+        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+        behavior_logprob=torch.zeros(int(lengths.sum())),
+        finished=torch.tensor([True, True, True, False]),
+    )
+    decoded = Completions.decode(rollouts, tokenizer)
+    assert decoded.completions == [" a , b .", "", "é", "c"]  # to the letter: no space is tidied away
+    assert decoded.prompts == ["p", "p", "q", "q"] and decoded.finished == [True, True, True, False]
+    assert decoded.completion_ids == [texts[0], [], texts[1], texts[2]]
+    assert dict(decoded.columns) == {"answer": [1, 1, None, None], "level": [None, None, "x", "x"]}

@@ -1,0 +1,291 @@
+"""Whole runs on a tiny model: what they leave, that they repeat, and that their numbers are what they say."""
+
+import itertools
+import math
+import shutil
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import runs
+from fdpg_fast import Trainer, load_config
+from fdpg_fast.config import LossConfig, OptimizerConfig, parse_config
+from fdpg_fast.errors import RunError
+from fdpg_fast.learner import Learner
+from fdpg_kernels import divergences
+
+ALL = 1000  # more samples than a round has: samples.jsonl holds every one
+SOFT = {"kind": "rlhf", "beta": 0.5, "feature": runs.LETTERS["feature"]}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model, tmp_path_factory):
+    trainer = {"rounds": 5, "checkpoint_every": 2, "keep_checkpoints": 2, "samples_logged": ALL}
+    return runs.train(tiny_model, tmp_path_factory.mktemp("run"), trainer=trainer)
+
+
+def test_folder_holds_what_the_guide_lists(run_dir):
+    assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation.jsonl",
+        "checkpoints",
+        "report.html",
+    }
+    # of rounds 2, 4 and 5, the last of which always writes one, two are kept
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["round-000004", "round-000005"]
+    assert not list(run_dir.rglob("*.tmp")) and load_config(run_dir / "config.yaml").run_dir == str(run_dir)
+
+
+def test_metrics_have_one_object_a_round_and_known_namespaces(run_dir):
+    rows = runs.rows(run_dir / "metrics.jsonl")
+    assert [row["round"] for row in rows] == [0, 1, 2, 3, 4]
+    assert {key.partition("/")[0] for row in rows for key in row} == {
+        *("round", "loss", "target", "policy", "z", "time", "memory", "engine"),
+    }
+    assert {tuple(row) for row in rows} == {tuple(rows[0])}  # the same keys in every round
+    for row in rows:
+        phases = sum(row[f"time/{phase}"] for phase in ("sample", "features", "base", "update", "sync"))
+        assert 0 < phases <= row["time/round"] and row["memory/peak_bytes"] > 1e7
+
+
+def test_engine_and_learner_agree_on_every_token(run_dir):
+    for row in runs.rows(run_dir / "metrics.jsonl"):
+        assert 0 <= row["engine/logprob_gap_mean"] <= row["engine/logprob_gap_max"] < 1e-4
+
+
+def test_policy_moves_away_from_the_base(run_dir):
+    rows = runs.rows(run_dir / "metrics.jsonl")
+    assert abs(rows[0]["policy/kl_to_base"]) < 1e-4 < rows[-1]["policy/kl_to_base"]
+    assert [row["policy/skipped"] for row in rows] == [0.0] * 5
+    assert all(row["policy/grad_norm"] > 0 for row in rows)
+
+
+def test_metrics_are_those_of_the_logged_samples(run_dir):
+    for metrics, samples in zip(runs.rows(run_dir / "metrics.jsonl"), runs.samples_by_round(run_dir), strict=True):
+        assert len(samples) == 2 * 4 and {sample["prompt"] for sample in samples} <= set(runs.PROMPTS)
+        values = [sample["features"]["letters"] for sample in samples]
+        assert metrics["target/letters"] == pytest.approx(sum(values) / 8)
+        assert values == [float(any(c.isascii() and c.isalpha() for c in s["completion"])) for s in samples]
+        assert metrics["target/in_support"] == sum(s["log_score"] != "-inf" for s in samples) / 8
+        assert metrics["policy/finished"] == sum(s["finished"] for s in samples) / 8
+
+
+def test_evaluations_of_before_and_after_are_recorded(run_dir):
+    before, after = runs.rows(run_dir / "evaluation.jsonl")
+    assert (before["round"], after["round"]) == (0, 5)
+    for row in (before, after):
+        assert (row["num_samples"], row["num_contexts"]) == (9, 3)
+        assert {"feature/letters", "kl_to_base", "log_z", "divergence/jensen_shannon"} <= row["metrics"].keys()
+    assert abs(before["metrics"]["kl_to_base"]["value"]) < 1e-4 < after["metrics"]["kl_to_base"]["value"]
+
+
+def test_checkpoint_is_a_model_that_transformers_opens(run_dir, tiny_model):
+    folder = run_dir / "checkpoints/round-000005"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
+    ids = torch.tensor([tokenizer("def f(")["input_ids"]])
+    assert (model(ids).logits - base(ids).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("per_context", [True, False], ids=["per context", "pooled"])
+@pytest.mark.parametrize("kind", ["running", "batch"])
+def test_partition_is_the_mean_of_the_importance_weights(kind, per_context, tiny_model, tmp_path):
+    trainer = {"rounds": 3, "samples_logged": ALL}
+    run_dir = runs.train(
+        tiny_model,
+        tmp_path,
+        target=[SOFT],
+        trainer=trainer,
+        partition={"kind": kind, "per_context": per_context},
+    )
+    weights = defaultdict(list)
+    for metrics, samples in zip(runs.rows(run_dir / "metrics.jsonl"), runs.samples_by_round(run_dir), strict=True):
+        if kind == "batch":
+            weights.clear()
+        for sample in samples:
+            owner = sample["prompt"] if per_context else None
+            weights[owner].append(math.exp(sample["log_score"] - sample["log_q"]))
+        expected = [math.log(sum(own) / len(own)) for own in weights.values()]
+        assert metrics["z/log_z"] == pytest.approx(sum(expected) / len(expected), abs=1e-9)
+
+
+def test_oracle_partition_stays_as_it_was_before_training(tiny_model, tmp_path):
+    run_dir = runs.train(
+        tiny_model, tmp_path, target=[SOFT], trainer={"rounds": 3}, partition={"kind": "oracle", "oracle_samples": 32}
+    )
+    rows = runs.rows(run_dir / "metrics.jsonl")
+    assert len({row["z/log_z"] for row in rows}) == 1
+    assert 0 < rows[0]["z/log_z"] < 2  # φ = exp(0 or 1 / 0.5)
+    assert rows[0]["z/ess"] > 16
+
+
+def test_completions_of_no_prompt_start_from_bos(tiny_model, tmp_path):
+    run_dir = runs.train(tiny_model, tmp_path, contexts={}, loss={"baseline": "running"})
+    assert {sample["prompt"] for sample in runs.rows(run_dir / "samples.jsonl")} == {""}
+    assert [row["num_contexts"] for row in runs.rows(run_dir / "evaluation.jsonl")] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "neyman_chi2"])
+def test_soft_target_takes_divergences_that_a_constraint_does_not(name, tiny_model, tmp_path):
+    run_dir = runs.train(tiny_model, tmp_path, target=[SOFT], divergence=name)
+    assert all(
+        row["target/in_support"] == 1 and row["policy/grad_norm"] > 0 for row in runs.rows(run_dir / "metrics.jsonl")
+    )
+    after = runs.rows(run_dir / "evaluation.jsonl")[1]["metrics"]
+    assert math.isfinite(after[f"divergence/{name}"]["value"])
+
+
+def test_target_that_is_never_met_changes_nothing(tiny_model, tmp_path, capsys):
+    never = {"kind": "pointwise", "feature": {"kind": "regex", "name": "never", "pattern": "(?!)"}}
+    run_dir = runs.train(tiny_model, tmp_path, target=[never], trainer={"rounds": 3}, optimizer={"weight_decay": 0.1})
+    rows = runs.rows(run_dir / "metrics.jsonl")
+    assert [(row["policy/skipped"], row["z/log_z"], row["target/ess"]) for row in rows] == [(1.0, "-inf", 0.0)] * 3
+    assert capsys.readouterr().err.count("log Z -inf") == 3
+    weights, base = (load_file(f / "model.safetensors") for f in (run_dir / "checkpoints/round-000003", tiny_model))
+    assert weights.keys() == base.keys() and all(torch.equal(weights[name], base[name]) for name in base)
+
+
+def test_policy_that_is_no_longer_a_number_stops_the_run(tiny_model, tmp_path):
+    config = runs.settings(tiny_model, tmp_path / "run", trainer={"rounds": 4, "checkpoint_every": 2})
+
+    def poison(line: str) -> None:  # as an overflow in the third round's update would
+        if line.startswith("round 3/4"):
+            trainer.state.learner.policy.head.weight.data.fill_(math.nan)
+
+    trainer = Trainer(parse_config(config), say=poison)
+    with pytest.raises(RunError, match="not finite.*optimizer.learning_rate"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["round-000002"]
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(tiny_model, tmp_path):
+    # one context and hardly any learning: neither the order of contexts nor new weights can be what differs
+    fixed = {
+        "contexts": {"train": str(runs.write_contexts(tmp_path, "tea "))},
+        "optimizer": {"learning_rate": 1e-12},
+    }
+    one, same, other = (
+        runs.train(tiny_model, tmp_path, name, trainer={"seed": seed}, **fixed)
+        for name, seed in (("one", 0), ("same", 0), ("other", 1))
+    )
+    runs.assert_equal(runs.record(one), runs.record(same))
+    texts = [
+        [sample["completion"] for sample in samples] for run in (one, other) for samples in runs.samples_by_round(run)
+    ]
+    assert all(a != b for a, b in itertools.combinations(texts, 2))  # of two rounds of two runs
+    evaluated = [runs.rows(run / "evaluation.jsonl")[0]["metrics"]["entropy_per_token"] for run in (one, other)]
+    assert evaluated[0] != evaluated[1]
+
+
+def test_seed_covers_features_that_draw_from_the_global_generators(tiny_model, tmp_path):
+    (tmp_path / "drawing.py").write_text(
+        "import random, numpy, torch\n"
+        "def noisy(completions):\n"
+        "    return [random.random() + numpy.random.rand() + float(torch.rand(())) for _ in completions]\n"
+    )
+    target = [runs.imported(tmp_path / "drawing.py", "noisy")]
+    one, same = (runs.record(runs.train(tiny_model, tmp_path, name, target=target)) for name in ("one", "same"))
+    runs.assert_equal(one, same)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ],
+)
+def test_learning_rate_rises_for_two_rounds_and_follows_its_schedule(schedule, expected):
+    settings = OptimizerConfig(learning_rate=2e-4, schedule=schedule, warmup_rounds=2)
+    learner = Learner(
+        SimpleNamespace(model=torch.nn.Linear(1, 1)),
+        divergences.get("jensen_shannon"),
+        loss=LossConfig(),
+        optimizer=settings,
+        rounds=6,
+        micro_batch_tokens=1,
+    )
+    assert [learner.learning_rate(i) / 2e-4 for i in range(6)] == pytest.approx(expected)
+
+
+def test_learning_rate_of_the_schedule_is_the_one_that_is_used(tiny_model, tmp_path):
+    """Adam's first step moves every weight by the learning rate, times g / (|g| + ε)."""
+    trainer = {"rounds": 1}
+    run_dir = runs.train(tiny_model, tmp_path, trainer=trainer, optimizer={"learning_rate": 8e-3, "warmup_rounds": 3})
+    assert runs.rows(run_dir / "metrics.jsonl")[0]["policy/learning_rate"] == pytest.approx(2e-3)
+    weights, base = (load_file(f / "model.safetensors") for f in (run_dir / "checkpoints/round-000001", tiny_model))
+    largest = max(float((weights[name] - base[name]).abs().max()) for name in base)
+    assert largest == pytest.approx(2e-3, rel=1e-3)
+
+
+def test_library_does_what_the_command_line_does(tiny_model, tmp_path):
+    shell = runs.train(tiny_model, tmp_path, "shell")
+    data = load_config(shell / "config.yaml").model_dump() | {"run_dir": str(tmp_path / "library")}
+    said: list[str] = []
+    trainer = Trainer(parse_config(data), say=said.append)
+    result = trainer.train()
+    assert result.run_dir == tmp_path / "library" and result.report.exists()
+    assert result.before.metrics["kl_to_base"].value == pytest.approx(0, abs=1e-4)
+    assert result.after.as_dict()["num_samples"] == 9
+    assert [line.split("  ")[0] for line in said] == ["round 1/2", "round 2/2"]
+    saved = load_file(result.run_dir / "checkpoints/round-000002/model.safetensors")
+    trained = trainer.state.learner.policy.model.state_dict()
+    assert all(torch.equal(saved[name], trained[name]) for name in saved)
+    runs.assert_equal(runs.record(result.run_dir), runs.record(shell))
+
+
+def test_evaluate_measures_the_checkpoint_on_a_fresh_sample(run_dir, tmp_path, capsys):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    found = []
+    for seed in (1, 1, 2):
+        assert runs.call("evaluate", copy, "--samples=5", f"--seed={seed}") == 0
+        found.append(runs.strict((copy / "evaluation.json").read_text()))
+        shown = capsys.readouterr()
+        assert "round 5" in shown.out and "E[letters]" in shown.out and shown.err == ""
+        assert f"written to {copy}/evaluation.json" in shown.out
+    assert found[0] == found[1] != found[2] and found[0]["num_samples"] == 15
+    runs.assert_equal(runs.record(copy), runs.record(run_dir))
+
+
+def test_sample_prints_json_lines_of_the_policy(run_dir, tiny_model, capsys):
+    def sampled(*options: str) -> list[dict]:
+        assert runs.call("sample", run_dir, *options) == 0
+        return [runs.strict(line) for line in capsys.readouterr().out.split("\n") if line]
+
+    lines = sampled("--count=4")
+    assert len(lines) == 4 and {line["prompt"] for line in lines} <= set(runs.PROMPTS)
+    assert lines == sampled("--count=4", "--seed=0") != sampled("--count=4", "--seed=1")
+    lines = sampled("--count=2", "--prompt=once upon")
+    assert [line["prompt"] for line in lines] == ["once upon"] * 2 and all(line["log_q"] < 0 for line in lines)
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 91], ids=["empty", "longer than the model's 96 positions less 6"])
+def test_sample_refuses_a_prompt_that_cannot_be_continued(prompt, run_dir, capsys):
+    assert runs.call("sample", run_dir, f"--prompt={prompt}") == 2
+    assert capsys.readouterr().err.startswith("fdpg-fast: --prompt ")
+
+
+def test_compare_shows_runs_side_by_side(run_dir, tiny_model, tmp_path, capsys):
+    other = runs.train(tiny_model, tmp_path, "other", divergence="total_variation")
+    capsys.readouterr()
+    page = tmp_path / "both.html"
+    assert runs.call("compare", run_dir, other, f"--output={page}") == 0
+    table = capsys.readouterr().out
+    assert all(text in table for text in ("jensen_shannon", "total_variation", "other", "E[letters]", str(page)))
+    assert "<svg" in page.read_text()
+
+
+def test_doctor_says_what_there_is(capsys):
+    assert runs.call("doctor") == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["torch"] == torch.__version__ and {"python", "cpu", "transformers", "ops", "engine"} <= lines.keys()
+    assert ("gpu" in lines) and (torch.cuda.is_available() or lines["gpu"].startswith("none: "))
