@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 # before torch: idle OpenMP threads that spin on a busy machine time nothing but themselves
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 
