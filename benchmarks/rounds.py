@@ -19,7 +19,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
-from plain_pipeline import PlainPipeline
 
 from fdpg_fast.assemble import build_feature
 from fdpg_fast.config import TrainConfig, parse_config
@@ -27,6 +26,7 @@ from fdpg_fast.contexts import load_contexts, schedule
 from fdpg_fast.metrics import peak_memory
 from fdpg_fast.run_folder import RunFolder
 from fdpg_fast.trainer import Trainer
+from plain_pipeline import PlainPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_ROUNDS = 2  # the second is the first with AdamW's moments in place

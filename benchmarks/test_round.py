@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_pipeline import PaddedBatch, PlainPipeline, jensen_shannon_loss, sequence_logprob
-from rounds import PIPELINES, SETTINGS, Measurements, make_config, make_model, measure, peak_memory_alone
 
 from fdpg_fast.partition import pseudo_rewards
 from fdpg_fast.rollouts import Rollouts
 from fdpg_fast.trainer import Trainer
 from fdpg_kernels.sequence_weights import sum_by_sequence
+from plain_pipeline import PaddedBatch, PlainPipeline, jensen_shannon_loss, sequence_logprob
+from rounds import PIPELINES, SETTINGS, Measurements, make_config, make_model, measure, peak_memory_alone
 
 PHASES = {
     "sampling": ("ours", "plain"),

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from exact_bed import (
     HARD,
     NAMES,
@@ -17,7 +18,6 @@ from exact_bed import (
     packed_loss,
     soft_target,
 )
-
 from fdpg_kernels import sequence_weights
 
 BED = make_bed()

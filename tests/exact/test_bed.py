@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from exact_bed import (
     D_F,
     EOS,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from exact_bed import (
     HARD,
     NAMES,

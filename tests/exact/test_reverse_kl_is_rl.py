@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from exact_bed import Tabular, Transformer, leave_one_out, make_bed, packed_loss, soft_target
 
 BED = make_bed()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from exact_bed import (
     HARD,
     NAMES,
@@ -14,7 +15,6 @@ from exact_bed import (
     packed_loss,
     soft_target,
 )
-
 from fdpg_kernels import sequence_weights
 
 BED = make_bed()

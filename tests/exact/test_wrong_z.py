@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from exact_bed import (
     D_F,
     Tabular,
@@ -16,7 +17,6 @@ from exact_bed import (
     packed_loss,
     soft_target,
 )
-
 from fdpg_kernels import sequence_weights
 
 BED = make_bed()

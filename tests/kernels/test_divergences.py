@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from kernel_cases import ALLOW_ZEROS, NAMES
 
 from fdpg_kernels import Divergence, divergences
+from kernel_cases import ALLOW_ZEROS, NAMES
 
 F_PRIME = {  # f'(t), textbook f shifted by c·(t−1) so that f'(1) = 0
     "forward_kl": lambda t: 1 - 1 / t,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import NAMES, packing
 
 from fdpg_kernels import sequence_weights
+from kernel_cases import NAMES, packing
 
 
 def one_token(log_pi, log_q, log_p, dtype=torch.float64, **options):

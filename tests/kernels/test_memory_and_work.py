@@ -4,10 +4,10 @@ import weakref
 
 import pytest
 import torch
-from kernel_cases import packing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_kernels import chunked, fdpg_loss, linear_logprob
+from kernel_cases import packing
 
 N, D, V = 2000, 8, 4096
 ROWS = 40

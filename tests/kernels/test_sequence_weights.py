@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import ALLOW_ZEROS, NAMES, batch, packing
 
 from fdpg_kernels import SequenceWeights, sequence_weights
+from kernel_cases import ALLOW_ZEROS, NAMES, batch, packing
 
 LENGTHS = [3, 0, 1, 7, 2, 0, 5, 4]
 RATIOS = ["sequence", "none"]
