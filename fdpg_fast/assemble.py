@@ -8,6 +8,7 @@ from . import config as c
 from .errors import UserError
 from .features import Feature, classifier, import_feature, pep8, python_parses, regex, word
 from .features.feature import import_object
+from .metrics import RESERVED
 from .targets import Target, distributional, pointwise, rlhf
 
 
@@ -54,6 +55,8 @@ def build_target(config: c.TrainConfig, device: str) -> Target:
                 target *= _imported(term.path)
     names = [feature.name for feature in target.features]
     for name in names:
+        if name in RESERVED:
+            raise UserError(f"target: {name!r} is the name of a metric of its own; give the feature another name")
         if names.count(name) > 1:
             raise UserError(f"target: two features are called {name!r}; give one of them another name")
     return target

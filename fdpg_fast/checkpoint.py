@@ -55,7 +55,8 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: in
     temporary = folder / f".writing-{final.name}"
     try:
         with disk_errors(f"writing checkpoint {final}"):
-            shutil.rmtree(temporary, ignore_errors=True)
+            for unfinished in folder.glob(".writing-*"):  # of a process that was killed
+                shutil.rmtree(unfinished)
             temporary.mkdir(parents=True)
             state.learner.policy.model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)

@@ -134,6 +134,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
     Raises:
         UserError: there is no such model, or it cannot be used.
     """
+    _refuse_missing_folder(path)
     transformers.utils.logging.disable_progress_bar()  # a bar for every load drowns the lines that matter
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -145,6 +146,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
+    _refuse_missing_folder(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -159,6 +161,14 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
     if not found:
         raise UserError("model: neither its generation config nor its tokenizer names an EOS token")
     return tuple(sorted(found))
+
+
+def _refuse_missing_folder(path: str) -> None:
+    """A mistyped folder is no name on the hub: do not ask the network for it."""
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or ("/" in path and folder.parent.is_dir())
+    if looks_local and not folder.exists():
+        raise UserError(f"model: there is no folder {path!r} here")
 
 
 def _first_line(error: Exception) -> str:

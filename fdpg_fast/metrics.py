@@ -18,6 +18,8 @@ from .learner import Update
 from .partition import PartitionFunction
 from .rollouts import Rollouts
 
+RESERVED = ("in_support", "ess")  # keys under target/ that no feature may take
+
 
 class Clock:
     """Seconds spent in each phase of a round."""
@@ -81,7 +83,7 @@ def round_metrics(
         "policy/entropy_per_token": -float(scores.behavior_logprob.sum()) / rollouts.num_tokens,
         "policy/length": rollouts.num_tokens / len(rollouts),
         "policy/finished": float(rollouts.finished.double().mean()),
-        "policy/pseudo_reward_std": float(weights.pseudo_reward.std()),
+        "policy/pseudo_reward_std": float(weights.pseudo_reward.std(correction=0)),
         "policy/clipped": float(weights.clipped.double().mean()),
         "policy/grad_norm": update.grad_norm,
         "policy/skipped": float(update.skipped),

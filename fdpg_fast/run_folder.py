@@ -43,14 +43,19 @@ class RunFolder:
     @staticmethod
     def create(config: TrainConfig) -> RunFolder:
         """Start a run; refuses a folder that already holds one."""
+        RunFolder.refuse_taken(config)
+        folder = RunFolder(config.run_dir)
+        folder.record(config)
+        return folder
+
+    @staticmethod
+    def refuse_taken(config: TrainConfig) -> None:
+        """Raises UserError where run_dir holds a run already."""
         if (Path(config.run_dir) / "config.yaml").exists():
             raise UserError(
                 f"run_dir: {config.run_dir!r} already holds a run; continue it with --resume {config.run_dir}, "
                 "or choose another run_dir"
             )
-        folder = RunFolder(config.run_dir)
-        folder.record(config)
-        return folder
 
     def record(self, config: TrainConfig) -> None:
         """Make this the config of the run."""

@@ -61,6 +61,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, resume: bool = False, say: Callable[[str], None] | None = None):
         self.config, self.resume = config, resume
         self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        if not resume:
+            RunFolder.refuse_taken(config)
         device = _device(config.device)
         check_installed(config.tracking)
         self.divergence = divergences.get(config.divergence)
@@ -115,14 +117,10 @@ class Trainer:
         config, state = self.config, self.state
         folder = RunFolder(config.run_dir) if self.resume else RunFolder.create(config)
         try:
-            try:
-                before = self._start(folder)
-            except UserError:  # the config asks for what cannot be had: leave no half-made run in its way
-                if not self.resume:
-                    folder.discard()
-                raise
-            first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
+            # trackers first: they may draw from the generators that a resumed run restores
             with contextlib.closing(Tracking(config, folder)) as tracking:
+                before = self._start(folder)
+                first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
                 for round_index in range(first, rounds):
                     metrics = self.round(round_index, folder)
                     tracking.log(round_index, metrics)
@@ -133,6 +131,10 @@ class Trainer:
                         save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
             after = self._evaluate(folder, rounds)
             return RunResult(folder.path, before, after, write_report(folder.path))
+        except UserError:  # the config asks for what cannot be had: leave no half-made run in its way
+            if not self.resume:
+                folder.discard()
+            raise
         finally:
             self.engine.close()
             folder.close()

@@ -167,7 +167,7 @@ def _load_module(name: str) -> Any:
 
 
 def _load_file(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"fdpg_imported_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
