@@ -175,6 +175,8 @@ def solve_exponents(centred: Tensor, log_weights: Tensor, context_index: Tensor)
     """
     _, owner = context_index.unique(return_inverse=True)
     num_contexts = int(owner.max()) + 1
+    unit = centred.abs().amax(0)  # λ is found per unit of each feature: tolerances must not depend on it
+    centred = centred / unit
 
     def dual(exponents: Tensor) -> tuple[Tensor, Tensor]:
         scores = log_weights + centred @ exponents  # [S]
@@ -191,7 +193,7 @@ def solve_exponents(centred: Tensor, log_weights: Tensor, context_index: Tensor)
         mean.index_add_(0, owner, share[:, None] * centred)
         gradient = mean.sum(0)
         if float(gradient.abs().max()) < 1e-9 * num_contexts:
-            return exponents, float(share.sum() ** 2 / share.square().sum())
+            return exponents / unit, float(share.sum() ** 2 / share.square().sum())
         spread = centred - mean[owner]
         hessian = (share[:, None] * spread).T @ spread
         ridge = 1e-12 * float(hessian.diagonal().max()) + 1e-300
@@ -199,7 +201,8 @@ def solve_exponents(centred: Tensor, log_weights: Tensor, context_index: Tensor)
         length = 1.0
         while length > 1e-8:
             trial, trial_share = dual(exponents - length * step)
-            if trial <= value - 1e-4 * length * float(gradient @ step):
+            rounding = 1e-13 * num_contexts * (1 + float(value.abs()))  # near the minimum the decrease drowns in it
+            if trial <= value - 1e-4 * length * float(gradient @ step) + rounding:
                 break
             length /= 2
         else:

@@ -205,6 +205,19 @@ def test_newton_survives_a_far_start():
     assert ess == pytest.approx(float(1 / weights.square().sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_every_moment_within_reach_is_found(scale):
+    """In any unit, and without luck: rounding of the dual near its minimum must not look like failure."""
+    for seed in range(40):
+        occurs = torch.rand(2000, generator=torch.Generator().manual_seed(seed), dtype=F64) < 0.3
+        share = float(occurs.double().mean())
+        moment = 0.1 + 0.8 * seed / 40
+        values = scale * occurs.double()[:, None]
+        (exponent,) = distributional([named("f")], [scale * moment]).fit(values, one_context(values)).exponents
+        logits = torch.logit(torch.tensor([moment, share], dtype=F64))
+        assert exponent * scale == pytest.approx(float(logits[0] - logits[1]), abs=1e-7)
+
+
 def test_effective_samples_are_counted_over_all_contexts():
     """λ = 0: every share is 1/100 in one context and 1/500 in the other, or 1/600 where there is only one."""
     centred = column(*[1.0, -1.0] * 300)
