@@ -341,7 +341,7 @@ def swallows(completions):
     scores = []
     for _ in completions:
         try:
-            time.sleep(1.5)
+            time.sleep(10)
             scores.append(1.0)
         except:  # noqa: E722  (reward functions do this)
             scores.append(0.0)
@@ -363,7 +363,7 @@ def test_a_feature_that_hangs_is_stopped(name):
     handler, started = signal.getsignal(signal.SIGALRM), time.monotonic()
     with pytest.raises(RunError, match="'f' did not return within its timeout of 0.2 s for 2 completions"):
         Feature("f", HANGS[name], timeout=0.2)(batch_of("a" * 40 + "!", "b"))
-    assert time.monotonic() - started < 1.4
+    assert time.monotonic() - started < 3  # 0.2 s on a free machine; a busy one may stall the process
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
