@@ -65,7 +65,7 @@ class PythonParsesFeature(_Feature):
 
 class Pep8Feature(_Feature):
     kind: Literal["pep8"]
-    """1 where pycodestyle has nothing to say about prompt + completion."""
+    """1 where prompt + completion is finished, parses, and pycodestyle has nothing to say about it."""
 
 
 class ClassifierFeature(_Feature):

@@ -96,6 +96,7 @@ def test_source_is_never_executed(tmp_path, capfd):
 
 
 def test_pep8():
+    assert values(pep8(), "x = 1 1\n", "s = 'abc\n") == [0, 0]  # no fault of style, but no Python either
     sources = ["x = 1\n", "x=1\n", "import os, sys\n", "x = (\n", "def f():\n  return 1\n"]
     assert values(pep8(), *sources) == [1, 0, 0, 0, 0]
     assert values(pep8(), "    return 1", "   return 1", prompts=["def f():\n"] * 2) == [1, 0]
@@ -240,6 +241,11 @@ def test_async_features():
         return await asyncio.gather(*map(one, completions))
 
     assert values(feature(score), "ab", "c") == [2, 1]
+
+    async def notebook():  # where a loop is running already
+        return values(feature(score), "ab", "c")
+
+    assert asyncio.run(notebook()) == [2, 1]
 
 
 def test_import_paths(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def python_parses() -> Feature:
 
 
 def pep8() -> Feature:
-    """1 where pycodestyle has nothing to say about prompt + completion, else 0; cut off counts as 0."""
+    """1 where prompt + completion parses and pycodestyle has nothing to say about it, else 0; cut off counts as 0."""
     try:
         import pycodestyle
     except ModuleNotFoundError:
@@ -31,7 +31,8 @@ def pep8() -> Feature:
 
         def clean(source: str) -> bool:
             lines = (source.rstrip("\n") + "\n").splitlines(keepends=True)
-            return pycodestyle.Checker(lines=lines, options=style.options).check_all() == 0
+            # pycodestyle only cuts source into tokens: `x = 1 1` has no fault of style
+            return parses(source) and pycodestyle.Checker(lines=lines, options=style.options).check_all() == 0
 
         return [float(done and clean(p + c)) for p, c, done in zip(prompts, completions, finished, strict=True)]
 

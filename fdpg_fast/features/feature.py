@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class Feature:
             with _time_limit(self.timeout):
                 values = self.score(**_accepted(self.score, arguments))
                 if inspect.isawaitable(values):
-                    values = asyncio.run(_await(values))
+                    values = _finish(values)
         except _TimeUp:
             raise RunError(
                 f"feature {self.name!r} did not return within its timeout of {self.timeout:g} s "
@@ -183,8 +184,18 @@ def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[s
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-async def _await(values: Any) -> Any:
-    return await values
+def _finish(awaitable: Any) -> Any:
+    """The result of an async feature, also where a loop is running already, as in a notebook."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, wait()).result()
 
 
 class _TimeUp(BaseException):
