@@ -23,7 +23,7 @@ import torch
 from fdpg_fast.assemble import build_feature
 from fdpg_fast.config import TrainConfig, parse_config
 from fdpg_fast.contexts import load_contexts, schedule
-from fdpg_fast.metrics import peak_memory
+from fdpg_fast.memory import peak_memory
 from fdpg_fast.run_folder import RunFolder
 from fdpg_fast.trainer import Trainer
 from plain_pipeline import PlainPipeline

@@ -182,8 +182,8 @@ class RoundsConfig(_Section):
     """Contexts sampled from in a round (fewer where the data set is smaller)."""
     samples_per_context: int = Field(default=16, ge=1)
     """Completions of each."""
-    micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens in one forward and backward pass; bounds memory, changes nothing else."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in one forward and backward pass; bounds memory, changes nothing else. Left out, planned for the model."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Rounds between checkpoints; the last round always writes one."""
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -50,18 +50,23 @@ class Learner:
         self.policy, self.divergence, self.micro_batch_tokens = policy, divergence, micro_batch_tokens
         self._loss, self._settings, self._rounds = loss, optimizer, rounds
         self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        # the two [V, D] parameters, or the one that is both: a micro-batch adds to their gradients, the head's inside
+        # the loss and the embedding's row by row, instead of making two more of their size
+        embedding = policy.model.get_input_embeddings()
+        embedding.sparse = True
+        self._tables = [p for p in {embedding.weight, policy.head.weight} if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self._parameters,
             lr=optimizer.learning_rate,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
+            fused=True,  # one pass over the parameters, and no temporaries of their size
         )
 
     def step(
         self, rollouts: Rollouts, target_log_score: Tensor, log_z: Tensor, baseline: Tensor, round_index: int
     ) -> Update:
         """Descend D_f once on B rollouts; target_log_score, log_z and baseline are [B] float64."""
-        self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.policy.device)
         parts = []
         for rows in rollouts.micro_batches(self.micro_batch_tokens):
@@ -78,11 +83,12 @@ class Learner:
                 ratio=self._loss.ratio,
                 ratio_cap=self._loss.ratio_cap,
                 reward_cap=self._loss.reward_cap,
+                total_sequences=len(rollouts),
+                weight_grad_out=head.weight.grad,
                 **head.options(),
             )
-            share = part_loss * (len(part) / len(rollouts))
-            share.backward()
-            loss += share.detach()
+            part_loss.backward()
+            loss += part_loss.detach()
             parts.append(weights)
         weights = SequenceWeights(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +13,7 @@ from torch import Tensor
 from .estimators import mean
 from .features import Completions
 from .learner import Update
+from .memory import peak_memory
 from .partition import PartitionFunction
 from .rollouts import Rollouts
 
@@ -117,16 +115,6 @@ def progress_line(
         f"KL(π‖a) {metrics['policy/kl_to_base']:.2f}  {metrics['time/tokens_per_second']:,.0f} tok/s  "
         f"{minutes}:{seconds:02d} left"
     )
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux: ru_maxrss would count what the parent held when it started this process
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _with_error(key: str, values: Tensor, owner: Tensor) -> dict[str, float]:

@@ -28,6 +28,7 @@ from .evaluate import Evaluation, evaluate
 from .features import Completions
 from .language_model import eos_token_ids, load_model, load_tokenizer
 from .learner import Learner
+from .memory import FrozenPages, plan_micro_batch_tokens, trim
 from .metrics import Clock, Scores, progress_line, round_metrics
 from .partition import Baseline, PartitionFunction, pseudo_rewards
 from .report import write_report
@@ -71,6 +72,7 @@ class Trainer:
             raise UserError(f"divergence: {refusal(self.divergence)}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
+        self.base_pages = FrozenPages(self.base.model)
         self.room = self.base.max_length - config.engine.max_new_tokens
         if self.room < 1:
             raise UserError(
@@ -88,6 +90,7 @@ class Trainer:
             raise UserError(f"trainer.rounds: {config.trainer.rounds} is less than the {done} that the run has done")
         policy_path = config.model if self.checkpoint is None else str(self.checkpoint)
         policy = load_model(policy_path, config.dtype, device, config.trust_remote_code)
+        self.micro_batch_tokens = config.trainer.micro_batch_tokens or plan_micro_batch_tokens(policy.model)
         eos = eos_token_ids(policy.model, self.tokenizer)
         limits = {"max_new_tokens": config.engine.max_new_tokens, "max_sequences": config.engine.max_sequences}
         self.engine = TransformersEngine(policy, eos, **limits)
@@ -100,7 +103,7 @@ class Trainer:
                 loss=config.loss,
                 optimizer=config.optimizer,
                 rounds=rounds.rounds,
-                micro_batch_tokens=rounds.micro_batch_tokens,
+                micro_batch_tokens=self.micro_batch_tokens,
             ),
             PartitionFunction(
                 len(self.contexts), kind=partition.kind, per_context=partition.per_context, floor=partition.floor
@@ -159,6 +162,7 @@ class Trainer:
         baseline = state.baseline(rewards, rollouts.context_index)
         with clock("update"):
             update = state.learner.step(rollouts, scores.log_score, log_z, baseline, round_index)
+            trim()  # or the base model would come to lie beside the space of gradients and activations
         with clock("sync"):
             self.engine.sync_weights(state.learner)
 
@@ -196,7 +200,8 @@ class Trainer:
             f"{len(self.contexts)} contexts to train on, {len(self.eval_contexts)} to evaluate on; "
             f"features: {', '.join(self._feature_names)}\n"
             f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
-            f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target\n"
+            f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target; "
+            f"{self.micro_batch_tokens} tokens a forward and backward pass\n"
             f"writes to {config.run_dir}; nothing was done yet"
         )
 
@@ -245,7 +250,9 @@ class Trainer:
             texts = Completions.decode(rollouts, self.tokenizer)
             values = self._feature_values(texts)
         with clock("base"):
-            base = self.base.token_logprobs(rollouts, self.config.trainer.micro_batch_tokens)
+            # no activations are kept here: larger parts fit, and waste less
+            base = self.base.token_logprobs(rollouts, 4 * self.micro_batch_tokens)
+            self.base_pages.release()
         base_logprob = sum_by_sequence(base, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
         if not bool(behavior_logprob.isfinite().all()):

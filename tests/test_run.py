@@ -4,7 +4,6 @@ import itertools
 import math
 import shutil
 from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import runs
 from fdpg_fast import Trainer, load_config
 from fdpg_fast.config import LossConfig, OptimizerConfig, parse_config
 from fdpg_fast.errors import RunError
+from fdpg_fast.language_model import load_model
 from fdpg_fast.learner import Learner
 from fdpg_kernels import divergences
 
@@ -204,10 +204,10 @@ def test_seed_covers_features_that_draw_from_the_global_generators(tiny_model, t
         ("cosine", [1 / 3, 2 / 3, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
     ],
 )
-def test_learning_rate_rises_for_two_rounds_and_follows_its_schedule(schedule, expected):
+def test_learning_rate_rises_for_two_rounds_and_follows_its_schedule(schedule, expected, tiny_model):
     settings = OptimizerConfig(learning_rate=2e-4, schedule=schedule, warmup_rounds=2)
     learner = Learner(
-        SimpleNamespace(model=torch.nn.Linear(1, 1)),
+        load_model(str(tiny_model), "float32", "cpu", trust_remote_code=False),
         divergences.get("jensen_shannon"),
         loss=LossConfig(),
         optimizer=settings,

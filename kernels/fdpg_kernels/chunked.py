@@ -137,11 +137,17 @@ class _FDPGLoss(torch.autograd.Function):
         score,
         log_z,
         with_grad,
+        total_sequences,
+        weight_grad_out,
         options,
     ):
         head = _head(weight, bias, temperature, softcap)
-        wants = [with_grad and needed for needed in (ctx.needs_input_grad[i] for i in (0, 1, 3))]
-        _allocate_gradients(head, wants[1], wants[2])
+        in_place = weight_grad_out is not None and with_grad
+        _allocate_gradients(
+            head, with_grad and (in_place or ctx.needs_input_grad[1]), with_grad and ctx.needs_input_grad[3]
+        )
+        if in_place and weight_grad_out.dtype == head.weight.dtype:
+            head.weight_grad = weight_grad_out
         hidden_grad = torch.empty_like(hidden) if with_grad else None
         ends, num_sequences = cu_seqlens.tolist(), len(cu_seqlens) - 1
         per_sequence = dict(dtype=torch.float64, device=hidden.device)
@@ -174,7 +180,7 @@ class _FDPGLoss(torch.autograd.Function):
             parts.append(weights)
             if hidden_grad is None:
                 continue
-            row_gradient = (-weights.weight / num_sequences)[owner].to(head.weight.dtype)  # d loss / d log π
+            row_gradient = (-weights.weight / total_sequences)[owner].to(head.weight.dtype)  # d loss / d log π
             for rows in chunks:
                 if len(chunks) > 1:  # a sequence longer than a chunk: its weight came after its first logits went
                     x = hidden[rows].to(head.weight.dtype)
@@ -183,7 +189,11 @@ class _FDPGLoss(torch.autograd.Function):
                 hidden_grad[rows] = head.backward(block, x, target_ids[rows], gradient).to(hidden.dtype)
 
         weights = SequenceWeights(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        loss = -(weights.weight * weights.policy_logprob).mean().to(head.weight.dtype)
+        loss = (-(weights.weight * weights.policy_logprob).sum() / total_sequences).to(head.weight.dtype)
+        if in_place:
+            if head.weight_grad is not weight_grad_out:
+                weight_grad_out += head.weight_grad
+            head.weight_grad = None
         ctx.save_for_backward(hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias))
         ctx.mark_non_differentiable(*weights)
         return loss, *weights
@@ -192,7 +202,7 @@ class _FDPGLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, *_):
         hidden_grad, weight_grad, bias_grad = (None if g is None else g * upstream for g in ctx.saved_tensors)
-        return hidden_grad, weight_grad, None, bias_grad, *[None] * 8
+        return hidden_grad, weight_grad, None, bias_grad, *[None] * 10
 
 
 def fdpg_loss(
@@ -206,11 +216,16 @@ def fdpg_loss(
     behavior: Tensor,
     score: Tensor,
     log_z: Tensor,
+    total_sequences: int,
+    weight_grad_out: Tensor | None,
     options: dict,
 ) -> tuple[Tensor, SequenceWeights]:
     """See `fdpg_kernels.fdpg_loss`; no ignored rows here. The weights are float64."""
     with_grad = torch.is_grad_enabled()
-    arguments = (cu_seqlens, behavior.detach(), score.detach(), log_z, with_grad, dict(options))
+    if weight_grad_out is not None:
+        weight = weight.detach()  # its gradient goes to weight_grad_out alone
+    sequences = (cu_seqlens, behavior.detach(), score.detach(), log_z)
+    arguments = (*sequences, with_grad, total_sequences, weight_grad_out, dict(options))
     loss, *weights = _FDPGLoss.apply(hidden, weight, target_ids.long(), bias, temperature, softcap, *arguments)
     return loss, SequenceWeights(*weights)
 

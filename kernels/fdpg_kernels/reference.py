@@ -104,12 +104,19 @@ def fdpg_loss(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
+    total_sequences: int,
+    weight_grad_out: Tensor | None,
     **options,
 ) -> tuple[Tensor, SequenceWeights]:
     """mean over sequences of −weight·log π, left to autograd."""
+    if weight_grad_out is not None:
+        weight = weight.detach().requires_grad_()
     policy = linear_logprob(hidden, weight, target_ids, bias=bias, temperature=temperature, softcap=softcap)
     behavior = torch.where(target_ids == IGNORED, 0.0, behavior_logprob.double())
     weights = sequence_weights(policy, behavior, cu_seqlens, target_log_score, log_z, **options)
     num_sequences = len(cu_seqlens) - 1
     log_pi = torch.stack([policy[cu_seqlens[i] : cu_seqlens[i + 1]].sum() for i in range(num_sequences)])
-    return -(weights.weight * log_pi).mean(), weights
+    loss = -(weights.weight * log_pi).sum() / total_sequences
+    if weight_grad_out is not None and torch.is_grad_enabled():
+        weight_grad_out += torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    return loss, weights

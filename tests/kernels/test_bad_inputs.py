@@ -39,6 +39,11 @@ SEQUENCES = {
     "log_z [B+1]": (dict(log_z=torch.zeros(3)), r"log_z must be a scalar or \[B\]=\[2\]; got \(3,\)"),
     "baseline [N]": (dict(baseline=torch.zeros(6)), r"baseline must be a scalar or \[B\]=\[2\]; got \(6,\)"),
 }
+ACCUMULATION = {
+    "total_sequences": (dict(total_sequences=0), "total_sequences=0; it must be a positive number, or None for B"),
+    "weight_grad_out [D, V]": (dict(weight_grad_out=torch.zeros(5, 11)), r"weight_grad_out must be \(11, 5\) on cpu"),
+    "weight_grad_out float16": (dict(weight_grad_out=torch.zeros(11, 5).half()), "must be a torch.float64 or"),
+}
 
 
 def cases(table):
@@ -60,7 +65,7 @@ def test_sequence_weights(change, message):
         sequence_weights(**batch([2, 4]) | change)
 
 
-@cases(HEAD | SEQUENCES)
+@cases(HEAD | SEQUENCES | ACCUMULATION)
 def test_fdpg_loss(change, message):
     fdpg_loss(**head_batch([2, 4]))
     with pytest.raises(ValueError, match=message):

@@ -159,6 +159,45 @@ def test_gradients_of_micro_batches_add_up():
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.usefixtures("four_rows")
+def test_parts_of_a_batch_accumulate_into_one_head_gradient(impl):
+    arguments = head_batch(LENGTHS)
+    whole, expected = run(arguments, "reference")
+    ends, first = arguments["cu_seqlens"], 3
+    leaves = {k: arguments[k].detach().requires_grad_() for k in LEAVES}
+    into = torch.full_like(expected["weight"], 2.0)
+    losses = []
+    for low, high in ((0, first), (first, len(LENGTHS))):
+        tokens = slice(int(ends[low]), int(ends[high]))
+        part = arguments | leaves | {"cu_seqlens": ends[low : high + 1] - ends[low]}
+        part |= {k: part[k][tokens] for k in ("hidden", "target_ids", "behavior_logprob")}
+        part |= {"target_log_score": part["target_log_score"][low:high]}
+        out = fdpg_loss(**part, impl=impl, total_sequences=len(LENGTHS), weight_grad_out=into)
+        out.loss.backward()
+        losses.append(out.loss.detach())
+    torch.testing.assert_close(sum(losses), whole.loss.detach())
+    torch.testing.assert_close(into - 2.0, expected["weight"])
+    assert leaves["weight"].grad is None
+    for k in ("hidden", "bias"):
+        torch.testing.assert_close(leaves[k].grad, expected[k])
+    with torch.no_grad():
+        fdpg_loss(**arguments, impl=impl, weight_grad_out=into)
+    torch.testing.assert_close(into - 2.0, expected["weight"])  # no gradient wanted, none added
+
+
+@pytest.mark.usefixtures("four_rows")
+def test_a_bfloat16_head_accumulates_in_float32_or_its_own_dtype():
+    arguments = head_batch(LENGTHS)
+    leaves = {k: arguments[k].detach().bfloat16() for k in LEAVES}
+    _, expected = run(arguments | {k: x.double().requires_grad_() for k, x in leaves.items()}, "reference")
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 2**-8)):
+        into = torch.zeros(11, 5, dtype=dtype)
+        fdpg_loss(**arguments | leaves, impl="chunked", weight_grad_out=into)
+        error = (into.double() - expected["weight"]).norm() / expected["weight"].norm()
+        assert error < limit
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_a_batch_of_empty_sequences(impl):
     out, gradients = run(head_batch([0, 0]), impl)
     assert out.loss.item() == 0 and out.weights.policy_logprob.tolist() == [0, 0]
