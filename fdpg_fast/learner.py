@@ -72,12 +72,14 @@ class Learner:
         for rows in rollouts.micro_batches(self.micro_batch_tokens):
             part = rollouts.part(rows)
             head, device = self.policy.head, self.policy.device
-            per_token = (part.token_ids, part.cu_seqlens, part.behavior_logprob)
-            per_sequence = (target_log_score[rows], log_z[rows])
-            part_loss, weights = fdpg_loss(
+            part_loss, weights, _ = fdpg_loss(
                 self.policy.hidden(part),
                 head.weight,
-                *(tensor.to(device) for tensor in (*per_token, *per_sequence)),
+                part.token_ids.to(device),
+                part.cu_seqlens,
+                part.behavior_logprob.to(device),
+                target_log_score[rows].to(device),
+                log_z[rows].to(device),
                 divergence=self.divergence,
                 baseline=baseline[rows].to(device),
                 ratio=self._loss.ratio,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .reference import SequenceWeights
+from .reference import IGNORED, SequenceWeights
 from .sequence_weights import result_dtype, weights_from_sums
 
 BLOCK_BYTES = 64 * 2**20  # of one [C, V] block; larger blocks gain nothing measurable on a CPU
@@ -47,24 +47,26 @@ class _Head:
             logits.mul_(self.softcap)
         if self.temperature != 1.0:
             logits.div_(self.temperature)
-        target_logit = logits.gather(1, target_ids[:, None])[:, 0]
+        target_logit = logits.gather(1, target_ids.long()[:, None])[:, 0]
         largest = logits.amax(dim=1, keepdim=True)
         exponentials = logits.sub_(largest).exp_()
         total = exponentials.sum(dim=1)
         return target_logit - largest[:, 0] - total.log(), _Block(exponentials, total, slope)
 
-    def backward(self, block: _Block, hidden: Tensor, target_ids: Tensor, gradient: Tensor) -> Tensor:
+    def backward(
+        self, block: _Block, hidden: Tensor, target_ids: Tensor, gradient: Tensor, wants_hidden: bool
+    ) -> Tensor | None:
         """Add the head's gradient of Σ gradient·log π, return that of hidden [C, D]; overwrites the block."""
         scale = -gradient / (block.total * self.temperature)  # [C]
         minus_one_hot = block.exponentials
-        minus_one_hot.scatter_add_(1, target_ids[:, None], -block.total[:, None])
+        minus_one_hot.scatter_add_(1, target_ids.long()[:, None], -block.total[:, None])
         if block.slope is not None:
             minus_one_hot.mul_(block.slope)
         if self.weight_grad is not None:
             self.weight_grad.addmm_(minus_one_hot.T, hidden * scale[:, None])
         if self.bias_grad is not None:
             self.bias_grad.addmv_(minus_one_hot.T, scale)
-        return torch.mm(minus_one_hot, self.weight).mul_(scale[:, None])
+        return torch.mm(minus_one_hot, self.weight).mul_(scale[:, None]) if wants_hidden else None
 
 
 @dataclass(frozen=True)
@@ -83,126 +85,40 @@ def _chunks(start: int, stop: int, rows: int) -> list[slice]:
     return [slice(i, min(i + rows, stop)) for i in range(start, stop, rows)]
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, target_ids, bias, temperature, softcap):
-        head = _head(weight, bias, temperature, softcap)
-        logprob = head.weight.new_empty(len(hidden))
-        for rows in _chunks(0, len(hidden), head.chunk_rows):
-            logprob[rows] = head.forward(hidden[rows].to(head.weight.dtype), target_ids[rows])[0]
-        ctx.save_for_backward(hidden, weight, target_ids, bias)
-        ctx.scaling = temperature, softcap
-        return logprob
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        hidden, weight, target_ids, bias = ctx.saved_tensors
-        head = _head(weight, bias, *ctx.scaling)
-        _allocate_gradients(head, ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        hidden_grad = torch.empty_like(hidden)
-        for rows in _chunks(0, len(hidden), head.chunk_rows):
-            x = hidden[rows].to(head.weight.dtype)
-            block = head.forward(x, target_ids[rows])[1]
-            hidden_grad[rows] = head.backward(block, x, target_ids[rows], gradient[rows]).to(hidden.dtype)
-        return hidden_grad, _like(head.weight_grad, weight), None, _like(head.bias_grad, bias), None, None
+def linear_logprob_forward(
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """log-probs [N], and an empty tensor in the place of what other implementations keep for the backward pass."""
+    head = _head(weight, bias, temperature, softcap)
+    logprob = head.weight.new_zeros(len(hidden))
+    for rows in _kept_chunks(target_ids, head.chunk_rows):
+        logprob[rows] = head.forward(hidden[rows].to(head.weight.dtype), target_ids[rows])[0]
+    return logprob, logprob.new_empty(0)
 
 
-def linear_logprob(
+def linear_logprob_backward(
+    gradient: Tensor,
     hidden: Tensor,
     weight: Tensor,
     target_ids: Tensor,
     bias: Tensor | None,
+    logprob: Tensor,
+    anchor: Tensor,
     temperature: float,
     softcap: float | None,
-) -> Tensor:
-    """See `fdpg_kernels.linear_logprob`; no ignored rows here."""
-    return _LinearLogprob.apply(hidden, weight, target_ids.long(), bias, temperature, softcap)
-
-
-class _FDPGLoss(torch.autograd.Function):
-    """Forward and backward in one pass over the rows: the upstream gradient of a loss is one scalar."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        target_ids,
-        bias,
-        temperature,
-        softcap,
-        cu_seqlens,
-        behavior,
-        score,
-        log_z,
-        with_grad,
-        total_sequences,
-        weight_grad_out,
-        options,
-    ):
-        head = _head(weight, bias, temperature, softcap)
-        in_place = weight_grad_out is not None and with_grad
-        _allocate_gradients(
-            head, with_grad and (in_place or ctx.needs_input_grad[1]), with_grad and ctx.needs_input_grad[3]
-        )
-        if in_place and weight_grad_out.dtype == head.weight.dtype:
-            head.weight_grad = weight_grad_out
-        hidden_grad = torch.empty_like(hidden) if with_grad else None
-        ends, num_sequences = cu_seqlens.tolist(), len(cu_seqlens) - 1
-        per_sequence = dict(dtype=torch.float64, device=hidden.device)
-        log_z = torch.as_tensor(log_z, **per_sequence).expand(num_sequences)
-        baseline = options.pop("baseline")
-        baseline = torch.as_tensor(0.0 if baseline is None else baseline, **per_sequence).expand(num_sequences)
-
-        parts = []
-        for first, last in _sequence_groups(ends, head.chunk_rows):
-            group, sequences = slice(ends[first], ends[last]), slice(first, last)
-            lengths = torch.tensor([ends[i + 1] - ends[i] for i in range(first, last)], device=hidden.device)
-            owner = torch.repeat_interleave(torch.arange(last - first, device=hidden.device), lengths)
-            chunks, token_logprob = _chunks(group.start, group.stop, head.chunk_rows), []
-            for rows in chunks:
-                x = hidden[rows].to(head.weight.dtype)
-                logprob, block = head.forward(x, target_ids[rows])
-                token_logprob.append(logprob)
-            sums = torch.zeros(2, last - first, dtype=torch.float64, device=hidden.device)
-            if chunks:
-                sums[0].index_add_(0, owner, torch.cat(token_logprob).double())
-                sums[1].index_add_(0, owner, behavior[group].double())
-            weights = weights_from_sums(
-                sums[0],
-                sums[1],
-                score[sequences],
-                log_z[sequences],
-                baseline=baseline[sequences],
-                **options,
-            )
-            parts.append(weights)
-            if hidden_grad is None:
-                continue
-            row_gradient = (-weights.weight / total_sequences)[owner].to(head.weight.dtype)  # d loss / d log π
-            for rows in chunks:
-                if len(chunks) > 1:  # a sequence longer than a chunk: its weight came after its first logits went
-                    x = hidden[rows].to(head.weight.dtype)
-                    block = head.forward(x, target_ids[rows])[1]
-                gradient = row_gradient[rows.start - group.start : rows.stop - group.start]
-                hidden_grad[rows] = head.backward(block, x, target_ids[rows], gradient).to(hidden.dtype)
-
-        weights = SequenceWeights(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        loss = (-(weights.weight * weights.policy_logprob).sum() / total_sequences).to(head.weight.dtype)
-        if in_place:
-            if head.weight_grad is not weight_grad_out:
-                weight_grad_out += head.weight_grad
-            head.weight_grad = None
-        ctx.save_for_backward(hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias))
-        ctx.mark_non_differentiable(*weights)
-        return loss, *weights
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, *_):
-        hidden_grad, weight_grad, bias_grad = (None if g is None else g * upstream for g in ctx.saved_tensors)
-        return hidden_grad, weight_grad, None, bias_grad, *[None] * 10
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias for the gradient of each log-prob [N]; logits are formed again."""
+    head = _head(weight, bias, temperature, softcap)
+    _allocate_gradients(head, wants[1], wants[2])
+    hidden_grad = torch.zeros_like(hidden) if wants[0] else None
+    for rows in _kept_chunks(target_ids, head.chunk_rows):
+        x = hidden[rows].to(head.weight.dtype)
+        block = head.forward(x, target_ids[rows])[1]
+        x_grad = head.backward(block, x, target_ids[rows], gradient[rows], wants[0])
+        if hidden_grad is not None and x_grad is not None:
+            hidden_grad[rows] = x_grad.to(hidden.dtype)
+    return hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias)
 
 
 def fdpg_loss(
@@ -218,25 +134,106 @@ def fdpg_loss(
     log_z: Tensor,
     total_sequences: int,
     weight_grad_out: Tensor | None,
-    options: dict,
-) -> tuple[Tensor, SequenceWeights]:
-    """See `fdpg_kernels.fdpg_loss`; no ignored rows here. The weights are float64."""
-    with_grad = torch.is_grad_enabled()
+    wants: tuple[bool, bool, bool],
+    options: dict[str, Any],
+) -> tuple[Tensor, SequenceWeights, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """loss, weights (float64), recomputed [B], and the gradients of hidden, weight and bias.
+
+    Forward and backward in one pass over the rows: the upstream gradient of a loss is one scalar.
+    """
+    (kept,) = (target_ids != IGNORED).nonzero(as_tuple=True)
+    if len(kept) < len(hidden):  # ignored rows are packed out, not computed and masked
+        kept_before = torch.nn.functional.pad((target_ids != IGNORED).cumsum(0), (1, 0))
+        loss, weights, recomputed, hidden_grad, weight_grad, bias_grad = fdpg_loss(
+            hidden[kept],
+            weight,
+            target_ids[kept],
+            bias,
+            temperature,
+            softcap,
+            kept_before[cu_seqlens.to(hidden.device).long()],
+            behavior[kept],
+            score,
+            log_z,
+            total_sequences,
+            weight_grad_out,
+            wants,
+            options,
+        )
+        if hidden_grad is not None:
+            hidden_grad = torch.zeros_like(hidden).index_copy_(0, kept, hidden_grad)
+        return loss, weights, recomputed, hidden_grad, weight_grad, bias_grad
+
+    head = _head(weight, bias, temperature, softcap)
+    _allocate_gradients(head, wants[1], wants[2])
+    if weight_grad_out is not None and wants[1] and weight_grad_out.dtype == head.weight.dtype:
+        head.weight_grad = weight_grad_out
+    hidden_grad = torch.empty_like(hidden) if wants[0] else None
+    ends, num_sequences = cu_seqlens.tolist(), len(cu_seqlens) - 1
+    per_sequence: dict[str, Any] = dict(dtype=torch.float64, device=hidden.device)
+    log_z = torch.as_tensor(log_z, **per_sequence).expand(num_sequences)
+    baseline = options["baseline"]
+    baseline = torch.as_tensor(0.0 if baseline is None else baseline, **per_sequence).expand(num_sequences)
+
+    parts, recomputed = [], torch.zeros(num_sequences, dtype=torch.bool, device=hidden.device)
+    for first, last in sequence_groups(ends, head.chunk_rows):
+        group, sequences = slice(ends[first], ends[last]), slice(first, last)
+        lengths = torch.tensor([ends[i + 1] - ends[i] for i in range(first, last)], device=hidden.device)
+        owner = torch.repeat_interleave(torch.arange(last - first, device=hidden.device), lengths)
+        chunks, token_logprob = _chunks(group.start, group.stop, head.chunk_rows), []
+        for rows in chunks:
+            x = hidden[rows].to(head.weight.dtype)
+            logprob, block = head.forward(x, target_ids[rows])
+            token_logprob.append(logprob)
+        sums = torch.zeros(2, last - first, dtype=torch.float64, device=hidden.device)
+        if chunks:
+            sums[0].index_add_(0, owner, torch.cat(token_logprob).double())
+            sums[1].index_add_(0, owner, behavior[group].double())
+        weights = weights_from_sums(
+            sums[0],
+            sums[1],
+            score[sequences],
+            log_z[sequences],
+            **options | {"baseline": baseline[sequences]},
+        )
+        parts.append(weights)
+        if not any(wants):
+            continue
+        recomputed[sequences] = len(chunks) > 1
+        row_gradient = (-weights.weight / total_sequences)[owner].to(head.weight.dtype)  # d loss / d log π
+        for rows in chunks:
+            if len(chunks) > 1:  # a sequence longer than a chunk: its weight came after its first logits went
+                x = hidden[rows].to(head.weight.dtype)
+                block = head.forward(x, target_ids[rows])[1]
+            gradient = row_gradient[rows.start - group.start : rows.stop - group.start]
+            x_grad = head.backward(block, x, target_ids[rows], gradient, wants[0])
+            if hidden_grad is not None and x_grad is not None:
+                hidden_grad[rows] = x_grad.to(hidden.dtype)
+
+    weights = SequenceWeights(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    loss = (-(weights.weight * weights.policy_logprob).sum() / total_sequences).to(head.weight.dtype)
     if weight_grad_out is not None:
-        weight = weight.detach()  # its gradient goes to weight_grad_out alone
-    sequences = (cu_seqlens, behavior.detach(), score.detach(), log_z)
-    arguments = (*sequences, with_grad, total_sequences, weight_grad_out, dict(options))
-    loss, *weights = _FDPGLoss.apply(hidden, weight, target_ids.long(), bias, temperature, softcap, *arguments)
-    return loss, SequenceWeights(*weights)
+        if head.weight_grad is not None and head.weight_grad is not weight_grad_out:
+            weight_grad_out += head.weight_grad
+        head.weight_grad = None
+    return loss, weights, recomputed, hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias)
 
 
-def _sequence_groups(ends: list[int], rows: int) -> Iterator[tuple[int, int]]:
+def sequence_groups(ends: list[int], rows: int) -> Iterator[tuple[int, int]]:
     """Consecutive sequences that fit `rows` together; a longer sequence is a group of its own."""
     first = 0
     for i in range(1, len(ends)):
         if i == len(ends) - 1 or ends[i + 1] - ends[first] > rows:
             yield first, i
             first = i
+
+
+def _kept_chunks(target_ids: Tensor, rows: int) -> list[Any]:
+    """Index expressions of at most `rows` rows each that together name every row not ignored."""
+    kept = target_ids != IGNORED
+    if bool(kept.all()):
+        return _chunks(0, len(target_ids), rows)
+    return list(kept.nonzero(as_tuple=True)[0].split(rows)) if bool(kept.any()) else []
 
 
 def _allocate_gradients(head: _Head, weight: bool, bias: bool) -> None:

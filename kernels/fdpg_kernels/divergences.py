@@ -56,6 +56,11 @@ class Divergence:
         """Whether the target may be zero on some sequences."""
         return math.isfinite(self.f_prime_at_infinity)
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether kernels know this f' themselves."""
+        return self.power is not None or _TABLE.get(self.name) is self
+
     def f_prime(self, log_t: Tensor) -> Tensor:
         """f'(t) from log t; f'(∞) where log t = +inf."""
         assert self.f_prime_from_log is not None
@@ -148,6 +153,7 @@ _TABLE = {
 NAMES = tuple(_TABLE)
 
 
+@torch.compiler.assume_constant_result  # a name means the same at every call: torch.compile need not look inside
 def get(divergence: str | Divergence) -> Divergence:
     """The divergence called `divergence`: one of `NAMES`, or "alpha:a" with 0 < a < 1.
 

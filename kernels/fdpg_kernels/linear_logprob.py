@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import chunked, reference
+from . import reference
+from .dispatch import choose_impl, implementation
 from .reference import IGNORED
-from .sequence_weights import choose_impl
 
 
 def linear_logprob(
@@ -28,7 +30,8 @@ def linear_logprob(
         bias: [V] or None.
         temperature: logits are divided by it, > 0, after the soft cap.
         softcap: c in c·tanh(logit/c), > 0, or None.
-        impl: "auto" | "chunked" (at most a [chunk, V] block of logits alive) | "reference" (float64, plain).
+        impl: "auto" | "triton" (no logits in memory; bfloat16 on an NVIDIA GPU) | "chunked" (at most a [chunk, V] block
+            of logits alive) | "reference" (float64, plain).
 
     Returns:
         [N] float32 (float64 for float64 inputs, and from the reference), accumulated in float32 or better.
@@ -37,14 +40,30 @@ def linear_logprob(
         ValueError: shapes, dtypes, devices or options do not fit.
     """
     check_head(hidden, weight, target_ids, bias, temperature, softcap)
-    if choose_impl(impl) == "reference":
+    impl = choose_impl(impl, hidden, multiplies=True)
+    if impl == "reference":
         return reference.linear_logprob(hidden, weight, target_ids, bias=bias, temperature=temperature, softcap=softcap)
-    kept = target_ids != IGNORED
-    if bool(kept.all()):
-        return chunked.linear_logprob(hidden, weight, target_ids, bias, temperature, softcap)
-    (rows,) = kept.nonzero(as_tuple=True)  # ignored rows are packed out, not computed and masked
-    logprob = chunked.linear_logprob(hidden[rows], weight, target_ids[rows], bias, temperature, softcap)
-    return logprob.new_zeros(len(hidden)).index_copy(0, rows, logprob)
+    return _LinearLogprob.apply(hidden, weight, target_ids, bias, temperature, softcap, impl)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target_ids, bias, temperature, softcap, impl):
+        run = implementation(impl)
+        logprob, kept = run.linear_logprob_forward(hidden, weight, target_ids, bias, temperature, softcap)
+        ctx.save_for_backward(hidden, weight, target_ids, bias, logprob, kept)
+        ctx.settings = temperature, softcap, impl
+        return logprob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        temperature, softcap, impl = ctx.settings
+        needs = ctx.needs_input_grad
+        wants = (needs[0], needs[1], needs[3])
+        run = implementation(impl)
+        gradients = run.linear_logprob_backward(gradient, *ctx.saved_tensors, temperature, softcap, wants)
+        return gradients[0], gradients[1], None, gradients[2], None, None, None
 
 
 def check_head(
@@ -73,7 +92,7 @@ def check_head(
     for name, value in (("temperature", temperature), ("softcap", softcap)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value}; it must be a positive number")
-    if target_ids.device.type == "cpu" and len(target_ids):
+    if target_ids.device.type == "cpu" and len(target_ids) and not torch.compiler.is_compiling():
         largest, smallest = int(target_ids.max()), int(target_ids.min())
         if largest >= len(weight) or (smallest < 0 and bool(((target_ids < 0) & (target_ids != IGNORED)).any())):
             raise ValueError(

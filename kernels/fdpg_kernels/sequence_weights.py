@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import divergences, reference
+from .dispatch import choose_impl, implementation
 from .divergences import Divergence
 from .reference import SequenceWeights
 
@@ -46,7 +47,7 @@ def sequence_weights(
         ratio: "sequence" for the exact π/q of the whole sequence, "none" for 1.
         ratio_cap: upper limit of π/q, > 0.
         reward_cap: limit of |pseudo-reward|, > 0.
-        impl: "auto" | "chunked" | "reference" (float64, plain).
+        impl: "auto" | "triton" (one launch) | "chunked" | "reference" (float64, plain).
 
     Returns:
         SequenceWeights in float32 (float64 where policy_logprob is float64, and from the reference).
@@ -55,18 +56,22 @@ def sequence_weights(
         ValueError: shapes or options do not fit, or (CPU tensors only, a GPU is not asked to wait) a target
             with zeros is combined with a divergence whose f'(∞) is infinite, or a score is NaN or +inf.
     """
-    divergence = divergences.get(divergence)
+    law: Divergence = divergences.get(divergence)
     target_log_score, log_z = target_log_score.detach(), torch.as_tensor(log_z).detach()
     baseline = baseline.detach() if isinstance(baseline, Tensor) else baseline
     check_packing(policy_logprob, behavior_logprob, cu_seqlens, target_log_score, log_z, baseline)
     check_options(ratio, ratio_cap, reward_cap)
-    check_support(divergence, target_log_score)
+    check_support(law, target_log_score)
     options: dict[str, Any] = dict(baseline=baseline, ratio=ratio, ratio_cap=ratio_cap, reward_cap=reward_cap)
+    cu_seqlens = cu_seqlens.to(policy_logprob.device, non_blocking=True)
     arguments = (policy_logprob, behavior_logprob, cu_seqlens, target_log_score, log_z)
-    if choose_impl(impl) == "reference":
-        return reference.sequence_weights(*arguments, divergence=divergence, **options)
+    impl = choose_impl(impl, policy_logprob)
+    if impl == "reference":
+        return reference.sequence_weights(*arguments, divergence=law, **options)
+    if impl == "triton" and law.is_built_in:  # a user's own f is a PyTorch function
+        return implementation(impl).sequence_weights(*arguments, divergence=law, **options)
     policy, behavior = (sum_by_sequence(x.detach(), cu_seqlens) for x in (policy_logprob, behavior_logprob))
-    weights = weights_from_sums(policy, behavior, target_log_score, log_z, divergence=divergence, **options)
+    weights = weights_from_sums(policy, behavior, target_log_score, log_z, divergence=law, **options)
     return cast(weights, result_dtype(policy_logprob))
 
 
@@ -127,12 +132,6 @@ def result_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def choose_impl(impl: str) -> str:
-    if impl not in ("auto", "chunked", "reference"):
-        raise ValueError(f"impl={impl!r}; choose auto, chunked or reference")
-    return "chunked" if impl == "auto" else impl
-
-
 def check_options(ratio: str, ratio_cap: float | None, reward_cap: float | None) -> None:
     if ratio not in RATIOS:
         raise ValueError(f"ratio={ratio!r}; choose one of {', '.join(RATIOS)}")
@@ -143,7 +142,7 @@ def check_options(ratio: str, ratio_cap: float | None, reward_cap: float | None)
 
 def check_support(divergence: Divergence, target_log_score: Tensor) -> None:
     """Refuse scores that no weight can come of, where looking costs no host synchronisation."""
-    if target_log_score.device.type != "cpu":
+    if target_log_score.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if bool((target_log_score.isnan() | target_log_score.isposinf()).any()):
         raise ValueError("target_log_score has a NaN or +inf; it must be a number, or −inf where the target is zero")
@@ -178,7 +177,7 @@ def check_packing(
         raise ValueError(
             f"cu_seqlens must be a [B+1] int32 tensor with B ≥ 1; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
-    if cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != num_tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
             raise ValueError(f"cu_seqlens must rise from 0 to N={num_tokens}; it runs from {ends[0]} to {ends[-1]}")

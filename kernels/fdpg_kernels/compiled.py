@@ -1,0 +1,154 @@
+"""The ops as single nodes for torch.compile: the tracer sees a name and the shapes that come out, nothing inside.
+
+Used only while torch traces; eager calls go straight to the implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import divergences
+from .reference import SequenceWeights
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """An implementation of which every function is one custom operator."""
+
+    impl: str
+
+    def linear_logprob_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return _logprob(*arguments, self.impl)
+
+    def linear_logprob_backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
+        *rest, wants = arguments
+        return _wanted(_logprob_backward(*rest, list(wants), self.impl), wants)
+
+    def fdpg_loss(self, *arguments: Any) -> tuple[Any, ...]:
+        *rest, wants, options = arguments
+        options = dict(options)
+        divergence, baseline = options.pop("divergence"), options.pop("baseline")
+        if baseline is not None:
+            baseline = torch.as_tensor(baseline, dtype=torch.float64)
+        loss, sums, clipped, recomputed, *gradients = _loss(
+            *rest, list(wants), divergence.name, baseline, *options.values(), self.impl
+        )
+        return loss, SequenceWeights(*sums.unbind(0), clipped), recomputed, *_wanted(gradients, wants)
+
+
+def _run(impl: str) -> Any:
+    from .dispatch import load
+
+    return load(impl)
+
+
+def _wanted(gradients: Any, wants: Any) -> tuple[Tensor | None, ...]:
+    return tuple(gradient if want else None for gradient, want in zip(gradients, wants, strict=True))
+
+
+def _made(gradients: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
+    return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+@torch.library.custom_op("fdpg_kernels::linear_logprob", mutates_args=())
+def _logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return _run(impl).linear_logprob_forward(hidden, weight, target_ids, bias, temperature, softcap)
+
+
+@_logprob.register_fake
+def _(hidden, weight, target_ids, bias, temperature, softcap, impl):
+    logprob = hidden.new_empty(len(hidden), dtype=_wide(hidden))
+    return logprob, torch.empty_like(logprob) if impl == "triton" else logprob.new_empty(0)
+
+
+@torch.library.custom_op("fdpg_kernels::linear_logprob_backward", mutates_args=())
+def _logprob_backward(
+    gradient: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None,
+    logprob: Tensor,
+    kept: Tensor,
+    temperature: float,
+    softcap: float | None,
+    wants: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (gradient, hidden, weight, target_ids, bias, logprob, kept, temperature, softcap, tuple(wants))
+    one, two, three = _made(_run(impl).linear_logprob_backward(*arguments), hidden)
+    return one, two, three
+
+
+@_logprob_backward.register_fake
+def _(gradient, hidden, weight, target_ids, bias, logprob, kept, temperature, softcap, wants, impl):
+    return _fake_gradients(hidden, weight, bias, wants)
+
+
+@torch.library.custom_op("fdpg_kernels::fdpg_loss", mutates_args=("weight_grad_out",))
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    cu_seqlens: Tensor,
+    behavior: Tensor,
+    score: Tensor,
+    log_z: Tensor,
+    total_sequences: int,
+    weight_grad_out: Tensor | None,
+    wants: list[bool],
+    divergence: str,
+    baseline: Tensor | None,
+    ratio: str,
+    ratio_cap: float | None,
+    reward_cap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = dict(
+        divergence=divergences.get(divergence),
+        baseline=None if baseline is None else baseline.to(hidden.device),
+        ratio=ratio,
+        ratio_cap=ratio_cap,
+        reward_cap=reward_cap,
+    )
+    sequences = (cu_seqlens, behavior, score, log_z, total_sequences, weight_grad_out)
+    loss, weights, recomputed, *gradients = _run(impl).fdpg_loss(
+        hidden, weight, target_ids, bias, temperature, softcap, *sequences, tuple(wants), options
+    )
+    one, two, three = _made(tuple(gradients), hidden)
+    return loss, torch.stack(weights[:6]), weights.clipped.clone(), recomputed, one, two, three
+
+
+@_loss.register_fake
+def _(hidden, weight, target_ids, bias, temperature, softcap, cu_seqlens, behavior, score, *rest):
+    weight_grad_out, wants = rest[2:4]
+    num_sequences = len(score)
+    loss = hidden.new_empty((), dtype=_wide(hidden))
+    sums = hidden.new_empty(6, num_sequences, dtype=torch.float64)
+    flags = [hidden.new_empty(num_sequences, dtype=torch.bool) for _ in range(2)]
+    wants = [wants[0], wants[1] and weight_grad_out is None, wants[2]]
+    return loss, sums, *flags, *_fake_gradients(hidden, weight, bias, wants)
+
+
+def _fake_gradients(hidden, weight, bias, wants):
+    pairs = zip((hidden, weight, bias), wants, strict=True)
+    return tuple(torch.empty_like(x) if want and x is not None else hidden.new_empty(0) for x, want in pairs)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,126 @@
+"""One persistent matrix product, hidden [N, D] × head [V, D]ᵀ, that never writes the logits.
+
+Its epilogue works on the float32 accumulator of a [BM, BV] tile and either
+* reduces it: row maximum and row sum of exponentials, the partial statistics of an online softmax; or
+* anchors it: E = exp(z + a) with one number a for each row, stored in the inputs' dtype, and the row sums of E.
+  With a = log q − z_y the row sum is q/π (docs/kernels.md); with a = −lse it is 1 and E is the softmax.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """Right to 1e-7 of itself, also near 0, where 2σ(2x) − 1 is right to 6e-8 of 1 only."""
+    square = x * x
+    series = 2 / 15 + square * (-17 / 315 + square * (62 / 2835))
+    near = x + x * square * (-1 / 3 + square * series)
+    return tl.where(square < 0.0625, near, 2 * tl.sigmoid(2 * x) - 1)
+
+
+@triton.jit
+def tile_of(item, num_rows, num_columns, GROUP_M: tl.constexpr):
+    """Row and column of the work item'th tile: GROUP_M row tiles share a slice of the head while it is in L2."""
+    per_group = GROUP_M * num_columns
+    first = item // per_group * GROUP_M
+    height = min(num_rows - first, GROUP_M)
+    return first + item % per_group % height, item % per_group // height
+
+
+@triton.jit
+def matrix_product(
+    x, w, row, column, N, D, V, stride_x, stride_w,
+    TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """x[row : row+BM] · w[column : column+BV]ᵀ in float32, [BM, BV]; rows and columns past the end hold anything."""
+    accumulator = tl.zeros((BM, BV), tl.float32)
+    rows = tl.minimum(row + tl.arange(0, BM), N - 1).to(tl.int64)
+    columns = tl.minimum(column + tl.arange(0, BV), V - 1).to(tl.int64)
+    depth = tl.arange(0, BD)
+    for d in range(0, D, BD):
+        if TMA:
+            a = x.load([row, d])
+            b = w.load([column, d])
+        elif EVEN_D:
+            a = tl.load(x + rows[:, None] * stride_x + (d + depth)[None, :])
+            b = tl.load(w + columns[:, None] * stride_w + (d + depth)[None, :])
+        else:
+            inside = (d + depth < D)[None, :]
+            a = tl.load(x + rows[:, None] * stride_x + (d + depth)[None, :], mask=inside, other=0.0)
+            b = tl.load(w + columns[:, None] * stride_w + (d + depth)[None, :], mask=inside, other=0.0)
+        if UPCAST:  # Triton's interpreter multiplies the bit patterns of bfloat16
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        accumulator = tl.dot(a, b.T, accumulator, input_precision="ieee")
+    return accumulator
+
+
+@triton.jit
+def one_tile(
+    x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr,
+    tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
+    ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
+    TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    row, column = tile_row * BM, tile_column * BV
+    z = matrix_product(x, w, row, column, N, D, V, stride_x, stride_w, TMA, EVEN_D, UPCAST, BM, BV, BD)
+    rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BV)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        z = tanh(z / softcap)
+        slope = 1 - z * z
+        z = z * softcap
+    if RAGGED:
+        z = tl.where((columns < V)[None, :], z, float("-inf"))
+    at = tile_column * N + rows
+    if ANCHORED:
+        anchor = tl.load(anchor_ptr + rows, mask=rows < N, other=float("-inf"))  # −inf: a dead row, E = 0
+        z = tl.exp2(z * scale2 + anchor[:, None])
+        tl.store(sum_ptr + at, tl.sum(z, 1), mask=rows < N)
+        if HAS_SOFTCAP:
+            z = z * slope
+        if TMA:
+            e.store([row, column], z.to(e.dtype))
+        else:
+            offset = rows.to(tl.int64)[:, None] * stride_e + columns[None, :]
+            tl.store(e + offset, z.to(e.dtype.element_ty), mask=(rows < N)[:, None] & (columns < V)[None, :])
+    else:
+        # the largest is found before scaling: one FFMA and one EX2 for each logit
+        largest = tl.max(z, 1) * scale2
+        largest = tl.where(largest == float("-inf"), 0.0, largest)
+        tl.store(maximum_ptr + at, largest, mask=rows < N)
+        tl.store(sum_ptr + at, tl.sum(tl.exp2(z * scale2 - largest[:, None]), 1), mask=rows < N)
+
+
+@triton.jit
+def head_gemm(
+    x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr, flag_ptr,
+    N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
+    ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
+    GUARDED: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """x [N, D] and w [V, D] (descriptors where TMA, else pointers) → partials [V/BV, N] float32, and e [N, V].
+
+    scale2 is log₂e / temperature, anchors are in log₂ units. GUARDED: only row tiles whose flag is set.
+    """
+    num_rows, num_columns = tl.cdiv(N, BM), tl.cdiv(V, BV)
+    for item in tl.range(tl.program_id(0), num_rows * num_columns, PROGRAMS, flatten=False):
+        tile_row, tile_column = tile_of(item, num_rows, num_columns, GROUP_M)
+        if GUARDED:
+            if tl.load(flag_ptr + tile_row) != 0:
+                one_tile(
+                    x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr,
+                    tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
+                    ANCHORED, HAS_BIAS, HAS_SOFTCAP, RAGGED, TMA, EVEN_D, UPCAST, BM, BV, BD,
+                )  # fmt: skip
+        else:
+            one_tile(
+                x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr,
+                tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
+                ANCHORED, HAS_BIAS, HAS_SOFTCAP, RAGGED, TMA, EVEN_D, UPCAST, BM, BV, BD,
+            )  # fmt: skip

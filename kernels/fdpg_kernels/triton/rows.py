@@ -1,0 +1,194 @@
+"""What happens to rows and sequences between the matrix products: a few bytes a token each.
+
+Row arrays are indexed by token of the whole call; E and the partials of the matrix product by row of the chunk that
+starts at token `offset`. `top` is z_y + a, the exponent of the target's entry of E: log q where the sampler anchors.
+"""
+
+import triton
+import triton.language as tl
+
+from .gemm import tanh
+from .weights import weigh_sequence
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+IGNORED = tl.constexpr(-100)
+SAFE = tl.constexpr(1.2676506002282294e30)  # 2^100: row sums further from 1 are recomputed around their own maximum
+
+
+@triton.jit
+def target_logits(
+    x_ptr, w_ptr, bias_ptr, target_ids_ptr, behavior_ptr, target_ptr, anchor_ptr, top_ptr,
+    N, D, V, stride_x, stride_w, inverse_temperature, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ANCHORED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """z_y of BT tokens, an indexed dot in float32; with ANCHORED also a = log q − z_y (log₂ units) and top = log q.
+
+    A target outside the vocabulary gives NaN, which no later step hides.
+    """
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = rows < N
+    target = tl.load(target_ids_ptr + rows, mask=inside, other=-100).to(tl.int64)
+    live = target != IGNORED
+    valid = (target >= 0) & (target < V)
+    column = tl.where(valid, target, 0)
+    z = tl.zeros((BT,), tl.float32)
+    for d in range(0, D, BD):
+        depth = d + tl.arange(0, BD)
+        mask = valid[:, None] & (depth < D)[None, :]
+        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_x + depth[None, :], mask=mask, other=0.0)
+        w = tl.load(w_ptr + column[:, None] * stride_w + depth[None, :], mask=mask, other=0.0)
+        z += tl.sum(x.to(tl.float32) * w.to(tl.float32), 1)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    z = tl.where(live & (valid == 0), float("nan"), z * inverse_temperature)
+    tl.store(target_ptr + rows, z, mask=inside)
+    if ANCHORED:
+        behavior = tl.load(behavior_ptr + rows, mask=inside & live, other=0.0).to(tl.float32)
+        tl.store(anchor_ptr + rows, tl.where(live, (behavior - z) * LOG2_E, float("-inf")), mask=inside)
+        tl.store(top_ptr + rows, behavior, mask=inside)
+
+
+@triton.jit
+def row_sums(sum_ptr, rows, inside, height, num_columns, BT: tl.constexpr, BS: tl.constexpr):
+    """Sum the partials [num_columns, height] of these rows in a fixed order, [BT]."""
+    total = tl.zeros((BT,), tl.float32)
+    for first in range(0, num_columns, BS):
+        columns = first + tl.arange(0, BS)
+        mask = (columns < num_columns)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(sum_ptr + columns[:, None] * height + rows[None, :], mask=mask, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def find_unsafe_rows(
+    sum_ptr, target_ids_ptr, flag_ptr, offset, height, num_columns, BT: tl.constexpr, BS: tl.constexpr
+):
+    """flag[tile] = 1 where an anchored row sum lies outside [2^-100, 2^100] or is no number; a tile has BT rows."""
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = rows < height
+    total = row_sums(sum_ptr, rows, inside, height, num_columns, BT, BS)
+    live = inside & (tl.load(target_ids_ptr + offset + rows, mask=inside, other=-100) != IGNORED)
+    safe = (total > 1 / SAFE) & (total < SAFE)
+    tl.store(flag_ptr + tl.program_id(0), tl.max((live & (safe == 0)).to(tl.int32), 0))
+
+
+@triton.jit
+def finish_statistics(
+    maximum_ptr, sum_ptr, target_ids_ptr, target_ptr, anchor_ptr, top_ptr, flag_ptr,
+    offset, height, num_columns, GUARDED: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """anchor = −lse (log₂ units) and top = log π from the partials of an online softmax; ignored rows: −inf and 0."""
+    run = True
+    if GUARDED:
+        run = tl.load(flag_ptr + tl.program_id(0)) != 0
+    if run:
+        rows = tl.program_id(0) * BT + tl.arange(0, BT)
+        inside = rows < height
+        largest = tl.full((BT,), float("-inf"), tl.float32)
+        for first in range(0, num_columns, BS):
+            columns = first + tl.arange(0, BS)
+            mask = (columns < num_columns)[:, None] & inside[None, :]
+            part = tl.load(maximum_ptr + columns[:, None] * height + rows[None, :], mask=mask, other=float("-inf"))
+            largest = tl.maximum(largest, tl.max(part, 0))
+        largest = tl.where(inside, largest, 0.0)
+        total = tl.zeros((BT,), tl.float32)
+        for first in range(0, num_columns, BS):
+            columns = first + tl.arange(0, BS)
+            mask = (columns < num_columns)[:, None] & inside[None, :]
+            at = columns[:, None] * height + rows[None, :]
+            part = tl.load(maximum_ptr + at, mask=mask, other=float("-inf"))
+            total += tl.sum(tl.load(sum_ptr + at, mask=mask, other=0.0) * tl.exp2(part - largest[None, :]), 0)
+        lse2 = largest + tl.log2(tl.where(inside, total, 1.0))
+        tokens = offset + rows
+        live = inside & (tl.load(target_ids_ptr + tokens, mask=inside, other=-100) != IGNORED)
+        target = tl.load(target_ptr + tokens, mask=inside, other=0.0)
+        tl.store(anchor_ptr + tokens, tl.where(live, -lse2, float("-inf")), mask=inside)
+        tl.store(top_ptr + tokens, tl.where(live, target - lse2 * LN_2, 0.0), mask=inside)
+
+
+@triton.jit
+def rows_of_block(block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, block, BT: tl.constexpr):
+    """The sequence that block number `block` belongs to, its first row and the end of its sequence."""
+    sequence = tl.load(block_sequence_ptr + block)
+    start = tl.load(cu_seqlens_ptr + sequence) + (block - tl.load(first_block_ptr + sequence)) * BT
+    return sequence, start, tl.load(cu_seqlens_ptr + sequence + 1)
+
+
+@triton.jit
+def finish_sequences(
+    sum_ptr, top_ptr, target_ids_ptr, behavior_ptr, logprob_ptr, total_ptr,
+    block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, counter_ptr,
+    score_ptr, log_z_ptr, baseline_ptr, result_ptr, clipped_ptr,
+    first_block, offset, height, num_columns, num_sequences, stride_log_z, stride_baseline,
+    FAMILY: tl.constexpr, EXPONENT: tl.constexpr, FACTOR: tl.constexpr, AT_INFINITY: tl.constexpr,
+    HAS_RATIO: tl.constexpr, LOG_RATIO_CAP: tl.constexpr, REWARD_CAP: tl.constexpr,
+    HAS_BASELINE: tl.constexpr, HAS_SUMS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Row sums → log π of every token; whoever finishes a sequence last makes its weight of it, in the same launch.
+
+    A program takes one block of one sequence. The ticket orders its stores before the last one's loads, which bypass
+    L1; the sum over the sequence is taken by one program in token order, so results do not depend on who was last.
+    """
+    block = first_block + tl.program_id(0)
+    sequence, start, end = rows_of_block(block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, block, BT)
+    tokens = start + tl.arange(0, BT)
+    inside = tokens < end
+    live = inside & (tl.load(target_ids_ptr + tokens, mask=inside, other=-100) != IGNORED)
+    total = tl.full((BT,), 1.0, tl.float32)
+    if HAS_SUMS:
+        total = tl.where(live, row_sums(sum_ptr, tokens - offset, inside, height, num_columns, BT, BS), 1.0)
+    top = tl.load(top_ptr + tokens, mask=live, other=0.0)
+    tl.store(logprob_ptr + tokens, tl.where(live, top - tl.log(total), 0.0), mask=inside)
+    tl.store(total_ptr + tokens, total, mask=inside)
+
+    blocks = tl.load(first_block_ptr + sequence + 1) - tl.load(first_block_ptr + sequence)
+    ticket = tl.atomic_add(counter_ptr + sequence, 1, sem="acq_rel")
+    if ticket == blocks - 1:
+        weigh_sequence(
+            sequence, tl.load(cu_seqlens_ptr + sequence), end, logprob_ptr, behavior_ptr, target_ids_ptr,
+            score_ptr, log_z_ptr, baseline_ptr, result_ptr, clipped_ptr,
+            num_sequences, stride_log_z, stride_baseline,
+            FAMILY, EXPONENT, FACTOR, AT_INFINITY, HAS_RATIO, LOG_RATIO_CAP, REWARD_CAP, HAS_BASELINE, True, ".cg", BT,
+        )  # fmt: skip
+
+
+@triton.jit
+def prepare_gradients(
+    x_ptr, scaled_ptr, e_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, gradient_ptr, owner_ptr, scale_ptr,
+    offset, height, D, stride_x, stride_e, temperature, softcap, divisor,
+    HAS_SOFTCAP: tl.constexpr, PER_SEQUENCE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Turn E into F = E − s·1[y] and x into c·x, so that ∇hidden = c·(F·W) and ∇head = Fᵀ·(c·x).
+
+    c = −g/(s·temperature), g the gradient of the loss in log π: given for each token, or −weight/divisor of its
+    sequence. F's entry at the target is formed in float32 from `top`, not from the rounded E: no cancellation.
+    """
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = rows < height
+    tokens = offset + rows
+    target = tl.load(target_ids_ptr + tokens, mask=inside, other=-100).to(tl.int64)
+    live = target != IGNORED
+    total = tl.load(total_ptr + tokens, mask=inside & live, other=1.0)
+    if PER_SEQUENCE:
+        owner = tl.load(owner_ptr + tokens, mask=inside, other=0)
+        g = (tl.load(gradient_ptr + owner, mask=inside & live, other=0.0) * (-1 / divisor)).to(tl.float32)
+    else:
+        g = tl.load(gradient_ptr + tokens, mask=inside & live, other=0.0).to(tl.float32)
+    scale = -g / (total * temperature)
+    depth = tl.program_id(1) * BD + tl.arange(0, BD)
+    mask = inside[:, None] & (depth < D)[None, :]
+    x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * stride_x + depth[None, :], mask=mask, other=0.0)
+    scaled = x.to(tl.float32) * scale[:, None]
+    at = rows.to(tl.int64)[:, None] * D + depth[None, :]
+    tl.store(scaled_ptr + at, scaled.to(scaled_ptr.dtype.element_ty), mask=mask)
+    if tl.program_id(1) == 0:
+        tl.store(scale_ptr + rows, scale, mask=inside)
+        entry = tl.exp(tl.load(top_ptr + tokens, mask=inside & live, other=0.0)) - total
+        if HAS_SOFTCAP:
+            capped = tl.load(target_ptr + tokens, mask=inside, other=0.0) * temperature / softcap
+            entry = entry * (1 - capped * capped)
+        at_target = rows.to(tl.int64) * stride_e + tl.where(live, target, 0)
+        tl.store(e_ptr + at_target, entry.to(e_ptr.dtype.element_ty), mask=inside & live)

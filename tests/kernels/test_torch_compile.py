@@ -1,0 +1,75 @@
+"""Under torch.compile an op is one node, with the values and gradients that it has without."""
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
+
+from fdpg_kernels import fdpg_loss, linear_logprob
+from kernel_cases import head_batch
+
+LEAVES = ("hidden", "weight", "bias")
+
+
+@pytest.fixture
+def graphs():
+    torch._dynamo.reset()
+    return []
+
+
+def backend(graphs):
+    def keep(graph: GraphModule, _inputs):
+        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+        # an op that may write to an argument is wrapped in a node that says so
+        graphs.append([str(n.args[0] if "functionalized" in str(n.target) else n.target) for n in calls])
+        return graph
+
+    return aot_autograd(fw_compiler=keep, bw_compiler=keep)
+
+
+def ours(graph):
+    return [name for name in graph if name.startswith("fdpg_kernels.")]
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_linear_logprob(graphs, impl):
+    arguments = {k: x.float() if x.is_floating_point() else x for k, x in head_batch([3, 0, 9, 4]).items()}
+    arguments = {k: arguments[k].detach() for k in (*LEAVES, "target_ids")}
+    arguments["target_ids"][3] = -100
+
+    def loss(leaves):
+        logprob = linear_logprob(**arguments | leaves, temperature=0.8, impl=impl)
+        return (logprob * torch.arange(len(logprob))).sum()
+
+    found = []
+    for run in (loss, torch.compile(loss, backend=backend(graphs), fullgraph=True)):
+        leaves = {k: arguments[k].clone().requires_grad_() for k in LEAVES}
+        value = run(leaves)
+        found.append([value.detach(), *torch.autograd.grad(value, leaves.values())])
+    for mine, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, mine)
+    forward, backward = graphs
+    assert ours(forward) == ["fdpg_kernels.linear_logprob.default"]
+    assert ours(backward) == ["fdpg_kernels.linear_logprob_backward.default"]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("divergence", ["jensen_shannon", "alpha:0.3"])
+def test_fdpg_loss(graphs, divergence, in_place):
+    arguments = head_batch([3, 0, 9, 4], zeros=True)
+
+    def loss(leaves, into):
+        out = fdpg_loss(**arguments | leaves, divergence=divergence, baseline=0.1, ratio_cap=2.0, weight_grad_out=into)
+        return out.loss, out.weights.weight
+
+    found = []
+    for run in (loss, torch.compile(loss, backend=backend(graphs), fullgraph=True)):
+        leaves = {k: arguments[k].detach().clone().requires_grad_() for k in LEAVES}
+        into = torch.zeros_like(leaves["weight"]) if in_place else None
+        value, weight = run(leaves, into)
+        wanted = [leaves[k] for k in LEAVES if not (in_place and k == "weight")]
+        found.append([value.detach(), weight, *torch.autograd.grad(value, wanted), *([into] if in_place else [])])
+    for mine, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, mine)
+    assert ours(graphs[0]) == ["fdpg_kernels.fdpg_loss.default"]
+    assert not ours(graphs[1])  # the gradients were made in the forward pass
