@@ -67,6 +67,9 @@ class Learner:
         self, rollouts: Rollouts, target_log_score: Tensor, log_z: Tensor, baseline: Tensor, round_index: int
     ) -> Update:
         """Descend D_f once on B rollouts; target_log_score, log_z and baseline are [B] float64."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for table in self._tables:
+            table.grad = torch.zeros_like(table)
         loss = torch.zeros((), device=self.policy.device)
         parts = []
         for rows in rollouts.micro_batches(self.micro_batch_tokens):

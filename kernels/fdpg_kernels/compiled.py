@@ -37,7 +37,8 @@ class Nodes:
         loss, sums, clipped, recomputed, *gradients = _loss(
             *rest, list(wants), divergence.name, baseline, *options.values(), self.impl
         )
-        return loss, SequenceWeights(*sums.unbind(0), clipped), recomputed, *_wanted(gradients, wants)
+        weights = SequenceWeights(*sums.unbind(0), clipped)  # type: ignore[call-arg]
+        return loss, weights, recomputed, *_wanted(gradients, wants)
 
 
 def _run(impl: str) -> Any:

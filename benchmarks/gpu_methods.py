@@ -1,0 +1,108 @@
+"""The ways to log-probs that the GPU benchmark compares: our ops, PyTorch's, and other libraries' where installed.
+
+A peer's builder imports it, and raises where it is absent; all of them take bfloat16 (hidden, weight, target_ids).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.gpu_cases import Case, Method
+from fdpg_kernels import fdpg_loss, linear_logprob
+
+
+def ours(impl: str) -> Method:
+    def loss(hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
+        sequences = (case.cu_seqlens, case.behavior, case.score, torch.zeros((), device=hidden.device))
+        return fdpg_loss(hidden, weight, case.target_ids, *sequences, impl=impl).loss
+
+    return Method(f"ours ({impl})", partial(linear_logprob, impl=impl), loss, ours=True)
+
+
+def plain_logprob(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
+    """Full logits in bfloat16, log_softmax in float32, gather: what everybody writes first."""
+    logits = hidden @ weight.T
+    return logits.log_softmax(-1, dtype=torch.float32).gather(1, target_ids[:, None])[:, 0]
+
+
+def checkpointed_logprob(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
+    """The same, 4096 rows at a time, their logits recomputed in the backward pass."""
+    parts = zip(hidden.split(4096), target_ids.split(4096), strict=True)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(plain_logprob, x, weight, y, **options) for x, y in parts])
+
+
+EAGER = Method("PyTorch eager", plain_logprob)
+
+
+def own_methods(device: torch.device) -> list[Method]:
+    if device.type == "cpu":
+        return [EAGER, ours("chunked"), ours("reference"), Method("PyTorch checkpointed", checkpointed_logprob)]
+    compiled = torch.compile(plain_logprob, dynamic=False)
+    plain = [Method("PyTorch compiled", compiled), Method("PyTorch checkpointed", checkpointed_logprob)]
+    return [EAGER, ours("triton"), ours("chunked"), *plain]
+
+
+def torch_linear_cross_entropy() -> Method:
+    cross_entropy = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if cross_entropy is None:
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return Method("torch linear_cross_entropy", lambda *x: -cross_entropy(*x, reduction="none", options=options))
+
+
+def liger() -> Method:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    # float32 accumulation of the weight gradient, as ours does; Liger's default is the weight's dtype
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
+    return Method("Liger fused linear CE", lambda hidden, weight, target_ids: -loss(weight, hidden, target_ids))
+
+
+def liger_scaled() -> Method:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return Method("Liger scaled CE", lambda *x: -LigerFusedLinearScaledCrossEntropyFunction.apply(*x))
+
+
+def cut_cross_entropy() -> Method:
+    from cut_cross_entropy import linear_cross_entropy
+
+    # release 25.1.1 has no such preset: there the gradient filter is switched off
+    recent = "accum_c_fp32" in inspect.signature(linear_cross_entropy).parameters
+    exact = {"impl": "cce_exact"} if recent else {"filter_eps": None}
+    return Method("CCE exact", lambda *x: -linear_cross_entropy(*x, reduction="none", **exact))
+
+
+def trl() -> Method:
+    from trl.kernels import ChunkedLogProbFunction
+
+    def logprob(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
+        # bias, targets, temperature, vocabulary chunk (TRL's own), softcap, logit scale, no further outputs
+        return ChunkedLogProbFunction.apply(hidden, weight, None, target_ids, 1.0, 32768, None, 1.0, ())[0]
+
+    return Method("TRL chunked", logprob)
+
+
+def quack() -> Method:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return Method(
+        "quack chunked, sum only", lambda *x: -chunked_linear_cross_entropy(*x, reduction="sum"), per_token=False
+    )
+
+
+PEERS: dict[str, Callable[[], Method]] = {
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "Liger fused linear CE": liger,
+    "Liger scaled CE": liger_scaled,
+    "CCE exact": cut_cross_entropy,
+    "TRL chunked": trl,
+    "quack chunked, sum only": quack,
+}
