@@ -9,6 +9,7 @@ off the machine code. `tests/kernels/test_compiled.py` asserts what must hold.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from fdpg_kernels.triton.configs import Config
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TABLE = Path(__file__).resolve().parents[1] / "docs/kernels-compiled.md"
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")  # tensor-core instructions of the three generations
-MULTIPLES_OF_16 = ("N", "D", "V", "stride_x", "stride_w", "stride_e")
+MULTIPLES_OF_16 = ("D", "V", "stride_x", "stride_w", "stride_e")
 CHIPS = {80: "A100", 90: "H100/H200", 100: "B200"}
 FEATURES = {
     "plain": {},
@@ -98,7 +99,7 @@ def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: di
         types,
         flags
         | dict(ANCHORED=anchored, TMA=config.tma, EVEN_D=feature == "plain", UPCAST=False)
-        | dict(BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=16, PROGRAMS=132),
+        | dict(BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=16),
         dict(num_warps=config.num_warps, num_stages=config.num_stages),
         config,
     )
@@ -114,7 +115,8 @@ def _row_kernels(chip: int) -> Iterator[Case]:
     both = dict(HAS_BIAS=True, HAS_SOFTCAP=True)
     caps = dict(HAS_RATIO=True, LOG_RATIO_CAP=2.0, REWARD_CAP=5.0, HAS_BASELINE=True)
     for family, exponent in (("power", -0.5), ("jensen_shannon", 0.0), ("reverse_kl", 0.0), ("total_variation", 0.0)):
-        law = dict(FAMILY=family, EXPONENT=exponent, FACTOR=-1.0, AT_INFINITY=1.0, BT=128) | caps
+        at_infinity = math.inf if family == "reverse_kl" else 1.0
+        law = dict(FAMILY=family, EXPONENT=exponent, FACTOR=-1.0, AT_INFINITY=at_infinity, BT=128) | caps
         tail = law | dict(HAS_SUMS=True, BS=8)
         for kernel, constants in ((weights.weigh_sequences, law), (rows.finish_sequences, tail)):
             yield Case(f"{kernel.__name__} {family}", chip, kernel, types, constants, dict(num_warps=4))

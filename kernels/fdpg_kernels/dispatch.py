@@ -59,3 +59,17 @@ def implementation(name: str) -> Any:
 def load(name: str) -> ModuleType:
     """The module of an implementation, imported when it is first used."""
     return importlib.import_module(".triton.launch" if name == "triton" else ".chunked", __package__)
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Under torch.autocast the tensors in its dtype, as torch's own matrix products take them."""
+    device_type = next(x.device.type for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Inside an implementation every product has the dtype that it was written with."""
+    return torch.autocast(tensor.device.type, enabled=False)

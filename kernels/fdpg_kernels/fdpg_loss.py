@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import divergences, reference
-from .dispatch import choose_impl, implementation
+from .dispatch import cast_for_autocast, choose_impl, implementation, without_autocast
 from .divergences import Divergence
 from .linear_logprob import check_head
 from .reference import SequenceWeights
@@ -79,6 +79,7 @@ def fdpg_loss(
     """
     law: Divergence = divergences.get(divergence)
     log_z = torch.as_tensor(log_z)
+    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_head(hidden, weight, target_ids, bias, temperature, softcap)
     check_packing(target_ids, behavior_logprob, cu_seqlens, target_log_score, log_z, baseline)
     check_options(ratio, ratio_cap, reward_cap)
@@ -121,19 +122,20 @@ class _FDPGLoss(torch.autograd.Function):
         with_grad, impl = options.pop("with_grad"), options.pop("impl")
         needs = ctx.needs_input_grad
         wants = tuple(with_grad and need for need in (needs[0], needs[1] or weight_grad_out is not None, needs[2]))
-        loss, weights, recomputed, *gradients = implementation(impl).fdpg_loss(
-            hidden,
-            weight,
-            target_ids,
-            bias,
-            temperature,
-            softcap,
-            *sequences,
-            total_sequences,
-            weight_grad_out,
-            wants,
-            options,
-        )
+        with without_autocast(hidden):
+            loss, weights, recomputed, *gradients = implementation(impl).fdpg_loss(
+                hidden,
+                weight,
+                target_ids,
+                bias,
+                temperature,
+                softcap,
+                *sequences,
+                total_sequences,
+                weight_grad_out,
+                wants,
+                options,
+            )
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(recomputed, *weights)
         return loss, recomputed, *weights

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .dispatch import choose_impl, implementation
+from .dispatch import cast_for_autocast, choose_impl, implementation, without_autocast
 from .reference import IGNORED
 
 
@@ -39,6 +39,7 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit.
     """
+    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_head(hidden, weight, target_ids, bias, temperature, softcap)
     impl = choose_impl(impl, hidden, multiplies=True)
     if impl == "reference":
@@ -50,7 +51,8 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target_ids, bias, temperature, softcap, impl):
         run = implementation(impl)
-        logprob, kept = run.linear_logprob_forward(hidden, weight, target_ids, bias, temperature, softcap)
+        with without_autocast(hidden):
+            logprob, kept = run.linear_logprob_forward(hidden, weight, target_ids, bias, temperature, softcap)
         ctx.save_for_backward(hidden, weight, target_ids, bias, logprob, kept)
         ctx.settings = temperature, softcap, impl
         return logprob
@@ -62,7 +64,8 @@ class _LinearLogprob(torch.autograd.Function):
         needs = ctx.needs_input_grad
         wants = (needs[0], needs[1], needs[3])
         run = implementation(impl)
-        gradients = run.linear_logprob_backward(gradient, *ctx.saved_tensors, temperature, softcap, wants)
+        with without_autocast(gradient):
+            gradients = run.linear_logprob_backward(gradient, *ctx.saved_tensors, temperature, softcap, wants)
         return gradients[0], gradients[1], None, gradients[2], None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Under torch.compile an op is one node, with the values and gradients that it has without."""
+"""Under torch.compile an op is one node, with the values and gradients that it has without; autocast is obeyed."""
 
 import pytest
 import torch
@@ -73,3 +73,21 @@ def test_fdpg_loss(graphs, divergence, in_place):
         torch.testing.assert_close(compiled, mine)
     assert ours(graphs[0]) == ["fdpg_kernels.fdpg_loss.default"]
     assert not ours(graphs[1])  # the gradients were made in the forward pass
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_autocast_means_bfloat16_inputs_and_nothing_else(impl):
+    """The answer is that of rounded inputs, with float32 accumulation; gradients come back in the parameters' dtype."""
+    arguments = {k: x.detach().float() if x.is_floating_point() else x for k, x in head_batch([3, 0, 9, 4]).items()}
+    del arguments["bias"]
+    rounded = arguments | {k: arguments[k].bfloat16() for k in ("hidden", "weight")}
+    expected = fdpg_loss(**rounded, impl=impl)
+    leaves = {k: arguments[k].clone().requires_grad_() for k in ("hidden", "weight")}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fdpg_loss(**arguments | leaves, impl=impl)
+        logprob = linear_logprob(*leaves.values(), arguments["target_ids"], impl=impl)
+        (out.loss + logprob.sum()).backward()
+    torch.testing.assert_close(out.loss.detach(), expected.loss, rtol=1e-6, atol=0)
+    same = linear_logprob(rounded["hidden"], rounded["weight"], arguments["target_ids"], impl=impl)
+    torch.testing.assert_close(logprob.detach(), same, rtol=0, atol=0)
+    assert logprob.dtype == leaves["hidden"].grad.dtype == leaves["weight"].grad.dtype == torch.float32

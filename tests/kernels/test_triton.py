@@ -20,6 +20,7 @@ import triton.runtime.interpreter as interpreter
 
 from fdpg_kernels import Divergence, fdpg_loss, linear_logprob, sequence_weights
 from fdpg_kernels.triton import configs, launch
+from fdpg_kernels.triton import head as head_module
 from kernel_cases import ALLOW_ZEROS, NAMES, batch, head_batch
 
 LENGTHS = [3, 0, 20, 9, 2, 0, 40, 4]  # with chunks of 32 rows: groups, empty sequences, one that spans chunks
@@ -38,8 +39,8 @@ def poisoned(monkeypatch):
             return made.fill_(math.nan) if made.is_floating_point() else made
 
         monkeypatch.setattr(launch.torch, name, poison)
-    monkeypatch.setattr(launch, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(launch, "STATISTICS_BYTES", 2048)
+    monkeypatch.setattr(head_module, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(head_module, "STATISTICS_BYTES", 2048)
 
 
 @pytest.fixture(params=["TMA", "pointers"])

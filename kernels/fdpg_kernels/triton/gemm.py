@@ -96,20 +96,20 @@ def one_tile(
         tl.store(sum_ptr + at, tl.sum(tl.exp2(z * scale2 - largest[:, None]), 1), mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # chunks differ in height: one binary for all of them
 def head_gemm(
     x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr, flag_ptr,
     N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
     ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
     GUARDED: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
-    BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
+    BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """x [N, D] and w [V, D] (descriptors where TMA, else pointers) → partials [V/BV, N] float32, and e [N, V].
 
     scale2 is log₂e / temperature, anchors are in log₂ units. GUARDED: only row tiles whose flag is set.
     """
     num_rows, num_columns = tl.cdiv(N, BM), tl.cdiv(V, BV)
-    for item in tl.range(tl.program_id(0), num_rows * num_columns, PROGRAMS, flatten=False):
+    for item in tl.range(tl.program_id(0), num_rows * num_columns, tl.num_programs(0), flatten=False):
         tile_row, tile_column = tile_of(item, num_rows, num_columns, GROUP_M)
         if GUARDED:
             if tl.load(flag_ptr + tile_row) != 0:

@@ -16,7 +16,7 @@ IGNORED = tl.constexpr(-100)
 SAFE = tl.constexpr(1.2676506002282294e30)  # 2^100: row sums further from 1 are recomputed around their own maximum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def target_logits(
     x_ptr, w_ptr, bias_ptr, target_ids_ptr, behavior_ptr, target_ptr, anchor_ptr, top_ptr,
     N, D, V, stride_x, stride_w, inverse_temperature, softcap,
@@ -62,7 +62,7 @@ def row_sums(sum_ptr, rows, inside, height, num_columns, BT: tl.constexpr, BS: t
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "height"])
 def find_unsafe_rows(
     sum_ptr, target_ids_ptr, flag_ptr, offset, height, num_columns, BT: tl.constexpr, BS: tl.constexpr
 ):
@@ -75,7 +75,7 @@ def find_unsafe_rows(
     tl.store(flag_ptr + tl.program_id(0), tl.max((live & (safe == 0)).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "height"])
 def finish_statistics(
     maximum_ptr, sum_ptr, target_ids_ptr, target_ptr, anchor_ptr, top_ptr, flag_ptr,
     offset, height, num_columns, GUARDED: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
@@ -117,7 +117,7 @@ def rows_of_block(block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, block, BT
     return sequence, start, tl.load(cu_seqlens_ptr + sequence + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "offset", "height", "num_sequences"])
 def finish_sequences(
     sum_ptr, top_ptr, target_ids_ptr, behavior_ptr, logprob_ptr, total_ptr,
     block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, counter_ptr,
@@ -155,7 +155,7 @@ def finish_sequences(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "height"])
 def prepare_gradients(
     x_ptr, scaled_ptr, e_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, gradient_ptr, owner_ptr, scale_ptr,
     offset, height, D, stride_x, stride_e, temperature, softcap, divisor,

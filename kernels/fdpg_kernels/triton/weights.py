@@ -90,7 +90,7 @@ def weigh_sequence(
     tl.store(clipped_ptr + sequence, (clipped & (log_z != float("-inf"))).to(tl.int8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def weigh_sequences(
     policy_ptr, behavior_ptr, cu_seqlens_ptr, score_ptr, log_z_ptr, baseline_ptr, result_ptr, clipped_ptr,
     num_sequences, stride_log_z, stride_baseline,
