@@ -31,10 +31,10 @@ from fdpg_kernels.triton.configs import Config
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TABLE = Path(__file__).resolve().parents[1] / "docs/kernels-compiled.md"
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")  # tensor-core instructions of the three generations
-MULTIPLES_OF_16 = ("D", "V", "stride_x", "stride_w", "stride_e")
 CHIPS = {80: "A100", 90: "H100/H200", 100: "B200"}
 FEATURES = {
     "plain": {},
+    "ragged D": dict(EVEN_D=False),
     "ragged V": dict(RAGGED=True),
     "bias, soft cap": dict(HAS_BIAS=True, HAS_SOFTCAP=True, RAGGED=True),
     "guarded": dict(GUARDED=True),
@@ -78,6 +78,8 @@ def cases() -> Iterator[Case]:
                 for feature, constants in FEATURES.items():
                     if config is configs.HOPPER_WIDE and "HAS_BIAS" in constants:
                         continue  # `choose` takes the small tile there
+                    if config.tma and "EVEN_D" in constants:
+                        continue  # the hardware pads
                     yield _gemm(chip, config, anchored, feature, constants)
         yield from _row_kernels(chip)
 
@@ -86,11 +88,13 @@ def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: di
     def matrix(height: int, width: int) -> str:
         return f"tensordesc<bf16[{height}, {width}]>" if config.tma else "*bf16"
 
-    flags = dict(HAS_BIAS=False, HAS_SOFTCAP=False, RAGGED=False, GUARDED=False) | constants
+    flags = dict(HAS_BIAS=False, HAS_SOFTCAP=False, RAGGED=False, GUARDED=False, EVEN_D=True) | constants
     types = {"x": matrix(config.BM, config.BD), "w": matrix(config.BV, config.BD), "e": matrix(config.BM, config.BV)}
     types |= {"bias_ptr": "*bf16", "flag_ptr": "*i32", "scale2": "fp32", "softcap": "fp32"}
-    if feature == "plain":
-        types |= {name: "i32" for name in MULTIPLES_OF_16}
+    # as at run time, so many of the sizes are multiples of 16 (D = 4,096, V = 49,152) that loads come in words of 16
+    types |= dict.fromkeys(
+        ("D", "stride_x", "stride_w") * flags["EVEN_D"] + ("V", "stride_e") * (not flags["RAGGED"]), "i32:16"
+    )
     tile = f"{config.BM}×{config.BV}×{config.BD}{' TMA' if config.tma else ''}"
     return Case(
         f"{'anchored' if anchored else 'statistics'} {tile}, {feature}",
@@ -98,7 +102,7 @@ def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: di
         gemm.head_gemm,
         types,
         flags
-        | dict(ANCHORED=anchored, TMA=config.tma, EVEN_D=feature == "plain", UPCAST=False)
+        | dict(ANCHORED=anchored, TMA=config.tma, UPCAST=False)
         | dict(BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=16),
         dict(num_warps=config.num_warps, num_stages=config.num_stages),
         config,
@@ -139,11 +143,10 @@ def build(case: Case) -> Compiled:
         return case.types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
 
     types = {name: kind(name) for name in place}
-    # as at run time: pointers and sizes that are multiples of 16 (V = 49,152, D = 4,096)
-    multiple = [name for name in place if types[name].startswith("*") or name in MULTIPLES_OF_16 and name in case.types]
+    multiple = [name for name in place if types[name].startswith("*") or types[name] == "i32:16"]
     source = ASTSource(
         fn=case.kernel,
-        signature=types,
+        signature={name: kind.removesuffix(":16") for name, kind in types.items()},
         constexprs={(place[name],): value for name, value in case.constants.items()},
         attrs={(place[name],): [["tt.divisibility", 16]] for name in multiple},
     )

@@ -11,8 +11,12 @@ The rule, from counts of bytes and instructions (docs/kernels.md):
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+TUNED = Path.home() / ".cache/fdpg_kernels/tiles.json"  # written by `python -m fdpg_kernels.triton.tune`
 WIDE = 1024  # D from which the product outweighs the epilogue
 
 
@@ -40,21 +44,36 @@ SHIPPED = {80: (POINTERS,), 90: (HOPPER_WIDE, HOPPER_SMALL, POINTERS), 100: (BLA
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may have; the compiler does not check it
 
 
+def candidates(capability: int, *, aligned: bool) -> list[Config]:
+    """Shipped tiles that a chip of this compute capability can run (90 is a Hopper; 0 Triton's interpreter)."""
+    if capability == 0:
+        return [replace(INTERPRETED, tma=tma) for tma in (True, False) if aligned or not tma]
+    # consumer Blackwell has no room for the others
+    generation = 80 if capability >= 120 else max(chip for chip in SHIPPED if chip <= capability)
+    return [config for config in SHIPPED[generation] if aligned or not config.tma]
+
+
 def choose(capability: int, width: int, *, aligned: bool, plain: bool, l2_bytes: int = 50 * 2**20) -> Config:
-    """The tile for a chip of this compute capability (90 is a Hopper; 0 Triton's interpreter).
+    """The tile that the rule gives; see `candidates` for the capability.
 
     Args:
         width: D.
         aligned: every row of hidden, head and E starts at a multiple of 16 bytes.
         plain: neither bias nor soft cap.
     """
+    possible = candidates(capability, aligned=aligned)
+    narrow = HOPPER_WIDE in possible and not (plain and width >= WIDE)
+    config = HOPPER_SMALL if narrow else possible[0]
     if capability == 0:
-        return replace(INTERPRETED, tma=aligned)
-    if not aligned or capability < 90 or capability >= 120:  # consumer Blackwell has no room for the others
-        config = POINTERS
-    elif capability >= 100:
-        config = BLACKWELL
-    else:
-        config = HOPPER_WIDE if plain and width >= WIDE else HOPPER_SMALL
+        return config
     rows = l2_bytes // 3 // (2 * width * config.BM)
     return replace(config, group_rows=max(8, min(64, rows)))
+
+
+@functools.cache
+def tuned(chip: str) -> dict[int, Config]:
+    """D → the tile that was fastest on this chip, for aligned heads without bias or soft cap; empty without a file."""
+    if not TUNED.exists():
+        return {}
+    found = json.loads(TUNED.read_text()).get(chip, {})
+    return {int(width): Config(**settings) for width, settings in found.items()}

@@ -35,6 +35,7 @@ class Head:
     weight_grad: Tensor | None = None  # [V, D] float32, accumulated
     bias_grad: Tensor | None = None  # [V] float32, accumulated
     weight_grad_is_empty: bool = False  # the first chunk writes instead of adding
+    tile: configs.Config | None = None  # left out, the tuned one or what the rule gives
     _e: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -45,13 +46,16 @@ class Head:
         self.bias = None if self.bias is None else self.bias.contiguous()
         item = self.hidden.element_size()
         self.pitch = -(-self.vocabulary * item // 16) * 16 // item  # of a row of E: TMA wants multiples of 16 bytes
-        aligned = self.width * item % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (self.hidden, self.weight))
-        capability, self.processors = 0, 1
+        self.aligned = self.width * item % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (self.hidden, self.weight))
+        self.capability, self.processors, chip = 0, 1, "interpreter"
         if not INTERPRETED:
             properties = torch.cuda.get_device_properties(self.hidden.device)
-            capability, self.processors = 10 * properties.major + properties.minor, properties.multi_processor_count
+            self.capability, chip = 10 * properties.major + properties.minor, properties.name
+            self.processors = properties.multi_processor_count
         plain = self.bias is None and self.softcap is None
-        self.config = configs.choose(capability, self.width, aligned=aligned, plain=plain)
+        tuned = configs.tuned(chip).get(self.width) if self.aligned and plain else None
+        rule = configs.choose(self.capability, self.width, aligned=self.aligned, plain=plain)
+        self.config: configs.Config = self.tile or tuned or rule
         limit = max(1, CHUNK_BYTES // (self.pitch * item))
         self.chunk_rows = min(CHUNK_ROWS, max(self.config.BM, limit // self.config.BM * self.config.BM))
         self.columns = triton.cdiv(self.vocabulary, self.config.BV)
