@@ -34,10 +34,10 @@ PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")  # tensor-core instructions of the three
 CHIPS = {80: "A100", 90: "H100/H200", 100: "B200"}
 FEATURES = {
     "plain": {},
-    "ragged D": dict(EVEN_D=False),
     "ragged V": dict(RAGGED=True),
-    "bias, soft cap": dict(HAS_BIAS=True, HAS_SOFTCAP=True, RAGGED=True),
-    "guarded": dict(GUARDED=True),
+    "ragged, guarded": dict(RAGGED=True, GUARDED=True, EVEN_D=False),
+    "bias, soft cap": dict(RAGGED=True, HAS_BIAS=True, HAS_SOFTCAP=True),
+    "bias, soft cap, ragged, guarded": dict(RAGGED=True, GUARDED=True, EVEN_D=False, HAS_BIAS=True, HAS_SOFTCAP=True),
 }
 
 
@@ -76,10 +76,8 @@ def cases() -> Iterator[Case]:
         for config in shipped:
             for anchored in (False, True):
                 for feature, constants in FEATURES.items():
-                    if config is configs.HOPPER_WIDE and "HAS_BIAS" in constants:
-                        continue  # `choose` takes the small tile there
-                    if config.tma and "EVEN_D" in constants:
-                        continue  # the hardware pads
+                    if "HAS_BIAS" in constants and config in configs.PLAIN_ONLY:
+                        continue
                     yield _gemm(chip, config, anchored, feature, constants)
         yield from _row_kernels(chip)
 
@@ -104,7 +102,7 @@ def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: di
         flags
         | dict(ANCHORED=anchored, TMA=config.tma, UPCAST=False)
         | dict(BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=16),
-        dict(num_warps=config.num_warps, num_stages=config.num_stages),
+        dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True),
         config,
     )
 

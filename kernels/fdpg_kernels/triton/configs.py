@@ -4,7 +4,7 @@ The rule, from counts of bytes and instructions (docs/kernels.md):
 * a wide hidden state (D ≥ 1024) spends its time in the product: the widest tile that does not spill;
 * a narrow one spends it in the epilogue: a tile small enough for two programs a multiprocessor, so that the epilogue
   of one runs beside the product of the other;
-* bias and soft cap cost registers: the small tile again;
+* bias and soft cap cost registers: a small tile again;
 * TMA needs rows that start at multiples of 16 bytes, pointers do not;
 * row tiles that share a slice of the head: as many as keep their hidden states in a third of L2.
 """
@@ -38,9 +38,15 @@ HOPPER_WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, tma=True, programs
 HOPPER_SMALL = Config(128, 128, 64, num_warps=8, num_stages=2, tma=True, programs_per_sm=2)
 BLACKWELL = Config(128, 128, 64, num_warps=8, num_stages=3, tma=True, programs_per_sm=1)
 POINTERS = Config(128, 128, 32, num_warps=8, num_stages=3, tma=False, programs_per_sm=2)
+POINTERS_SMALL = Config(128, 64, 32, num_warps=8, num_stages=3, tma=False, programs_per_sm=2)
 INTERPRETED = Config(16, 32, 16, num_warps=4, num_stages=1, tma=True, programs_per_sm=1, group_rows=2)
 
-SHIPPED = {80: (POINTERS,), 90: (HOPPER_WIDE, HOPPER_SMALL, POINTERS), 100: (BLACKWELL, POINTERS)}
+SHIPPED = {
+    80: (POINTERS, POINTERS_SMALL),
+    90: (HOPPER_WIDE, HOPPER_SMALL, POINTERS, POINTERS_SMALL),
+    100: (BLACKWELL, POINTERS, POINTERS_SMALL),
+}
+PLAIN_ONLY = (HOPPER_WIDE, POINTERS)  # with a bias or a soft cap they would spill
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may have; the compiler does not check it
 
 
@@ -62,10 +68,11 @@ def choose(capability: int, width: int, *, aligned: bool, plain: bool, l2_bytes:
         plain: neither bias nor soft cap.
     """
     possible = candidates(capability, aligned=aligned)
-    narrow = HOPPER_WIDE in possible and not (plain and width >= WIDE)
-    config = HOPPER_SMALL if narrow else possible[0]
     if capability == 0:
-        return config
+        return possible[0]
+    if not plain:
+        possible = [config for config in possible if config not in PLAIN_ONLY]
+    config = HOPPER_SMALL if HOPPER_SMALL in possible and width < WIDE else possible[0]
     rows = l2_bytes // 3 // (2 * width * config.BM)
     return replace(config, group_rows=max(8, min(64, rows)))
 

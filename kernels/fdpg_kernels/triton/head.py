@@ -236,6 +236,7 @@ class Head:
             GROUP_M=config.group_rows,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=True,  # one FFMA for scale and shift of a logit; later Tritons leave it off
             **self.flags,
         )
 
