@@ -1,11 +1,12 @@
 """Fused ops for f-DPG: token log-probs, importance ratios and f-divergence weights out of hidden states.
 
     linear_logprob(hidden, weight, target_ids)                  -> log-probs [N], differentiable
+    sharded_linear_logprob(hidden, weight_shard, ...)            -> the same, a head split over processes
     sequence_weights(policy, behavior, cu_seqlens, log_P, log_Z) -> SequenceWeights, one row a sequence
-    fdpg_loss(hidden, weight, target_ids, cu_seqlens, ...)       -> FDPGLoss(loss, weights)
+    fdpg_loss(hidden, weight, target_ids, cu_seqlens, ...)       -> FDPGLoss(loss, weights, recomputed)
     divergences.get("jensen_shannon")                            -> Divergence
 
-Needs torch only; knows nothing of the trainer.
+Needs torch, and Triton for `impl="triton"`; knows nothing of the trainer.
 """
 
 from . import divergences as divergences
@@ -15,3 +16,4 @@ from .fdpg_loss import fdpg_loss as fdpg_loss
 from .linear_logprob import linear_logprob as linear_logprob
 from .reference import SequenceWeights as SequenceWeights
 from .sequence_weights import sequence_weights as sequence_weights
+from .tensor_parallel import sharded_linear_logprob as sharded_linear_logprob
