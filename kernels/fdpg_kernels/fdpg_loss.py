@@ -136,14 +136,22 @@ class _FDPGLoss(torch.autograd.Function):
                 wants,
                 options,
             )
-        ctx.save_for_backward(*gradients)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.gradients = gradients
         ctx.mark_non_differentiable(recomputed, *weights)
         return loss, recomputed, *weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        return *(None if g is None else g * upstream for g in ctx.saved_tensors), *[None] * 10
+        if torch.compiler.is_compiling():
+            return *(None if g is None else g * upstream for g in ctx.saved_tensors), *[None] * 10
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this fdpg_loss were handed out already; call it again")
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second [V, D] matrix is not needed
+        return *(None if g is None else g.mul_(upstream) for g in gradients), *[None] * 10
 
 
 def check_accumulation(weight: Tensor, total_sequences: int, weight_grad_out: Tensor | None) -> None:

@@ -14,12 +14,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json
-from dataclasses import asdict
 from benchmarks.offline import build_all
 from fdpg_kernels.triton.configs import SHARED_MEMORY
 for case, made in build_all():
     kind = case.config and ("TMA" if case.config.tma else "pointers")
-    print(json.dumps(dict(asdict(made), name=case.name, chip=case.chip, loads=kind, limit=SHARED_MEMORY[case.chip])))
+    print(json.dumps(dict(vars(made), name=case.name, chip=case.chip, loads=kind, limit=SHARED_MEMORY[case.chip])))
 """
 
 

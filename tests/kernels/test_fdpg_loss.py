@@ -136,6 +136,13 @@ def test_the_weights_are_detached_and_the_loss_is_not(impl):
     assert not any(x.requires_grad for x in out.weights)
 
 
+def test_a_second_backward_is_refused():
+    loss = fdpg_loss(**head_batch(LENGTHS), impl="chunked").loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed out already; call it again"):
+        loss.backward()
+
+
 @pytest.mark.usefixtures("four_rows")
 def test_a_frozen_head_gets_no_gradient():
     arguments = head_batch(LENGTHS)
