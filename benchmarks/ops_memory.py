@@ -1,0 +1,60 @@
+"""Exact memory of a computation on the CPU: every storage that an operation makes is watched until it is freed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Storages(TorchDispatchMode):
+    """When which storage was made and freed, and its bytes. What an operation allocates inside itself is not seen."""
+
+    def __init__(self, *callers: torch.Tensor):
+        super().__init__()
+        self._callers = {x.untyped_storage()._cdata for x in callers}
+        self._alive: dict[int, int] = {}  # address: index of its birth
+        self._watches: list[weakref.ref] = []
+        self.sizes: list[int] = []
+        self.events: list[tuple[int, int]] = []  # index, +1 made or -1 freed
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self._watch(x.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        address, index = storage._cdata, len(self.sizes)
+        if address in self._callers or address in self._alive:
+            return
+
+        def freed(_: Any) -> None:
+            self.events.append((index, -1))
+            del self._alive[address]
+
+        self._alive[address] = index
+        self._watches.append(weakref.ref(storage, freed))
+        self.sizes.append(storage.nbytes())
+        self.events.append((index, 1))
+
+    def peak(self, *without: torch.Tensor) -> int:
+        """Most bytes alive at once, the storages of these tensors left out."""
+        left_out = {self._alive.get(x.untyped_storage()._cdata) for x in without}
+        alive = peak = 0
+        for index, sign in self.events:
+            alive += 0 if index in left_out else sign * self.sizes[index]
+            peak = max(peak, alive)
+        return peak
+
+
+def extra_memory(step: Callable[[], tuple[torch.Tensor, ...]], inputs: list[torch.Tensor]) -> dict[str, int]:
+    """Peak bytes beyond the inputs and what the step returns, and the bytes of the largest single tensor."""
+    with Storages(*inputs) as seen:
+        returned = step()
+    return dict(peak_extra_bytes=seen.peak(*returned), largest_tensor_bytes=max(seen.sizes))
