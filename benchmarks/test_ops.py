@@ -10,17 +10,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from ops_memory import extra_memory
 from torch import Tensor
 
 from fdpg_kernels import fdpg_loss, linear_logprob
+from ops_memory import extra_memory
 
 SHAPES = {"smollm2": (1024, 576, 49152), "tiny": (8192, 256, 2048)}  # N tokens, D hidden, V vocabulary
 REPEATS = {"smollm2": 5, "tiny": 9}
 SEQUENCE = 16  # tokens of each sequence, for the loss
 TIME_LIMIT = 1.05  # of plain PyTorch's
-# with a gradient of its own for each token, logits are formed again: four products for plain PyTorch's three
-RECOMPUTED = {"log-prob forward+backward": 4 / 3}
 MEMORY_LIMIT = 1 / 8
 LOG_Z = torch.tensor(-0.5)
 
@@ -175,15 +173,13 @@ def test_time(benchmark, inputs: Inputs, work: str, name: str) -> None:
 
 @pytest.mark.parametrize("work", WORK)
 def test_not_slower_than_plain(inputs: Inputs, work: str, comparisons: list[str]) -> None:
-    # The fastest of the repeats: beside another busy process many short parallel regions wait longer for each other
-    # than few long ones, so that medians would compare schedulers.
     measured = measure(inputs, work)
-    ratio, limit = measured.ratio(min), TIME_LIMIT * RECOMPUTED.get(work, 1)
+    ratio = measured.ratio(statistics.median)
     comparisons.append(
-        f"{inputs.shape}, {work}: time ratio {ratio:.2f} (target {TIME_LIMIT}, asserted {limit:.2f}), "
-        f"of medians {measured.ratio(statistics.median):.2f}, load average {measured.load_average}"
+        f"{inputs.shape}, {work}: time ratio {ratio:.2f} (target {TIME_LIMIT}), "
+        f"of the fastest {measured.ratio(min):.2f}, load average {measured.load_average}"
     )
-    assert ratio <= limit
+    assert ratio <= TIME_LIMIT
 
 
 @pytest.mark.parametrize("work", WORK)

@@ -34,7 +34,7 @@ class _Head:
 
     @property
     def chunk_rows(self) -> int:
-        return max(1, min(4096, BLOCK_BYTES // (self.weight.element_size() * len(self.weight))))
+        return max(1, min(1024, BLOCK_BYTES // (self.weight.element_size() * len(self.weight))))
 
     def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, _Block]:
         """log-probs [C] and what the backward needs of these rows."""
