@@ -3,6 +3,10 @@
 Notation: C rows of a chunk, V vocabulary, D hidden size. A row keeps E = exp(z − max) and s = ΣE instead of
 the softmax: log π(y) = z_y − max − log s, and d log π(y)/dz = 1[y] − E/s. The row scale (1/s, the incoming
 gradient, the temperature) is applied to [C, D] matrices, so the [C, V] block is touched a few times only.
+
+Log-probs need no block: they walk through the vocabulary in [C, V'] tiles that stay in a cache, and so does their
+backward pass, which has max and s kept and forms the logits again. The loss keeps a block, for its backward pass
+follows as soon as weights are known.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ import torch
 from torch import Tensor
 
 from .reference import IGNORED, SequenceWeights
-from .sequence_weights import result_dtype, weights_from_sums
+from .sequence_weights import result_dtype, sum_by_sequence, weights_from_sums
 
-BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block; larger blocks gain nothing measurable on a CPU
+BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block
+BLOCK_ROWS = 1024  # at most; a small vocabulary needs no more
+TILE_BYTES = 8 * 2**20  # of the one [C, V'] tile; smaller and larger ones were slower
 
 
 @dataclass
@@ -30,26 +36,41 @@ class _Head:
     softcap: float | None
     weight_grad: Tensor | None = None  # [V, D]
     bias_grad: Tensor | None = None  # [V]
-    _logits: Tensor | None = None  # [C, V], used again for each chunk: a new one would live beside the last
+    _scratch: Tensor | None = None  # used again for each chunk: a new one would live beside the last
 
     @property
     def chunk_rows(self) -> int:
-        return max(1, min(1024, BLOCK_BYTES // (self.weight.element_size() * len(self.weight))))
+        return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (self.weight.element_size() * len(self.weight))))
+
+    def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Logits of these rows and vocabulary entries, [C, V'], valid until the next call."""
+        weight = self.weight[columns]
+        size = len(hidden) * len(weight)
+        if self._scratch is None or len(self._scratch) < size:
+            self._scratch = hidden.new_empty(size)
+        logits = torch.mm(hidden, weight.T, out=self._scratch[:size].view(len(hidden), len(weight)))
+        if self.bias is not None:
+            logits += self.bias[columns]
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """d logit / d product where a soft cap bends it, but for the temperature; the shape of logits."""
+        if self.softcap is None:
+            return None
+        return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1)
+
+    def tiles(self, num_rows: int) -> list[slice]:
+        """Ranges of the vocabulary whose logits of so many rows make a tile."""
+        return _chunks(0, len(self.weight), max(1, TILE_BYTES // (self.weight.element_size() * num_rows)))
 
     def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, _Block]:
         """log-probs [C] and what the backward needs of these rows."""
-        if self._logits is None or len(self._logits) < len(hidden):
-            self._logits = hidden.new_empty(len(hidden), len(self.weight))
-        logits = torch.mm(hidden, self.weight.T, out=self._logits[: len(hidden)])  # [C, V]
-        if self.bias is not None:
-            logits += self.bias
-        slope = None
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_()
-            slope = 1 - logits.square()
-            logits.mul_(self.softcap)
-        if self.temperature != 1.0:
-            logits.div_(self.temperature)
+        logits = self.logits(hidden)  # [C, V]
+        slope = self.slope(logits)
         target_logit = logits.gather(1, target_ids.long()[:, None])[:, 0]
         largest = logits.amax(dim=1, keepdim=True)
         exponentials = logits.sub_(largest).exp_()
@@ -91,12 +112,22 @@ def _chunks(start: int, stop: int, rows: int) -> list[slice]:
 def linear_logprob_forward(
     hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """log-probs [N], and an empty tensor in the place of what other implementations keep for the backward pass."""
+    """log-probs [N]; and of each row its largest logit and the sum of exponentials beside it, [2, N]."""
     head = _head(weight, bias, temperature, softcap)
-    logprob = head.weight.new_zeros(len(hidden))
-    for rows in _kept_chunks(target_ids, head.chunk_rows):
-        logprob[rows] = head.forward(hidden[rows].to(head.weight.dtype), target_ids[rows])[0]
-    return logprob, logprob.new_empty(0)
+    logprob, kept = head.weight.new_zeros(len(hidden)), head.weight.new_zeros(2, len(hidden))
+    for rows in _kept_chunks(target_ids, BLOCK_ROWS):
+        x, targets = hidden[rows].to(head.weight.dtype), target_ids[rows].long()
+        target_logit, total = x.new_zeros(len(x)), x.new_zeros(len(x))
+        largest = x.new_full((len(x),), torch.finfo(x.dtype).min)  # not −inf: a whole tile may be −inf by its bias
+        for columns in head.tiles(len(x)):
+            logits = head.logits(x, columns)
+            local, inside = _local(targets, columns)
+            target_logit += logits.gather(1, local)[:, 0].masked_fill(~inside, 0.0)
+            previous, largest = largest, torch.maximum(largest, logits.amax(1))
+            total = total * (previous - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
+        logprob[rows] = target_logit - largest - total.log()
+        kept[0, rows], kept[1, rows] = largest, total
+    return logprob, kept
 
 
 def linear_logprob_backward(
@@ -106,7 +137,7 @@ def linear_logprob_backward(
     target_ids: Tensor,
     bias: Tensor | None,
     logprob: Tensor,
-    anchor: Tensor,
+    kept: Tensor,
     temperature: float,
     softcap: float | None,
     wants: tuple[bool, bool, bool],
@@ -115,13 +146,34 @@ def linear_logprob_backward(
     head = _head(weight, bias, temperature, softcap)
     _allocate_gradients(head, wants[1], wants[2])
     hidden_grad = torch.zeros_like(hidden) if wants[0] else None
-    for rows in _kept_chunks(target_ids, head.chunk_rows):
-        x = hidden[rows].to(head.weight.dtype)
-        block = head.forward(x, target_ids[rows])[1]
-        x_grad = head.backward(block, x, target_ids[rows], gradient[rows], wants[0])
-        if hidden_grad is not None and x_grad is not None:
-            hidden_grad[rows] = x_grad.to(hidden.dtype)
+    for rows in _kept_chunks(target_ids, BLOCK_ROWS):
+        x, targets = hidden[rows].to(head.weight.dtype), target_ids[rows].long()
+        largest, total = kept[:, rows]
+        scale = -gradient[rows] / (total * temperature)
+        scaled, x_grad = x * scale[:, None], torch.zeros_like(x)
+        for columns in head.tiles(len(x)):
+            logits = head.logits(x, columns)
+            slope = head.slope(logits)
+            minus_one_hot = logits.sub_(largest[:, None]).exp_()
+            local, inside = _local(targets, columns)
+            minus_one_hot.scatter_add_(1, local, (-total * inside)[:, None])
+            if slope is not None:
+                minus_one_hot.mul_(slope)
+            if head.weight_grad is not None:
+                head.weight_grad[columns].addmm_(minus_one_hot.T, scaled)
+            if head.bias_grad is not None:
+                head.bias_grad[columns].addmv_(minus_one_hot.T, scale)
+            if hidden_grad is not None:
+                x_grad.addmm_(minus_one_hot, head.weight[columns])
+        if hidden_grad is not None:
+            hidden_grad[rows] = x_grad.mul_(scale[:, None]).to(hidden.dtype)
     return hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias)
+
+
+def _local(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Column of each target in this tile, [C, 1], any where it lies outside; and whether it lies inside, [C]."""
+    local = (targets - columns.start).clamp(0, columns.stop - columns.start - 1)
+    return local[:, None], (targets >= columns.start) & (targets < columns.stop)
 
 
 def fdpg_loss(
@@ -167,6 +219,13 @@ def fdpg_loss(
             hidden_grad = torch.zeros_like(hidden).index_copy_(0, kept, hidden_grad)
         return loss, weights, recomputed, hidden_grad, weight_grad, bias_grad
 
+    if not any(wants):
+        logprob, _ = linear_logprob_forward(hidden, weight, target_ids, bias, temperature, softcap)
+        policy, behavior = (sum_by_sequence(x, cu_seqlens.to(hidden.device)) for x in (logprob, behavior))
+        weights = weights_from_sums(policy, behavior, score, log_z, **options)
+        loss = (-(weights.weight * weights.policy_logprob).sum() / total_sequences).to(logprob.dtype)
+        return loss, weights, torch.zeros_like(weights.clipped), None, None, None
+
     head = _head(weight, bias, temperature, softcap)
     _allocate_gradients(head, wants[1], wants[2])
     if weight_grad_out is not None and wants[1] and weight_grad_out.dtype == head.weight.dtype:
@@ -200,8 +259,6 @@ def fdpg_loss(
             **options | {"baseline": baseline[sequences]},
         )
         parts.append(weights)
-        if not any(wants):
-            continue
         recomputed[sequences] = len(chunks) > 1
         row_gradient = (-weights.weight / total_sequences)[owner].to(head.weight.dtype)  # d loss / d log π
         for rows in chunks:

@@ -71,7 +71,7 @@ def _logprob(
 @_logprob.register_fake
 def _(hidden, weight, target_ids, bias, temperature, softcap, impl):
     logprob = hidden.new_empty(len(hidden), dtype=_wide(hidden))
-    return logprob, torch.empty_like(logprob) if impl == "triton" else logprob.new_empty(0)
+    return logprob, torch.empty_like(logprob) if impl == "triton" else logprob.new_empty(2, len(hidden))
 
 
 @torch.library.custom_op("fdpg_kernels::linear_logprob_backward", mutates_args=())

@@ -35,7 +35,9 @@ def reference(hidden, weight, target_ids, bias, upstream, **options):
 
 
 def few_rows(monkeypatch, rows, vocab, itemsize):
-    monkeypatch.setattr(chunked, "BLOCK_BYTES", rows * vocab * itemsize)
+    """Chunks of `rows` rows, and tiles of a third of the vocabulary and a bit."""
+    monkeypatch.setattr(chunked, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(chunked, "TILE_BYTES", rows * (vocab // 3 + 1) * itemsize)
 
 
 def test_the_definition_is_log_softmax():
@@ -82,6 +84,21 @@ def test_auto_takes_a_path_that_meets_the_definition():
     inputs = head(9, 4, 11)
     logprob = linear_logprob(*inputs[:3], bias=inputs[3])
     torch.testing.assert_close(logprob, reference(*inputs, torch.ones(9))[0], rtol=0, atol=1e-4)
+
+
+def test_a_tile_of_forbidden_words(monkeypatch):
+    few_rows(monkeypatch, 5, 9, 8)  # tiles of 4
+    hidden, weight, _, _ = head(7, 3, 9, bias=False)
+    bias = torch.zeros(9, dtype=torch.float64).masked_fill_(torch.arange(9) < 5, -torch.inf)
+    target_ids = torch.tensor([5, 6, 7, 8, -100, 5, 6])
+    logprob = linear_logprob(hidden, weight, target_ids, bias=bias, impl="chunked")
+    logprob.sum().backward()
+    allowed = torch.where(target_ids < 0, -100, target_ids - 5)
+    expected, *gradients = reference(hidden, weight[5:], allowed, None, torch.ones(7))
+    torch.testing.assert_close(logprob, expected)
+    torch.testing.assert_close(hidden.grad, gradients[0])
+    torch.testing.assert_close(weight.grad[5:], gradients[1])
+    assert bool((weight.grad[:5] == 0).all())
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
