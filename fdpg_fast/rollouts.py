@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,30 @@ class Rollouts:
                 cost = length + len(self.contexts[owners[i]].token_ids)
             tokens, owner = tokens + cost, owners[i]
         yield slice(first, len(lengths))
+
+
+Completion = tuple[Sequence[int], Sequence[float], bool]
+
+
+def pack(contexts: Sequence[Context], completions: Sequence[Sequence[Completion]]) -> Rollouts:
+    """Completions as a sampler lists them, as the tensors of a round.
+
+    Args:
+        contexts: C of them.
+        completions: of each context its completions: token ids, their log-probs in nats, and whether EOS ended it
+            (and is the last of the ids).
+    """
+    counts = torch.tensor([len(group) for group in completions])
+    drawn = [completion for group in completions for completion in group]
+    lengths = torch.tensor([0, *(len(tokens) for tokens, _, _ in drawn)])
+    return Rollouts(
+        contexts=tuple(contexts),
+        context_index=torch.arange(len(contexts)).repeat_interleave(counts),
+        token_ids=torch.tensor([token for tokens, _, _ in drawn for token in tokens]),
+        cu_seqlens=lengths.cumsum(0).int(),
+        behavior_logprob=torch.tensor([x for _, logprobs, _ in drawn for x in logprobs], dtype=torch.float32),
+        finished=torch.tensor([finished for _, _, finished in drawn]),
+    )
 
 
 def concatenate(parts: list[Rollouts]) -> Rollouts:

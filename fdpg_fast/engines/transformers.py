@@ -32,6 +32,7 @@ class TransformersEngine:
         max_new_tokens: int,
         max_sequences: int = 256,
     ):
+        self.version = -1
         self.language_model = language_model
         self.eos_token_ids = torch.tensor(sorted(eos_token_ids))
         self.max_new_tokens = max_new_tokens
@@ -39,13 +40,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
-        """Draw completions; equal arguments and weights give equal completions.
-
-        Args:
-            contexts: C prompts.
-            samples_per_context: n; the result holds B = C·n completions, those of a context side by side.
-            seed: of this call alone; the global generators are not touched.
-        """
+        """As `Engine.sample`."""
         generator = torch.Generator().manual_seed(seed)
         per_call = max(1, self.max_sequences // samples_per_context)
         parts = []
@@ -59,8 +54,12 @@ class TransformersEngine:
                 counts = [count - taken for count, taken in zip(counts, batch, strict=True)]
         return concatenate(parts)
 
-    def sync_weights(self, learner: object) -> None:
+    def sync_weights(self, policy: LanguageModel, version: int) -> None:
         """The learner trains this very module: nothing to move."""
+        self.version = version
+
+    def sleep(self) -> None:
+        """Nothing is held between two calls."""
 
     def close(self) -> None:
         """Nothing is held."""

