@@ -140,7 +140,7 @@ def test_both_pipelines_compute_the_same(name: str, tmp_path: Path) -> None:
     learner = trainer.state.learner
     ours = []
     learner.optimizer.step = lambda: ours.extend(p.grad.clone() for p in learner.policy.model.parameters())
-    update = learner.step(rollouts, base + log_phi, log_z, baseline, 0)
+    update = learner.update(*learner.backward(rollouts, base + log_phi, log_z, baseline), 0)
 
     with torch.no_grad():
         proposal, plain_base = (sequence_logprob(model, batch) for model in (plain.policy, plain.base))

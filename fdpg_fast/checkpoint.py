@@ -1,7 +1,7 @@
 """Checkpoints: a Hugging Face model folder plus what the trainer needs to go on with the same numbers.
 
     checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder)
-                                trainer.safetensors: optimizer, Z, baseline, torch's generator
+                                trainer.safetensors: optimizer, Z, baseline, torch's generator, rollouts sampled ahead
                                 trainer.json: round, λ, the other generators
                                 SHA256SUMS: of every file, as `sha256sum --check` reads it
 
@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .contexts import Context
 from .errors import RunError, UserError
 from .learner import Learner
 from .partition import Baseline, PartitionFunction
+from .rollouts import Rollouts
 from .run_folder import disk_errors, fsync_folder
 
 TENSORS, STATE, SUMS = "trainer.safetensors", "trainer.json", "SHA256SUMS"
@@ -42,6 +45,7 @@ class TrainerState:
     baseline: Baseline
     round: int = 0
     exponents: tuple[float, ...] | None = None
+    ahead: Rollouts | None = None  # of the next round, sampled while the learner trained on the last
 
 
 def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: int) -> Path:
@@ -106,8 +110,8 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     return found[-1]
 
 
-def load_checkpoint(path: Path, state: TrainerState) -> None:
-    """Restore everything but the policy's weights, which `load_model(path)` reads."""
+def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], list[Context]]) -> None:
+    """Restore everything but the policy's weights, which `load_model(path)` reads; contexts: of a round."""
     tensors = load_file(path / TENSORS)
     trainer = json.loads((path / STATE).read_text())
     moments: dict[int, dict[str, Tensor]] = {}
@@ -116,9 +120,13 @@ def load_checkpoint(path: Path, state: TrainerState) -> None:
         moments.setdefault(int(index), {})[key] = tensor
     optimizer = state.learner.optimizer
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for number, master in enumerate(state.learner.masters):
+        master.copy_(tensors[f"master.{number}"])
     state.partition.load_state(_with_prefix(tensors, "partition."))
     state.baseline.load_state(_with_prefix(tensors, "baseline."))
     state.round = trainer["round"]
+    if ahead := _with_prefix(tensors, "ahead."):
+        state.ahead = Rollouts(contexts=tuple(contexts(state.round)), **ahead)
     state.exponents = None if trainer["exponents"] is None else tuple(trainer["exponents"])
     version, internal, gauss = trainer["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -131,6 +139,10 @@ def _tensors(state: TrainerState) -> dict[str, Tensor]:
     tensors = {"torch_generator": torch.get_rng_state()}
     for index, moments in state.learner.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
+    tensors |= {f"master.{index}": master for index, master in enumerate(state.learner.masters)}
+    if state.ahead is not None:
+        fields = {name: value for name, value in vars(state.ahead).items() if name != "contexts"}
+        tensors |= {f"ahead.{name}": tensor for name, tensor in fields.items()}
     tensors |= {f"partition.{key}": tensor for key, tensor in state.partition.state().items()}
     tensors |= {f"baseline.{key}": tensor for key, tensor in state.baseline.state().items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

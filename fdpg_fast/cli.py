@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     # idle OpenMP threads that spin make small models many times slower on a busy machine; set before torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM on a CPU warns of how it binds memory
     try:
         known, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(known)

@@ -130,10 +130,26 @@ TermConfig = Annotated[PointwiseTerm | RLHFTerm | DistributionalTerm | ImportedT
 
 
 class EngineConfig(_Section):
+    kind: Literal["auto", "transformers", "vllm", "vllm_server"] = "auto"
+    """What samples: the learner's own module, vLLM in this process, or vLLM servers; auto: vLLM where it has a GPU."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Completions are cut off there; a cut completion is a text without EOS."""
     max_sequences: int = Field(default=256, ge=1)
     """Completions decoded side by side; bounds the memory of the key-value cache."""
+    share_weights: bool | None = None
+    """vllm: the policy's parameters are views of vLLM's; left out, where that is valid and costs no speed."""
+    urls: list[str] = []
+    """vllm_server: addresses of the servers, such as http://gpu-box:8000."""
+    weight_transfer: Literal["nccl", "ipc", "disk"] = "nccl"
+    """vllm_server: from GPU to GPU, within one GPU, or through a folder that both sides see."""
+    weights_dir: str | None = None
+    """vllm_server: the folder of weight_transfer disk."""
+    request_timeout: float = Field(default=600.0, gt=0)
+    """vllm_server: seconds that one request, or sending the weights, may take."""
+    gap_warning: float | None = Field(default=None, gt=0)
+    """Mean |log q − log π| a token, in nats, above which a round warns; left out, 1e-4, or 0.1 in bfloat16."""
+    gap_limit: float | None = Field(default=None, gt=0)
+    """The same, above which the run stops: the engine has other weights; left out, 0.01, or 0.3 in bfloat16."""
 
 
 class PartitionConfig(_Section):
@@ -182,6 +198,8 @@ class RoundsConfig(_Section):
     """Contexts sampled from in a round (fewer where the data set is smaller)."""
     samples_per_context: int = Field(default=16, ge=1)
     """Completions of each."""
+    pipeline_depth: Literal[0, 1] = 0
+    """1: sample the next round while the learner trains on this one (the ratio keeps it exact); 0: in turns."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens in one forward and backward pass; bounds memory, changes nothing else. Left out, planned for the model."""
     checkpoint_every: int = Field(default=50, ge=1)

@@ -55,26 +55,36 @@ class Learner:
         embedding = policy.model.get_input_embeddings()
         embedding.sparse = True
         self._tables = [p for p in {embedding.weight, policy.head.weight} if p.requires_grad]
+        self._head_grad: Tensor | None = None  # [V, D]
+        # a bfloat16 weight does not move by less than 1/256 of itself: AdamW works on float32 copies
+        self.masters = [p.detach().float() for p in self._parameters] if policy.model.dtype != torch.float32 else []
         self.optimizer = torch.optim.AdamW(
-            self._parameters,
+            self.masters or self._parameters,
             lr=optimizer.learning_rate,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
             fused=True,  # one pass over the parameters, and no temporaries of their size
         )
 
-    def step(
-        self, rollouts: Rollouts, target_log_score: Tensor, log_z: Tensor, baseline: Tensor, round_index: int
-    ) -> Update:
-        """Descend D_f once on B rollouts; target_log_score, log_z and baseline are [B] float64."""
+    def backward(
+        self, rollouts: Rollouts, target_log_score: Tensor, log_z: Tensor, baseline: Tensor
+    ) -> tuple[Tensor, SequenceWeights]:
+        """The gradient of D_f from B rollouts, left in the parameters; loss [] and weights on the CPU.
+
+        target_log_score, log_z and baseline are [B] float64.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         for table in self._tables:
             table.grad = torch.zeros_like(table)
-        loss = torch.zeros((), device=self.policy.device)
+        head, device = self.policy.head, self.policy.device
+        # the head's gradient is summed in float32 over micro-batches
+        self._head_grad = head.weight.grad
+        if self.masters and head.weight.requires_grad:
+            self._head_grad = torch.zeros_like(head.weight, dtype=torch.float32)
+        loss = torch.zeros((), device=device)
         parts = []
         for rows in rollouts.micro_batches(self.micro_batch_tokens):
             part = rollouts.part(rows)
-            head, device = self.policy.head, self.policy.device
             part_loss, weights, _ = fdpg_loss(
                 self.policy.hidden(part),
                 head.weight,
@@ -89,14 +99,19 @@ class Learner:
                 ratio_cap=self._loss.ratio_cap,
                 reward_cap=self._loss.reward_cap,
                 total_sequences=len(rollouts),
-                weight_grad_out=head.weight.grad,
+                weight_grad_out=self._head_grad,
                 **head.options(),
             )
             part_loss.backward()
             loss += part_loss.detach()
             parts.append(weights)
-        weights = SequenceWeights(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm))
+        return loss, SequenceWeights(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+    def update(self, loss: Tensor, weights: SequenceWeights, round_index: int) -> Update:
+        """Descend once along the gradient that `backward` left, whose results these are."""
+        self._move_gradients_to_masters()
+        trained = self.masters or self._parameters
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, self._settings.max_grad_norm))
         # no sample in support yet, or an overflow: Adam must not move on its momentum alone
         skipped = not math.isfinite(norm) or not bool((weights.weight != 0).any())
         if not skipped:
@@ -104,7 +119,18 @@ class Learner:
                 group["lr"] = self.learning_rate(round_index)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, master in zip(self._parameters, self.masters, strict=False):
+                parameter.copy_(master)
         return Update(float(loss), norm, weights, skipped)
+
+    def _move_gradients_to_masters(self) -> None:
+        for parameter, master in zip(self._parameters, self.masters, strict=False):
+            if parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
+            if parameter is self.policy.head.weight and self._head_grad is not None:
+                master.grad = self._head_grad if master.grad is None else master.grad.add_(self._head_grad)
+        self._head_grad = None
 
     def learning_rate(self, round_index: int) -> float:
         """Of a round, counted from 0."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fdpg_kernels.sequence_weights import sum_by_sequence
+
 from .estimators import mean
 from .features import Completions
 from .learner import Update
@@ -29,9 +31,10 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Time a phase; one that comes in parts is their sum."""
         start = time.perf_counter()
         yield
-        self.phases[phase] = time.perf_counter() - start
+        self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
 
     @property
     def total(self) -> float:
@@ -64,6 +67,7 @@ def round_metrics(
     partition: PartitionFunction,
     update: Update,
     learning_rate: float,
+    agreement: dict[str, float],
     clock: Clock,
 ) -> dict[str, float]:
     """Everything that metrics.jsonl records of a round; nats, tokens, seconds, bytes."""
@@ -77,7 +81,7 @@ def round_metrics(
     metrics["target/ess"] = float(1 / importance.square().sum()) if bool(satisfied.any()) else 0.0
     metrics |= {f"z/{name}": value for name, value in partition.summary().items()}
     metrics |= _with_error("policy/kl_to_base", scores.behavior_logprob - scores.base_logprob, owner)
-    gap = (weights.policy_logprob - weights.behavior_logprob).abs()
+    log_ratio = weights.policy_logprob - weights.behavior_logprob
     metrics |= {
         "policy/entropy_per_token": -float(scores.behavior_logprob.sum()) / rollouts.num_tokens,
         "policy/length": rollouts.num_tokens / len(rollouts),
@@ -87,9 +91,9 @@ def round_metrics(
         "policy/grad_norm": update.grad_norm,
         "policy/skipped": float(update.skipped),
         "policy/learning_rate": learning_rate,
-        "engine/logprob_gap_mean": float(gap.mean()),
-        "engine/logprob_gap_max": float(gap.max()),
+        "policy/log_ratio_max": float(log_ratio.abs().max()),
     }
+    metrics |= {f"engine/{name}": value for name, value in agreement.items()}
     total = clock.total
     metrics |= {f"time/{phase}": seconds for phase, seconds in clock.phases.items()}
     metrics["time/round"] = total
@@ -98,6 +102,23 @@ def round_metrics(
     if torch.cuda.is_available():
         metrics["memory/peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
     return metrics
+
+
+def agreement(rollouts: Rollouts, policy_logprob: Tensor) -> dict[str, float]:
+    """|log q − log π| in nats while sampler and learner should agree, a token and a sequence: mean and largest.
+
+    Args:
+        rollouts: N tokens.
+        policy_logprob: log π of each under the learner, [N].
+    """
+    difference = policy_logprob.double() - rollouts.behavior_logprob.double()
+    tokens, sequences = difference.abs(), sum_by_sequence(difference, rollouts.cu_seqlens).abs()
+    return {
+        "logprob_gap_mean": float(tokens.mean()),
+        "logprob_gap_max": float(tokens.max()),
+        "sequence_gap_mean": float(sequences.mean()),
+        "sequence_gap_max": float(sequences.max()),
+    }
 
 
 def progress_line(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,26 @@ from torch import Tensor
 from fdpg_kernels import divergences
 from fdpg_kernels.sequence_weights import refusal, sum_by_sequence
 
-from .assemble import build_target
+from .assemble import build_engine, build_target, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .config import TrainConfig, dump_config
 from .contexts import Context, load_contexts, make_context, schedule
-from .engines import TransformersEngine
+from .engines import Engine
 from .errors import RunError, UserError
 from .evaluate import Evaluation, evaluate
 from .features import Completions
 from .language_model import eos_token_ids, load_model, load_tokenizer
 from .learner import Learner
 from .memory import FrozenPages, plan_micro_batch_tokens, trim
-from .metrics import Clock, Scores, progress_line, round_metrics
+from .metrics import Clock, Scores, agreement, progress_line, round_metrics
 from .partition import Baseline, PartitionFunction, pseudo_rewards
 from .report import write_report
 from .rollouts import Rollouts
 from .run_folder import RunFolder
 from .tracking import Tracking, check_installed
+
+GAP_TOKENS = 64  # of a round's completions, at least, that the learner scores to see whether the engine agrees
+GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop: mean nats a token; see docs/engines.md
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,7 @@ class Trainer:
         policy_path = config.model if self.checkpoint is None else str(self.checkpoint)
         policy = load_model(policy_path, config.dtype, device, config.trust_remote_code)
         self.micro_batch_tokens = config.trainer.micro_batch_tokens or plan_micro_batch_tokens(policy.model)
-        eos = eos_token_ids(policy.model, self.tokenizer)
-        limits = {"max_new_tokens": config.engine.max_new_tokens, "max_sequences": config.engine.max_sequences}
-        self.engine = TransformersEngine(policy, eos, **limits)
-        self.base_engine = TransformersEngine(self.base, eos, **limits)
+        self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         partition, rounds = config.partition, config.trainer
         self.state = TrainerState(
             Learner(
@@ -109,7 +111,23 @@ class Trainer:
                 len(self.contexts), kind=partition.kind, per_context=partition.per_context, floor=partition.floor
             ),
             Baseline(config.loss.baseline),
+            round=done,
         )
+        self._sampler = ThreadPoolExecutor(1)  # for the round ahead
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """Started at first use, with the policy's weights."""
+        config, policy = self.config, self.state.learner.policy
+        longest = max(len(context.token_ids) for context in self.contexts + self.eval_contexts)
+        max_length = longest + config.engine.max_new_tokens
+        engine = build_engine(config, policy, self.eos_token_ids, max_length, self.micro_batch_tokens, self.say)
+        try:
+            engine.sync_weights(policy, self.state.round)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
 
     def train(self) -> RunResult:
         """Run all rounds that are left, evaluate, and write the report.
@@ -118,11 +136,13 @@ class Trainer:
             RunError: something failed on the way; the checkpoints written so far are intact.
         """
         config, state = self.config, self.state
+        engine = self.engine
         folder = RunFolder(config.run_dir) if self.resume else RunFolder.create(config)
         try:
             # trackers first: they may draw from the generators that a resumed run restores
             with contextlib.closing(Tracking(config, folder)) as tracking:
                 before = self._start(folder)
+                self.say(describe_engine(config.engine, self.base.device))
                 first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
                 for round_index in range(first, rounds):
                     metrics = self.round(round_index, folder)
@@ -139,21 +159,25 @@ class Trainer:
                 folder.discard()
             raise
         finally:
-            self.engine.close()
+            self._sampler.shutdown()
+            engine.close()
             folder.close()
 
     def round(self, round_index: int, folder: RunFolder) -> dict[str, float]:
         """Sample, score, estimate, update, sync; returns the round's metrics."""
         settings, state, clock = self.config.trainer, self.state, Clock()
-        per_round = min(settings.contexts_per_round, len(self.contexts))
-        chosen = torch.tensor(schedule(len(self.contexts), per_round, round_index, settings.seed))
-        contexts = [self.contexts[i] for i in chosen.tolist()]
-
-        with clock("sample"):
-            seed = self._seed("rollouts", round_index)
-            rollouts = self.engine.sample(contexts, settings.samples_per_context, seed)
+        rollouts, state.ahead, agrees = state.ahead, None, {}
+        if rollouts is None:
+            with clock("sample"):
+                rollouts = self._sample(round_index)
+            agrees = self._compare_with_learner(rollouts, clock)
+        ahead: Future[Rollouts] | None = None
+        if settings.pipeline_depth and round_index + 1 < settings.rounds:
+            ahead = self._sampler.submit(self._sample, round_index + 1)
+        else:
+            self.engine.sleep()
         scores = self._score(rollouts, clock)
-        owner = chosen[rollouts.context_index]
+        owner = torch.tensor([context.index for context in rollouts.contexts])[rollouts.context_index]
         state.partition.update(scores.log_score - scores.behavior_logprob, owner)
         log_z = state.partition.log_z(owner)
         rewards = pseudo_rewards(
@@ -161,15 +185,53 @@ class Trainer:
         )
         baseline = state.baseline(rewards, rollouts.context_index)
         with clock("update"):
-            update = state.learner.step(rollouts, scores.log_score, log_z, baseline, round_index)
+            loss, weights = state.learner.backward(rollouts, scores.log_score, log_z, baseline)
+        if ahead is not None:
+            with clock("sample"):  # what is left of it
+                state.ahead = ahead.result()
+            agrees = self._compare_with_learner(state.ahead, clock)
+        with clock("update"):
+            update = state.learner.update(loss, weights, round_index)
             trim()  # or the base model would come to lie beside the space of gradients and activations
         with clock("sync"):
-            self.engine.sync_weights(state.learner)
+            self.engine.sync_weights(state.learner.policy, round_index + 1)
 
         for row in self._sample_rows(scores, settings.samples_logged):
             folder.append("samples.jsonl", {"round": round_index, "split": "train", **row})
         learning_rate = state.learner.learning_rate(round_index)
-        return round_metrics(rollouts, scores, self._feature_names, state.partition, update, learning_rate, clock)
+        return round_metrics(
+            rollouts, scores, self._feature_names, state.partition, update, learning_rate, agrees, clock
+        )
+
+    def _round_contexts(self, round_index: int) -> list[Context]:
+        settings = self.config.trainer
+        per_round = min(settings.contexts_per_round, len(self.contexts))
+        return [self.contexts[i] for i in schedule(len(self.contexts), per_round, round_index, settings.seed)]
+
+    def _sample(self, round_index: int) -> Rollouts:
+        if self.engine.version != self.state.round:
+            raise RunError(f"the engine holds weights of version {self.engine.version}, not {self.state.round}")
+        samples, seed = self.config.trainer.samples_per_context, self._seed("rollouts", round_index)
+        return self.engine.sample(self._round_contexts(round_index), samples, seed)
+
+    def _compare_with_learner(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
+        """See on a few completions that the engine samples from the weights that the learner has at this moment."""
+        ends = rollouts.cu_seqlens
+        first = self._seed("compared", self.state.round) % len(rollouts)
+        last = int(torch.searchsorted(ends, int(ends[first]) + GAP_TOKENS).clamp(first + 1, len(rollouts)))
+        part, policy = rollouts.part(slice(first, last)), self.state.learner.policy
+        with clock("compare"):
+            found = agreement(part, policy.token_logprobs(part, 4 * self.micro_batch_tokens))
+        gap, settings, usual = found["logprob_gap_mean"], self.config.engine, GAP_LIMITS[self.config.dtype]
+        warning, limit = settings.gap_warning or usual[0], settings.gap_limit or usual[1]
+        if gap > limit:
+            raise RunError(
+                f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token (engine.gap_limit "
+                f"{limit:g}): it does not sample from the weights that are trained; see docs/engines.md"
+            )
+        if gap > warning:
+            self.say(f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token; see docs/engines.md")
+        return found
 
     def evaluate_checkpoint(self, samples_per_context: int | None, seed: int) -> dict[str, Any]:
         """Measure the policy as loaded on a sample of its own seed; what evaluation.jsonl would record."""
@@ -202,6 +264,7 @@ class Trainer:
             f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
             f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target; "
             f"{self.micro_batch_tokens} tokens a forward and backward pass\n"
+            f"{describe_engine(config.engine, self.base.device)}\n"
             f"writes to {config.run_dir}; nothing was done yet"
         )
 
@@ -231,13 +294,13 @@ class Trainer:
         return self._evaluate(folder, 0)
 
     def _sample_base(self, contexts: list[Context], samples_per_context: int, purpose: str) -> tuple[Tensor, Tensor]:
-        """Feature values [B, F] of samples of the base, and which context each continues [B]."""
-        rollouts = self.base_engine.sample(contexts, samples_per_context, self._seed(purpose, 0))
+        """Feature values [B, F] of samples of the base, which the policy still is, and the context of each [B]."""
+        rollouts = self.engine.sample(contexts, samples_per_context, self._seed(purpose, 0))
         return self._feature_values(Completions.decode(rollouts, self.tokenizer)), rollouts.context_index
 
     def _restore(self) -> None:
         assert self.checkpoint is not None
-        load_checkpoint(self.checkpoint, self.state)
+        load_checkpoint(self.checkpoint, self.state, self._round_contexts)
         if self.state.exponents is not None:
             self.target = self.target.with_exponents(self.state.exponents)
 

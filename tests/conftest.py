@@ -21,7 +21,16 @@ END = "<|end|>"
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random 2-layer Llama (257 tokens: the bytes and an end token that is BOS, EOS and pad)."""
-    folder = tmp_path_factory.mktemp("tiny-model")
+    return save_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with heads of 32, the smallest that vLLM's attention takes on a CPU."""
+    return save_model(tmp_path_factory.mktemp("vllm-model"), head_dim=32)
+
+
+def save_model(folder: Path, **settings: int) -> Path:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([END, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -44,6 +53,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
+        **settings,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

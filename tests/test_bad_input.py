@@ -242,7 +242,7 @@ def test_feature_that_fails_later_leaves_a_run_that_can_go_on(failure, undisturb
     ended = runs.run(tmp_path, "train", tea_run(tiny_model, tmp_path, failure))
     assert ended.status == 1
     *progress, last = ended.stderr.splitlines()
-    assert [line[:9] for line in progress] == ["round 1/3", "round 2/3"]
+    assert [line[:9] for line in progress] == ["engine: t", "round 1/3", "round 2/3"]
     assert last.startswith(f"fdpg-fast: {FAILURES[failure]}")
     tea_run(tiny_model, tmp_path, "pass")
     assert runs.run(tmp_path, "train", "--resume", "run").status == 0

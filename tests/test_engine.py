@@ -242,7 +242,7 @@ def test_samples_follow_the_weights_and_no_generation_setting(tiny_model):
     assert torch.equal(engine.sample(contexts, 8, seed=0).behavior_logprob, first.behavior_logprob)
     with torch.no_grad():
         model.model.get_input_embeddings().weight.mul_(0.5)  # an optimizer's step in place
-    engine.sync_weights(None)
+    engine.sync_weights(model, 1)
     after = engine.sample(contexts, 8, seed=0)
     assert after.token_ids.tolist() != first.token_ids.tolist()
     torch.testing.assert_close(after.behavior_logprob, model.token_logprobs(after, 1000), atol=1e-5, rtol=0)

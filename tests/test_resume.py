@@ -92,7 +92,7 @@ FULL = {
     ),
     "metrics": (Moment("open", "metrics.jsonl", 4), 100, "run/metrics.jsonl"),
     "evaluation": (Moment("open", "evaluation.jsonl", 2), 0, "run/evaluation.jsonl"),
-    "report": (Moment("open", "report.html"), 1000, "run/report.html"),
+    "report": (Moment("open", "report.html"), 2000, "run/report.html"),
 }
 
 
@@ -103,7 +103,7 @@ def test_run_that_filled_the_disk_says_so_and_goes_on_later(moment, room, what, 
     *progress, last = ended.stderr.splitlines()
     assert ended.status == 1 and last.startswith(f"fdpg-fast: writing {what}: ")
     assert last.endswith("; free some space and continue with --resume")
-    assert all(line.startswith(("target: ", "round ")) for line in progress)
+    assert all(line.startswith(("target: ", "engine: ", "round ")) for line in progress)
     left = [path.name for path in tmp_path.glob("run/checkpoints/*")]
     assert left == (["round-000002"] if "000004" in what else left) and not any("writing" in name for name in left)
 

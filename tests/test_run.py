@@ -236,7 +236,8 @@ def test_library_does_what_the_command_line_does(tiny_model, tmp_path):
     assert result.run_dir == tmp_path / "library" and result.report.exists()
     assert result.before.metrics["kl_to_base"].value == pytest.approx(0, abs=1e-4)
     assert result.after.as_dict()["num_samples"] == 9
-    assert [line.split("  ")[0] for line in said] == ["round 1/2", "round 2/2"]
+    assert said[0] == "engine: transformers, the learner's own module (there is no GPU)"
+    assert [line.split("  ")[0] for line in said[1:]] == ["round 1/2", "round 2/2"]
     saved = load_file(result.run_dir / "checkpoints/round-000002/model.safetensors")
     trained = trainer.state.learner.policy.model.state_dict()
     assert all(torch.equal(saved[name], trained[name]) for name in saved)
