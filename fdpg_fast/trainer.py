@@ -135,33 +135,35 @@ class Trainer:
         Raises:
             RunError: something failed on the way; the checkpoints written so far are intact.
         """
+        with contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(self.engine.close)
+            at_the_end.callback(self._sampler.shutdown)
+            folder = RunFolder(self.config.run_dir) if self.resume else RunFolder.create(self.config)
+            at_the_end.callback(folder.close)
+            try:
+                return self._rounds(folder)
+            except UserError:  # the config asks for what cannot be had: leave no half-made run in its way
+                if not self.resume:
+                    folder.discard()
+                raise
+
+    def _rounds(self, folder: RunFolder) -> RunResult:
         config, state = self.config, self.state
-        engine = self.engine
-        folder = RunFolder(config.run_dir) if self.resume else RunFolder.create(config)
-        try:
-            # trackers first: they may draw from the generators that a resumed run restores
-            with contextlib.closing(Tracking(config, folder)) as tracking:
-                before = self._start(folder)
-                self.say(describe_engine(config.engine, self.base.device))
-                first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
-                for round_index in range(first, rounds):
-                    metrics = self.round(round_index, folder)
-                    tracking.log(round_index, metrics)
-                    state.round = round_index + 1
-                    left = (time.perf_counter() - started) / (state.round - first) * (rounds - state.round)
-                    self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
-                    if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
-                        save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
-            after = self._evaluate(folder, rounds)
-            return RunResult(folder.path, before, after, write_report(folder.path))
-        except UserError:  # the config asks for what cannot be had: leave no half-made run in its way
-            if not self.resume:
-                folder.discard()
-            raise
-        finally:
-            self._sampler.shutdown()
-            engine.close()
-            folder.close()
+        # trackers first: they may draw from the generators that a resumed run restores
+        with contextlib.closing(Tracking(config, folder)) as tracking:
+            before = self._start(folder)
+            self.say(describe_engine(config.engine, self.base.device))
+            first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
+            for round_index in range(first, rounds):
+                metrics = self.round(round_index, folder)
+                tracking.log(round_index, metrics)
+                state.round = round_index + 1
+                left = (time.perf_counter() - started) / (state.round - first) * (rounds - state.round)
+                self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
+                if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
+                    save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
+        after = self._evaluate(folder, rounds)
+        return RunResult(folder.path, before, after, write_report(folder.path))
 
     def round(self, round_index: int, folder: RunFolder) -> dict[str, float]:
         """Sample, score, estimate, update, sync; returns the round's metrics."""
@@ -237,16 +239,18 @@ class Trainer:
         """Measure the policy as loaded on a sample of its own seed; what evaluation.jsonl would record."""
         self._restore()
         samples = samples_per_context or self.config.evaluation.samples_per_context
-        evaluation, _ = self._measure(samples, self._seed("fresh evaluation", seed), count=0)
+        with contextlib.closing(self.engine):
+            evaluation, _ = self._measure(samples, self._seed("fresh evaluation", seed), count=0)
         return {"round": self.state.round, **evaluation.as_dict()}
 
     def sample_checkpoint(self, prompt: str | None, count: int, seed: int) -> list[dict[str, Any]]:
         """Completions of the policy as loaded, of one prompt or of the evaluation contexts in turn."""
         self._restore()
-        contexts = self.eval_contexts[:count]
         if prompt is not None:
-            contexts = [make_context(0, prompt, {}, self.tokenizer, self.room, "--prompt")]
-        rollouts = self.engine.sample(contexts, -(-count // len(contexts)), self._seed("samples", seed))
+            self.eval_contexts = [make_context(0, prompt, {}, self.tokenizer, self.room, "--prompt")]
+        contexts = self.eval_contexts[:count]
+        with contextlib.closing(self.engine):
+            rollouts = self.engine.sample(contexts, -(-count // len(contexts)), self._seed("samples", seed))
         return self._sample_rows(self._score(rollouts, Clock()), count)
 
     def describe(self) -> str:

@@ -252,6 +252,7 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
             f"and device is {str(device)!r}"
         )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_quietly())
         if device.type == "cpu":
             import vllm._custom_ops
             import vllm.v1.sample.sampler as sampler
@@ -262,7 +263,6 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
                 operations: Any = vllm._custom_ops
                 stack.callback(setattr, operations, "_supports_onednn", operations._supports_onednn)
                 operations._supports_onednn = False
-        stack.enter_context(_quietly())
         try:
             return vllm.LLM(**settings)
         except (ValueError, NotImplementedError, RuntimeError) as error:
