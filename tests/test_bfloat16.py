@@ -1,4 +1,4 @@
-"""A bfloat16 policy is trained through float32 master weights: small steps add up, and a resumed run is the same run."""
+"""A bfloat16 policy is trained through float32 master weights: small steps add up, and runs resume as they were."""
 
 import pytest
 import torch
