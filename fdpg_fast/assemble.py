@@ -122,6 +122,7 @@ def plan(config: c.TrainConfig, policy: LanguageModel, max_length: int, micro_ba
     return plan_memory(
         model.config,
         num_parameters=sum(p.numel() for p in model.parameters()),
+        num_adapter=0 if config.lora is None else sum(p.numel() for p in model.parameters() if p.requires_grad),
         dtype=model.dtype,
         device_bytes=torch.cuda.get_device_properties(policy.device).total_memory,
         max_length=max_length,
@@ -133,7 +134,7 @@ def plan(config: c.TrainConfig, policy: LanguageModel, max_length: int, micro_ba
 
 
 def _sleeps(config: c.TrainConfig) -> bool:
-    return config.trainer.pipeline_depth == 0 and config.engine.share_weights is False
+    return config.trainer.pipeline_depth == 0 and (config.engine.share_weights is False or config.lora is not None)
 
 
 def build_engine(
@@ -178,7 +179,7 @@ def build_engine(
                 max_length=max_length,
                 max_sequences=settings.max_sequences,
                 kv_cache_bytes=memory.kv_cache,
-                share_weights=False if depth else settings.share_weights,
+                share_weights=False if depth or config.lora is not None else settings.share_weights,
                 sleeps=_sleeps(config),
                 trust_remote_code=config.trust_remote_code,
                 say=say,

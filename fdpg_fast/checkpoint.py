@@ -1,6 +1,8 @@
 """Checkpoints: a Hugging Face model folder plus what the trainer needs to go on with the same numbers.
 
-    checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder)
+    checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder), or
+                                the LoRA adapter as peft saves it (peft.AutoPeftModelForCausalLM.from_pretrained opens
+                                the folder and finds the base model under the name that the config gives it)
                                 trainer.safetensors: optimizer, Z, baseline, torch's generator, rollouts sampled ahead
                                 trainer.json: round, λ, the other generators
                                 SHA256SUMS: of every file, as `sha256sum --check` reads it
@@ -62,7 +64,7 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: in
             for unfinished in folder.glob(".writing-*"):  # of a process that was killed
                 shutil.rmtree(unfinished)
             temporary.mkdir(parents=True)
-            state.learner.policy.model.save_pretrained(temporary)
+            state.learner.policy.save(temporary)
             tokenizer.save_pretrained(temporary)
             save_file(_tensors(state), temporary / TENSORS)
             trainer = {"round": state.round, "exponents": state.exponents, **_generators()}
@@ -111,7 +113,7 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], list[Context]]) -> None:
-    """Restore everything but the policy's weights, which `load_model(path)` reads; contexts: of a round."""
+    """Restore everything but the policy's weights, which are read where it is made; contexts: of a round."""
     tensors = load_file(path / TENSORS)
     trainer = json.loads((path / STATE).read_text())
     moments: dict[int, dict[str, Tensor]] = {}

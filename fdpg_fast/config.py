@@ -189,6 +189,22 @@ class OptimizerConfig(_Section):
     """Gradients of larger norm are scaled down to it."""
 
 
+class LoRAConfig(_Section):
+    rank: int = Field(ge=1)
+    """Of the trained matrices B·A that are added to each adapted layer; everything else stays frozen."""
+    alpha: float | None = Field(default=None, gt=0)
+    """B·A counts alpha/rank times, as in peft; left out, once."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the linear layers to adapt, such as [q_proj, v_proj]; all-linear: all but the head."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if value != "all-linear" and not (isinstance(value, list) and value and all(isinstance(n, str) for n in value)):
+            raise ValueError("write all-linear, or a list of names such as [q_proj, v_proj]")
+        return value
+
+
 class RoundsConfig(_Section):
     rounds: int = Field(default=100, ge=1)
     """How many times to sample, score, update and sync."""
@@ -241,6 +257,7 @@ class TrainConfig(_Section):
     partition: PartitionConfig = PartitionConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoRAConfig | None = None
     trainer: RoundsConfig = RoundsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: list[Literal["tensorboard", "wandb", "trackio"]] = []
@@ -260,9 +277,25 @@ class TrainConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _merged_weights_are_not_shared(self) -> Self:
+        if self.lora is not None and self.engine.share_weights:
+            raise ValueError(
+                "engine.share_weights: with lora vLLM needs the adapter merged into its weights and the learner needs "
+                "them apart; leave it out"
+            )
+        return self
+
 
 # what a resumed run may change without becoming another run
-RESUMABLE = ("trainer.rounds", "trainer.checkpoint_every", "trainer.keep_checkpoints", "tracking", "device")
+RESUMABLE = (
+    "trainer.rounds",
+    "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
+    "tracking",
+    "device",
+    *(f"engine.{key}" for key in EngineConfig.model_fields if key != "max_new_tokens"),
+)
 
 _DISTORTING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty")
 
@@ -360,7 +393,8 @@ def _override(data: Any, key: str, text: str) -> None:
         if isinstance(place, list):
             place = place[_index(place, part, key)]
         elif isinstance(place, dict):
-            place = place.setdefault(part, {})
+            place[part] = {} if place.get(part) is None else place[part]  # null: a section that was left out
+            place = place[part]
         else:
             raise UserError(f"--{key}: {part!r} is inside a plain value")
     if isinstance(place, list):

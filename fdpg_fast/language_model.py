@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,17 @@ class LanguageModel:
             token_ids = part.token_ids.to(self.device)
             parts.append(linear_logprob(self.hidden(part), head.weight, token_ids, **head.options()).cpu())
         return torch.cat(parts)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What an engine samples with: names as in a checkpoint, in module order, and tensors in the model's dtype.
+
+        A tied head comes under its own name too: vLLM packs a copy of it on a CPU, which else stays the old one.
+        """
+        yield from self.model.state_dict().items()
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained, as `from_pretrained` reads it."""
+        self.model.save_pretrained(folder)
 
     @torch.no_grad()
     def _check_scoring(self) -> None:

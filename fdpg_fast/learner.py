@@ -57,7 +57,8 @@ class Learner:
         self._tables = [p for p in {embedding.weight, policy.head.weight} if p.requires_grad]
         self._head_grad: Tensor | None = None  # [V, D]
         # a bfloat16 weight does not move by less than 1/256 of itself: AdamW works on float32 copies
-        self.masters = [p.detach().float() for p in self._parameters] if policy.model.dtype != torch.float32 else []
+        narrow = any(p.dtype != torch.float32 for p in self._parameters)  # a LoRA adapter never is
+        self.masters = [p.detach().float() for p in self._parameters] if narrow else []
         self.optimizer = torch.optim.AdamW(
             self.masters or self._parameters,
             lr=optimizer.learning_rate,

@@ -30,6 +30,7 @@ from .evaluate import Evaluation, evaluate
 from .features import Completions
 from .language_model import eos_token_ids, load_model, load_tokenizer
 from .learner import Learner
+from .lora import LoRAPolicy
 from .memory import FrozenPages, plan_micro_batch_tokens, trim
 from .metrics import Clock, Scores, agreement, progress_line, round_metrics
 from .partition import Baseline, PartitionFunction, pseudo_rewards
@@ -77,7 +78,7 @@ class Trainer:
             raise UserError(f"divergence: {refusal(self.divergence)}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
-        self.base_pages = FrozenPages(self.base.model)
+        self.base_pages: FrozenPages | None = FrozenPages(self.base.model)
         self.room = self.base.max_length - config.engine.max_new_tokens
         if self.room < 1:
             raise UserError(
@@ -93,8 +94,12 @@ class Trainer:
         done = 0 if self.checkpoint is None else round_of(self.checkpoint)
         if done > config.trainer.rounds:
             raise UserError(f"trainer.rounds: {config.trainer.rounds} is less than the {done} that the run has done")
-        policy_path = config.model if self.checkpoint is None else str(self.checkpoint)
-        policy = load_model(policy_path, config.dtype, device, config.trust_remote_code)
+        if config.lora is None:
+            policy_path = config.model if self.checkpoint is None else str(self.checkpoint)
+            policy = load_model(policy_path, config.dtype, device, config.trust_remote_code)
+        else:
+            policy = LoRAPolicy(self.base, config.lora, self._seed("lora", 0), self.checkpoint)
+            self.base, self.base_pages = policy.base, None  # the policy needs their pages as often as the base does
         self.micro_batch_tokens = config.trainer.micro_batch_tokens or plan_micro_batch_tokens(policy.model)
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         partition, rounds = config.partition, config.trainer
@@ -256,13 +261,16 @@ class Trainer:
     def describe(self) -> str:
         """What a run of this config will do, for --dry-run."""
         config, settings = self.config, self.config.trainer
-        parameters = sum(p.numel() for p in self.base.model.parameters())
+        parameters = list(self.state.learner.policy.model.parameters())
+        size = f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters"
+        if config.lora is not None:
+            size += f", of which {sum(p.numel() for p in parameters if p.requires_grad) / 1e6:.3g} M are trained"
         per_round = min(settings.contexts_per_round, len(self.contexts))
         samples = per_round * settings.samples_per_context
         left = settings.rounds - (0 if self.checkpoint is None else round_of(self.checkpoint))
         return (
             f"{dump_config(config)}\n"
-            f"{config.model}: {parameters / 1e6:.1f} M parameters, {config.dtype}, on {self.base.device}\n"
+            f"{config.model}: {size}, {config.dtype}, on {self.base.device}\n"
             f"{len(self.contexts)} contexts to train on, {len(self.eval_contexts)} to evaluate on; "
             f"features: {', '.join(self._feature_names)}\n"
             f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
@@ -319,7 +327,8 @@ class Trainer:
         with clock("base"):
             # no activations are kept here: larger parts fit, and waste less
             base = self.base.token_logprobs(rollouts, 4 * self.micro_batch_tokens)
-            self.base_pages.release()
+            if self.base_pages is not None:
+                self.base_pages.release()
         base_logprob = sum_by_sequence(base, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
         if not bool(behavior_logprob.isfinite().all()):

@@ -60,8 +60,9 @@ def plan_memory(
     max_sequences: int,
     shared_weights: bool,
     sleeps: bool,
+    num_adapter: int = 0,
 ) -> MemoryPlan:
-    """The memory of one GPU that trains every parameter of a model and samples from it.
+    """The memory of one GPU that trains every parameter of a model, or a LoRA adapter, and samples from it.
 
     Args:
         config: of the model.
@@ -73,6 +74,7 @@ def plan_memory(
         max_sequences: completions decoded side by side; 0: the engine is elsewhere.
         shared_weights: the policy's parameters are the engine's.
         sleeps: the engine gives back its cache, and weights of its own, before gradients and activations are made.
+        num_adapter: how many of the parameters are a LoRA adapter's, in float32, which is all that is trained then.
 
     Raises:
         UserError: not even one sequence of max_length fits; it says how much is missing and what would help.
@@ -96,17 +98,25 @@ def plan_memory(
         engine_work=work if max_sequences else 0,
         reserve=RESERVE,
     )
+    if num_adapter:  # whose layers each keep their input of a token in float32
+        inputs = c.num_hidden_layers * (5 * c.hidden_size + c.num_attention_heads * _head_dim(c) + _inner(c))
+        activations += max(micro_batch_tokens, max_length) * inputs * (4 if narrow else 0)
+        policy = plan.policy + num_adapter * (4 - item)
+        moments, gradients = num_adapter * 8, num_adapter * 4
+        plan = replace(plan, policy=policy, base=0, optimizer=moments, gradients=gradients, activations=activations)
     kept, updating = plan.policy + plan.base + plan.optimizer + plan.reserve, plan.gradients + plan.activations
     room = device_bytes - kept - plan.engine_weights - plan.engine_work - (0 if sleeps else updating)
     plan, one = _with_cache(plan, config, dtype, room, max_length, max_sequences, GPU_BLOCK)
     learner_fits = kept + updating <= device_bytes
+    tokens_help = kept + plan.gradients + (0 if num_adapter else num_parameters * (4 - item)) <= device_bytes
     sleeping_fits = learner_fits and kept + plan.policy + plan.engine_work + one <= device_bytes
     missing = max(kept + updating - device_bytes, one - room if max_sequences else 0)
     if missing > 0:
         remedies = {
             "dtype: bfloat16": not narrow,
-            "fewer trainer.micro_batch_tokens": micro_batch_tokens > max_length,
-            "fewer engine.max_new_tokens": learner_fits or max_length >= micro_batch_tokens,
+            "fewer trainer.micro_batch_tokens": tokens_help and micro_batch_tokens > max_length,
+            "fewer engine.max_new_tokens": tokens_help and (learner_fits or max_length >= micro_batch_tokens),
+            "a LoRA adapter (lora.rank)": not num_adapter and not learner_fits,
             "a smaller model": not learner_fits,
             "engine.share_weights: false with trainer.pipeline_depth: 0, for vLLM to sleep meanwhile": sleeping_fits,
             "engine.kind: vllm_server, with vLLM on other GPUs": learner_fits,

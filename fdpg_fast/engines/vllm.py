@@ -123,12 +123,10 @@ class VLLMEngine:
             torch.cuda.empty_cache()  # what the learner has freed since
             self._llm.wake_up(tags=["weights"])
         if not self.shares_weights:
-            # state_dict, not named_parameters: a tied head has to be named, or the CPU's packed copy of it stays old
-            weights = policy.model.state_dict().items()
             if self._packs:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.weights()})
             else:
-                self._llm.apply_model(lambda model: model.load_weights(iter(weights)) and None)
+                self._llm.apply_model(lambda model: model.load_weights(policy.weights()) and None)
             self.shares_weights = self._share is not False and self._alias()
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])

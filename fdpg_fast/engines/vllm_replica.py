@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
+from torch import Tensor
 
 from ..language_model import LanguageModel
 from ..run_folder import disk_errors
@@ -132,10 +133,8 @@ class Replica:
 
     def _send(self, policy: LanguageModel, kind: str) -> None:
         """By vLLM's own transfer, over a communicator for this server alone: a common one would die with any server."""
-        from vllm.distributed.weight_transfer import ModuleSource
-
         try:
-            source = ModuleSource(policy.model)
+            source = weight_source(policy)
             if self._transfer is None:
                 self._transfer = within(self.timeout, policy.device, lambda: open_transfer(self, kind, source))
             self._transfer.source = source
@@ -145,6 +144,22 @@ class Replica:
             response = getattr(error, "response", None)  # what the server said is not in the error's own text
             said = "" if response is None else f": {_message(response.content)}"
             raise ReplicaError(f"sending weights by {kind} failed: {error or type(error).__name__}{said}") from error
+
+
+def weight_source(policy: LanguageModel) -> Any:
+    """The policy's weights as vLLM's transfer engines take them."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class PolicySource(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            # what is tied crosses once: only CPUs need it twice, and nothing is sent to those
+            tied = getattr(policy.model, "all_tied_weights_keys", {})
+            return ((name, tensor) for name, tensor in policy.weights() if name not in tied)
+
+    return PolicySource()
 
 
 def open_transfer(replica: Replica, kind: str, source: Any) -> Any:
@@ -189,8 +204,8 @@ def within(seconds: float, device: torch.device, function: Callable[[], Result])
 def weights_folder(policy: LanguageModel, parent: Path, name: str) -> Iterator[Path]:
     """A folder that holds the policy's weights while servers read them."""
     folder, unfinished = parent.absolute() / name, parent / f".writing-{name}"
-    state, head = policy.model.state_dict(), policy.head.weight
-    # a tied head is written too: vLLM's CPU workers keep a packed copy of it, which else stays the old one
+    state, head = dict(policy.weights()), policy.head.weight
+    # a tied head is written too, which `save_pretrained` leaves out unless it is another tensor
     tied = {name: tensor.clone() for name, tensor in state.items() if tensor.data_ptr() == head.data_ptr()}
     try:
         with disk_errors(f"writing weights to {folder}"):
