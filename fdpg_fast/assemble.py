@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -103,38 +105,64 @@ def vllm_version() -> str | None:
     return None
 
 
-def plan(config: c.TrainConfig, policy: LanguageModel, max_length: int, micro_batch_tokens: int) -> MemoryPlan:
-    """Memory of a vLLM engine in this process, beside the learner.
+@dataclass(frozen=True)
+class Sharing:
+    """How learner and vLLM share a GPU: one set of weights, or two of which vLLM's is gone during the update."""
+
+    share_weights: bool
+    sleeps: bool
+
+
+def ways_to_share(config: c.TrainConfig) -> list[Sharing]:
+    """What a config allows, the fastest first."""
+    shared, sleeping = Sharing(True, False), Sharing(False, True)
+    if config.trainer.pipeline_depth:
+        return [Sharing(False, False)]
+    if config.lora is not None:  # a merged weight is neither's
+        return [sleeping]
+    return {None: [shared, sleeping], True: [shared], False: [sleeping]}[config.engine.share_weights]
+
+
+def plan_on_gpu(run: c.TrainConfig, **model: Any) -> tuple[Sharing, MemoryPlan]:
+    """The fastest way to share that caches at least half of what another would, and its memory.
+
+    Args:
+        model: what `plan_memory` is to know of model and GPU.
 
     Raises:
-        UserError: there is not enough.
+        UserError: none fits.
     """
-    model, settings = policy.model, config.engine
+    fitting, problem = [], None
+    for way in ways_to_share(run):
+        try:
+            fitting.append((way, plan_memory(**model, shared_weights=way.share_weights, sleeps=way.sleeps)))
+        except UserError as error:
+            problem = error
+    if problem is not None and not fitting:
+        raise problem
+    most = max(memory.tokens_cached for _, memory in fitting)
+    return next(found for found in fitting if 2 * found[1].tokens_cached >= most)
+
+
+def _plan(
+    config: c.TrainConfig, policy: LanguageModel, max_length: int, micro_batch_tokens: int
+) -> tuple[Sharing | None, MemoryPlan]:
+    """Memory of a vLLM engine in this process, beside the learner; how they share a GPU."""
+    model, sequences = policy.model, config.engine.max_sequences
+    limits = {"max_length": max_length, "max_sequences": sequences}
     if policy.device.type == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return plan_cpu_cache(
-            model.config,
-            dtype=model.dtype,
-            memory_bytes=memory,
-            max_length=max_length,
-            max_sequences=settings.max_sequences,
-        )
-    return plan_memory(
-        model.config,
+        return None, plan_cpu_cache(model.config, dtype=model.dtype, memory_bytes=memory, **limits)
+    return plan_on_gpu(
+        config,
+        config=model.config,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_adapter=0 if config.lora is None else sum(p.numel() for p in model.parameters() if p.requires_grad),
         dtype=model.dtype,
         device_bytes=torch.cuda.get_device_properties(policy.device).total_memory,
-        max_length=max_length,
         micro_batch_tokens=micro_batch_tokens,
-        max_sequences=settings.max_sequences,
-        shared_weights=settings.share_weights is True,  # where that is left open there must be room for both
-        sleeps=_sleeps(config),
+        **limits,
     )
-
-
-def _sleeps(config: c.TrainConfig) -> bool:
-    return config.trainer.pipeline_depth == 0 and (config.engine.share_weights is False or config.lora is not None)
 
 
 def build_engine(
@@ -168,9 +196,11 @@ def build_engine(
         raise UserError(f"trainer.pipeline_depth: 1 samples while the learner trains; {obstacle}")
     match kind:
         case "vllm":
-            memory = plan(config, policy, max_length, micro_batch_tokens)
-            if policy.device.type == "cuda":
+            sharing, memory = _plan(config, policy, max_length, micro_batch_tokens)
+            share = False if depth or config.lora is not None else settings.share_weights
+            if sharing is not None:
                 say(f"memory in GiB: {memory.describe()}")
+                share = settings.share_weights if sharing.share_weights else False
             return VLLMEngine(
                 policy,
                 config.model,
@@ -179,8 +209,8 @@ def build_engine(
                 max_length=max_length,
                 max_sequences=settings.max_sequences,
                 kv_cache_bytes=memory.kv_cache,
-                share_weights=False if depth or config.lora is not None else settings.share_weights,
-                sleeps=_sleeps(config),
+                share_weights=share,
+                sleeps=sharing is not None and sharing.sleeps,
                 trust_remote_code=config.trust_remote_code,
                 say=say,
             )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
-import platform
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.set_defaults(run=_sample)
 
-    doctor = commands.add_parser("doctor", help="what this machine can run, and why not more")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine can run, and why not more",
+        description="With CONFIG.yaml also the memory that its run takes; keys can be overridden as for `train`.",
+    )
+    doctor.add_argument("config", nargs="?", help="YAML file")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -150,37 +152,15 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    import torch
+    from .config import load_config
+    from .doctor import report
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
-    print(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} used by torch; {memory:.1f} GiB memory")
-    print(f"disk          {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
-    for package in ("torch", "transformers", "triton", "vllm", "tensorboard", "wandb", "trackio", "pycodestyle"):
-        print(f"{package:<13} {_version(package)}")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
-            capability = f"compute capability {found.major}.{found.minor}"
-            print(f"gpu {index}         {found.name}, {found.total_memory / 2**30:.0f} GiB, {capability}")
-    else:
-        print(f"gpu           none: {_why_no_gpu(torch)}")
-    print("ops           fdpg_kernels: chunked PyTorch (any device), float64 reference")
-    print("engine        transformers: samples with the learner's own module")
+    if options.config is None and options.overrides:
+        raise UserError(f"doctor: --{next(iter(options.overrides))} changes a config; give a CONFIG.yaml")
+    config = None if options.config is None else load_config(options.config, options.overrides)
+    for line in report(config):
+        print(line, flush=True)
     return 0
-
-
-def _why_no_gpu(torch: Any) -> str:
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return "torch is built with CUDA but finds no device (is a driver installed?)"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _finished_run(run_dir: str) -> Any:
@@ -194,8 +174,8 @@ def _finished_run(run_dir: str) -> Any:
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Take --a.b=c and --a.b c out of the arguments of `train`; argparse knows no such options."""
-    if arguments[:1] != ["train"]:
+    """Take --a.b=c and --a.b c out of the arguments of `train` and `doctor`; argparse knows no such."""
+    if arguments[:1] not in (["train"], ["doctor"]):
         return arguments, {}
     known, overrides = [], {}
     waiting = iter(arguments)

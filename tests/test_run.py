@@ -283,10 +283,3 @@ def test_compare_shows_runs_side_by_side(run_dir, tiny_model, tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(text in table for text in ("jensen_shannon", "total_variation", "other", "E[letters]", str(page)))
     assert "<svg" in page.read_text()
-
-
-def test_doctor_says_what_there_is(capsys):
-    assert runs.call("doctor") == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["torch"] == torch.__version__ and {"python", "cpu", "transformers", "ops", "engine"} <= lines.keys()
-    assert ("gpu" in lines) and (torch.cuda.is_available() or lines["gpu"].startswith("none: "))

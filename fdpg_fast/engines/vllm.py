@@ -59,7 +59,7 @@ class VLLMEngine:
         trust_remote_code: bool,
         say: Callable[[str], None],
     ):
-        self._policy, self._say, self._sleeps = policy, say, sleeps and policy.device.type == "cuda"
+        self._policy, self._say, self._sleeps = policy, say, sleeps
         self._share = share_weights
         self._settings: dict[str, Any] = dict(
             model=path,

@@ -8,13 +8,15 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from fdpg_fast.config import LossConfig, OptimizerConfig
+from fdpg_fast.assemble import Sharing, plan_on_gpu
+from fdpg_fast.config import LoRAConfig, LossConfig, OptimizerConfig, parse_config
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines import VLLMEngine, plan
 from fdpg_fast.engines.plan import kv_bytes_per_token, plan_cpu_cache, plan_memory
 from fdpg_fast.errors import UserError
 from fdpg_fast.language_model import LanguageModel, load_model
 from fdpg_fast.learner import Learner
+from fdpg_fast.lora import LoRAPolicy
 from fdpg_fast.rollouts import Rollouts
 from fdpg_kernels import chunked, divergences
 from ops_memory import Storages
@@ -193,7 +195,7 @@ def test_too_little_memory_says_how_much_is_missing_and_what_helps():
     assert f"device: 8 GiB of memory are {missing / GIB:.3g} too few for sequences of 2,048 tokens" in text
     assert all(word in text for word in ("policy 0.251", "activations 3.67", "keys and values of one 0.0443"))
     helps = text.partition("what helps: ")[2].split(", ")
-    assert helps == ["fewer trainer.micro_batch_tokens", "a smaller model"]
+    assert helps == ["fewer trainer.micro_batch_tokens", "a LoRA adapter (lora.rank)", "a smaller model"]
     assert "\n" not in text
 
 
@@ -215,6 +217,35 @@ def test_what_helps(changes, expected):
     assert expected in str(error.value)
     if "share_weights" in expected:
         assert small(**changes, sleeps=True).sequences
+
+
+def test_fewer_tokens_are_not_offered_where_the_weights_alone_are_too_many():
+    with pytest.raises(UserError) as error:
+        large(device_bytes=141 * GIB, max_length=8192)
+    assert str(error.value).endswith("what helps: a LoRA adapter (lora.rank), a smaller model")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "expected"),
+    [
+        (300, {}, Sharing(True, False)),
+        (180, {}, Sharing(False, True)),  # sharing would leave a fraction of the cache
+        (180, {"engine": {"share_weights": True}}, Sharing(True, False)),
+        (300, {"engine": {"share_weights": False}}, Sharing(False, True)),
+        (300, {"trainer": {"pipeline_depth": 1}}, Sharing(False, False)),
+        (300, {"lora": {"rank": 8}}, Sharing(False, True)),
+    ],
+    ids=str,
+)
+def test_how_learner_and_vllm_share_a_gpu(gpu, changes, expected):
+    feature = {"kind": "word", "word": "tea"}
+    run = parse_config({"model": "m", "run_dir": "r", "target": [{"kind": "pointwise", "feature": feature}], **changes})
+    model = {name: value for name, value in LARGE.items() if name not in ("shared_weights", "sleeps", "device_bytes")}
+    sharing, memory = plan_on_gpu(run, config=LLAMA_8B, device_bytes=gpu * GIB, **model)
+    assert sharing == expected
+    assert memory == large(device_bytes=gpu * GIB, shared_weights=sharing.share_weights, sleeps=sharing.sleeps)
+    with pytest.raises(UserError, match="too few"):
+        plan_on_gpu(run, config=LLAMA_8B, device_bytes=100 * GIB, **model)
 
 
 def test_the_cache_on_a_cpu_takes_a_quarter_at_most():
@@ -275,15 +306,17 @@ class _Dense(Storages):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("kind", "inner", "heads", "kv_heads", "head_dim", "tied"),
+    ("kind", "inner", "heads", "kv_heads", "head_dim", "tied", "lora_rank"),
     [
-        (LlamaConfig, 512, 6, 2, 32, True),
-        (LlamaConfig, 672, 6, 1, 32, False),
-        (Qwen2Config, 1024, 6, 1, 32, True),
-        (Qwen3Config, 576, 6, 3, 64, True),
+        (LlamaConfig, 512, 6, 2, 32, True, 0),
+        (LlamaConfig, 672, 6, 1, 32, False, 0),
+        (Qwen2Config, 1024, 6, 1, 32, True, 0),
+        (Qwen3Config, 576, 6, 3, 64, True, 0),
+        (LlamaConfig, 512, 6, 2, 32, True, 8),
+        (Qwen3Config, 576, 6, 3, 64, False, 8),
     ],
 )
-def test_the_learner_holds_what_is_planned_for_it(kind, inner, heads, kv_heads, head_dim, tied, dtype):
+def test_the_learner_holds_what_is_planned_for_it(kind, inner, heads, kv_heads, head_dim, tied, lora_rank, dtype):
     """Gradients and activations at their peak, to the byte, beside the plan; and what the optimizer keeps."""
     torch.manual_seed(0)
     prompt, length, count = 16, 48, 16
@@ -298,6 +331,8 @@ def test_the_learner_holds_what_is_planned_for_it(kind, inner, heads, kv_heads, 
         tie_word_embeddings=tied,
     )
     policy = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    if lora_rank:
+        policy = LoRAPolicy(policy, LoRAConfig(rank=lora_rank), seed=0)
     micro_batch_tokens = prompt + count * length
     learner = Learner(
         policy,
@@ -330,6 +365,7 @@ def test_the_learner_holds_what_is_planned_for_it(kind, inner, heads, kv_heads, 
     planned = plan_memory(
         config,
         num_parameters=sum(p.numel() for p in policy.model.parameters()),
+        num_adapter=sum(p.numel() for p in policy.model.parameters() if p.requires_grad) if lora_rank else 0,
         dtype=dtype,
         device_bytes=10 * GIB,
         max_length=prompt + length,

@@ -33,7 +33,7 @@ def make_engine(folder, *, said=None, dtype="float32", share_weights=False, max_
         max_sequences=32,
         kv_cache_bytes=2**26,
         share_weights=share_weights,
-        sleeps=True,
+        sleeps=False,  # a CPU build cannot
         trust_remote_code=False,
         say=(said if said is not None else []).append,
     )
