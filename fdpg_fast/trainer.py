@@ -162,7 +162,6 @@ class Trainer:
             for round_index in range(first, rounds):
                 metrics = self.round(round_index, folder)
                 tracking.log(round_index, metrics)
-                state.round = round_index + 1
                 left = (time.perf_counter() - started) / (state.round - first) * (rounds - state.round)
                 self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
                 if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
@@ -202,6 +201,7 @@ class Trainer:
             trim()  # or the base model would come to lie beside the space of gradients and activations
         with clock("sync"):
             self.engine.sync_weights(state.learner.policy, round_index + 1)
+        state.round = round_index + 1
 
         for row in self._sample_rows(scores, settings.samples_logged):
             folder.append("samples.jsonl", {"round": round_index, "split": "train", **row})

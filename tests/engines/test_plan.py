@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-import memory_table
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+import memory_table
 from fdpg_fast.assemble import Sharing, plan_on_gpu
 from fdpg_fast.config import LoRAConfig, LossConfig, OptimizerConfig, parse_config
 from fdpg_fast.contexts import Context
