@@ -39,7 +39,7 @@ from .rollouts import Rollouts
 from .run_folder import RunFolder
 from .tracking import Tracking, check_installed
 
-GAP_TOKENS = 64  # of a round's completions, at least, that the learner scores to see whether the engine agrees
+GAP_TOKENS = 32  # of a round's completions, at least, that the learner scores to see whether the engine agrees
 GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop: mean nats a token; see docs/engines.md
 
 
