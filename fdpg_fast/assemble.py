@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from .errors import UserError
 from .features import Feature, classifier, import_feature, pep8, python_parses, regex, word
 from .features.feature import import_object
 from .language_model import LanguageModel
+from .memory import machine_memory
 from .metrics import RESERVED
 from .targets import Target, distributional, pointwise, rlhf
 
@@ -145,13 +145,13 @@ def plan_on_gpu(run: c.TrainConfig, **model: Any) -> tuple[Sharing, MemoryPlan]:
 
 def _plan(
     config: c.TrainConfig, policy: LanguageModel, max_length: int, micro_batch_tokens: int
-) -> tuple[Sharing | None, MemoryPlan]:
-    """Memory of a vLLM engine in this process, beside the learner; how they share a GPU."""
+) -> tuple[Sharing, MemoryPlan]:
+    """How learner and a vLLM engine in this process share what they run on, and the memory of that."""
     model, sequences = policy.model, config.engine.max_sequences
     limits = {"max_length": max_length, "max_sequences": sequences}
     if policy.device.type == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return None, plan_cpu_cache(model.config, dtype=model.dtype, memory_bytes=memory, **limits)
+        plan = plan_cpu_cache(model.config, dtype=model.dtype, memory_bytes=machine_memory(), **limits)
+        return replace(ways_to_share(config)[0], sleeps=False), plan  # vLLM for CPUs cannot sleep
     return plan_on_gpu(
         config,
         config=model.config,
@@ -196,10 +196,8 @@ def build_engine(
     match kind:
         case "vllm":
             sharing, memory = _plan(config, policy, max_length, micro_batch_tokens)
-            share = False if depth or config.lora is not None else settings.share_weights
-            if sharing is not None:
+            if policy.device.type == "cuda":
                 say(f"memory in GiB: {memory.describe()}")
-                share = settings.share_weights if sharing.share_weights else False
             return VLLMEngine(
                 policy,
                 config.model,
@@ -208,8 +206,8 @@ def build_engine(
                 max_length=max_length,
                 max_sequences=settings.max_sequences,
                 kv_cache_bytes=memory.kv_cache,
-                share_weights=share,
-                sleeps=sharing is not None and sharing.sleeps,
+                share_weights=settings.share_weights if sharing.share_weights else False,
+                sleeps=sharing.sleeps,
                 trust_remote_code=config.trust_remote_code,
                 say=say,
             )

@@ -23,7 +23,7 @@ from .contexts import load_contexts
 from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
 from .language_model import load_tokenizer
-from .memory import plan_micro_batch_tokens
+from .memory import machine_memory, plan_micro_batch_tokens
 
 PACKAGES = ("torch", "transformers", "triton", "peft", "tensorboard", "wandb", "trackio", "pycodestyle")
 GPUS = (24, 80, 141)  # GiB, planned for where there is no GPU
@@ -100,11 +100,6 @@ def probe_vllm() -> Callable[[], tuple[dict[str, Any], str | None]]:
         return {}, f"it cannot be imported: {said[-1]}"
 
     return wait
-
-
-def machine_memory() -> int:
-    """Bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def adapter_size(model: PreTrainedModel, config: LoRAConfig) -> int:

@@ -119,10 +119,10 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(round_index)
             self.optimizer.step()
+            with torch.no_grad():
+                for parameter, master in zip(self._parameters, self.masters, strict=False):
+                    parameter.copy_(master)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for parameter, master in zip(self._parameters, self.masters, strict=False):
-                parameter.copy_(master)
         return Update(float(loss), norm, weights, skipped)
 
     def _move_gradients_to_masters(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
@@ -12,6 +13,11 @@ from transformers import PreTrainedModel
 
 _LIBC = ctypes.CDLL(None)
 _MADV_DONTNEED, _PAGE = 4, resource.getpagesize()
+
+
+def machine_memory() -> int:
+    """Of the whole machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory() -> int:

@@ -183,22 +183,18 @@ class VLLMEngine:
 
     def _alias(self) -> bool:
         """Make the policy's parameters views of the engine's where that is asked for or costs nothing."""
-        reason = None
         if self._packs:
-            reason = "it packs them for the CPU"
-        if reason is None:
-            try:
-                for parameter, view in self._llm.apply_model(lambda model: shared_views(self._policy.model, model))[0]:
-                    parameter.data = view
-                return True
-            except ValueError as error:
-                reason = str(error)
-        if self._share:
-            raise UserError(f"engine.share_weights: {reason}")
-        if not self._packs:
-            self._say(f"engine: vLLM holds weights of its own ({reason})")
-        self._share = False
-        return False
+            return False
+        try:
+            for parameter, view in self._llm.apply_model(lambda model: shared_views(self._policy.model, model))[0]:
+                parameter.data = view
+            return True
+        except ValueError as error:
+            if self._share:
+                raise UserError(f"engine.share_weights: {error}") from None
+            self._say(f"engine: vLLM holds weights of its own ({error})")
+            self._share = False
+            return False
 
 
 def shared_views(policy: nn.Module, engine_model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
