@@ -1,0 +1,1 @@
+"""`fdpg-fast experiment NAME`: sweeps of runs whose findings are judged from their numbers."""
