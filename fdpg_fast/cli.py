@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from .errors import RunError, UserError
 
@@ -62,9 +62,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=1, help="of the fresh sample")
     evaluate.set_defaults(run=_evaluate)
 
-    compare = commands.add_parser("compare", help="several runs side by side: a table and a Pareto plot")
+    compare = commands.add_parser(
+        "compare",
+        help="measure several runs alike: a table and a Pareto plot",
+        description="Every run's newest checkpoint is sampled on the evaluation contexts of the first, with one seed, "
+        "and held against Z from one large sample of the base, which is kept in the first run's folder.",
+    )
     compare.add_argument("run_dirs", nargs="+", metavar="RUN")
     compare.add_argument("--output", default="comparison.html", help="HTML file to write")
+    compare.add_argument("--samples", type=_positive, default=32, help="completions per context of each run")
+    compare.add_argument("--base-samples", type=_positive, default=256, help="completions per context of the base")
+    compare.add_argument("--seed", type=int, default=1, help="of the samples")
     compare.set_defaults(run=_compare)
 
     sample = commands.add_parser("sample", help="print completions of a run's newest checkpoint as JSON lines")
@@ -117,12 +125,14 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from .comparison import read_finished
     from .results import evaluation_table
     from .run_folder import to_json
     from .trainer import Trainer
 
-    trainer = Trainer(_finished_run(options.run_dir), resume=True)
-    row = trainer.evaluate_checkpoint(samples_per_context=options.samples, seed=options.seed)
+    trainer = Trainer(read_finished(options.run_dir), resume=True)
+    evaluation = trainer.evaluate_checkpoint(options.samples, options.seed)
+    row = {"round": trainer.state.round, **evaluation.as_dict()}
     path = Path(options.run_dir) / "evaluation.json"
     path.write_text(to_json(row) + "\n", encoding="utf-8")
     print(f"{evaluation_table(row)}\n\nwritten to {path}")
@@ -130,22 +140,24 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from .comparison import measure_runs
     from .report import write_comparison
-    from .results import compare_table
-    from .run_folder import read_config
+    from .results import compare_table, read_runs, with_evaluations
 
-    for run_dir in options.run_dirs:
-        read_config(run_dir)
-    print(compare_table(options.run_dirs))
-    print(f"\n{write_comparison(options.run_dirs, options.output)}")
+    runs = read_runs(options.run_dirs)
+    found = measure_runs(options.run_dirs, options.samples, options.base_samples, options.seed, _say)
+    runs = with_evaluations(runs, [evaluation.as_dict() for evaluation in found])
+    print(compare_table(runs))
+    print(f"\n{write_comparison(runs, options.output)}")
     return 0
 
 
 def _sample(options: argparse.Namespace) -> int:
+    from .comparison import read_finished
     from .run_folder import to_json
     from .trainer import Trainer
 
-    trainer = Trainer(_finished_run(options.run_dir), resume=True)
+    trainer = Trainer(read_finished(options.run_dir), resume=True)
     for row in trainer.sample_checkpoint(options.prompt, options.count, options.seed):
         print(to_json(row))
     return 0
@@ -161,16 +173,6 @@ def _doctor(options: argparse.Namespace) -> int:
     for line in report(config):
         print(line, flush=True)
     return 0
-
-
-def _finished_run(run_dir: str) -> Any:
-    from .checkpoint import checkpoints
-    from .run_folder import read_config
-
-    config = read_config(run_dir)
-    if not checkpoints(run_dir):
-        raise UserError(f"{run_dir!r} has no checkpoint yet; train it first: fdpg-fast train --resume {run_dir}")
-    return config
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -190,6 +192,10 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             raise UserError(f"{name}: a value is missing; write {name}=VALUE")
         overrides[name[2:]] = value
     return known, overrides
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _positive(text: str) -> int:

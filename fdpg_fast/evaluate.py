@@ -9,7 +9,7 @@ from typing import Any
 
 from . import estimators
 from .diversity import distinct_n, self_bleu
-from .estimators import Estimate
+from .estimators import Estimate, LogPartition
 from .metrics import Scores
 from .rollouts import Rollouts
 
@@ -33,11 +33,18 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str], divergence: str) -> Evaluation:
+def evaluate(
+    rollouts: Rollouts,
+    scores: Scores,
+    feature_names: Sequence[str],
+    divergence: str,
+    known: LogPartition | None = None,
+) -> Evaluation:
     """Measure a policy on B on-policy rollouts and their scores.
 
-    Divergences, the trained one among them, are between policy and target and use the Z of this very sample (see
-    `divergence_matrix`); entropies and KL in nats; Distinct-n and Self-BLEU over all completions together.
+    Divergences, the trained one among them, are between policy and target and use `known`, the Z of each context, or
+    without it the Z of this very sample (see `divergence_matrix`); entropies and KL in nats; Distinct-n and Self-BLEU
+    over all completions together.
     """
     owner, lengths = rollouts.context_index, rollouts.lengths.double()
     texts = scores.texts.completions
@@ -57,7 +64,7 @@ def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str], d
         metrics[f"distinct_{n}"] = Estimate(distinct_n(texts, n), math.nan, len(texts))
     metrics["self_bleu_5"] = Estimate(self_bleu(texts, 5), math.nan, len(texts))
 
-    partition = estimators.log_partition(log_pi, log_score, owner)
+    partition = known or estimators.log_partition(log_pi, log_score, owner)
     seen = partition.log_z.isfinite()
     errors = partition.relative_standard_error[seen]
     metrics["log_z"] = Estimate(
@@ -65,7 +72,7 @@ def evaluate(rollouts: Rollouts, scores: Scores, feature_names: Sequence[str], d
         float(errors.square().sum().sqrt()) / max(1, len(errors)),
         float(partition.ess.sum()),
     )
-    matrix = estimators.divergence_matrix(log_pi, log_score, owner, names=(*estimators.MATRIX, divergence))
+    matrix = estimators.divergence_matrix(log_pi, log_score, owner, known, (*estimators.MATRIX, divergence))
     metrics["contexts_left_out"] = Estimate(matrix.contexts_left_out, math.nan, len(rollouts.contexts))
     metrics |= {f"divergence/{name}": estimate for name, estimate in matrix.estimates.items()}
     return Evaluation(metrics, len(rollouts), len(rollouts.contexts))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import (
+    DOUBT,
     UNKNOWN,
     Estimate,
     Json,
@@ -24,7 +25,6 @@ from .results import (
     metric_keys,
     number,
     read_run,
-    read_runs,
     table_rows,
 )
 from .run_folder import write_whole
@@ -96,13 +96,8 @@ def write_report(run_dir: str | Path) -> Path:
     return _write_page(run.path / "report.html", f"{model} → {target}", body)
 
 
-def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
-    """Make a page with the trade-offs and learning curves of several runs and the tables of `compare_table`.
-
-    Raises:
-        UserError: as `compare_table`.
-    """
-    runs = read_runs(run_dirs)
+def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
+    """Make a page with the trade-offs and learning curves of several runs and the tables of `compare_table`."""
     header, quality, matrix = comparison_rows(runs)
     names = [run.divergence for run in runs]
     names = names if len(set(names)) > 1 else header[1:]  # what tells the runs apart
@@ -112,12 +107,13 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
     curves = {f"target/{key[8:]}": label_of(key) for key in feature_keys(runs)} | dict(list(CURVES.items())[:2])
     lines = {key: [(run, key, colours[name]) for name, run in zip(names, runs, strict=True)] for key in curves}
     note = "Bold: best of its column."
+    doubt = DOUBT if any("?" in cell for row in matrix for cell in row) else ""
     body = [
         f"<p>{len(runs)} runs; bars and bands are 95 % intervals. {_legend(colours)}</p>",
         _section("Trade-offs after training", _grid(scatters)),
         _section("Learning curves", _grid([_curve(title, lines[key]) for key, title in curves.items()])),
         _section("After training", _html_table(zip(header, *quality, strict=True)), note),
-        _section("Divergence to the target", _html_table(zip(header, *matrix, strict=True)), JS_NOTE),
+        _section("Divergence to the target", _html_table(zip(header, *matrix, strict=True)), f"{JS_NOTE} {doubt}"),
     ]
     return _write_page(Path(path), "Comparison of runs", body)
 

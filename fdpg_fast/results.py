@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ LABELS = {  # in the order of the tables
 }
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")
 MATRIX = tuple(f"divergence/{x}" for x in ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"))
+
+LEAST_ESS = 50.0
+DOUBT = f"?: rests on fewer than {LEAST_ESS:g} effective samples; the policy may miss parts of the target unseen"
 
 
 @dataclass(frozen=True)
@@ -164,13 +167,8 @@ def evaluation_table(row: Json) -> str:
     return _text_table([["", f"round {row.get('round', '?')}"], *rows])
 
 
-def compare_table(run_dirs: Sequence[str | Path]) -> str:
-    """Runs as columns of plain text, as many side by side as 100 columns hold; * marks the best of a row.
-
-    Raises:
-        UserError: as `read_run`, or no run is given.
-    """
-    runs = read_runs(run_dirs)
+def compare_table(runs: Sequence[Run]) -> str:
+    """Runs as columns of plain text, as many side by side as 100 columns hold; * marks the best of a row."""
     header, quality, matrix = comparison_rows(runs)
     table = [header, *quality, ["divergence to target"] + [""] * len(runs), *matrix]
     blocks, first = [], 1
@@ -181,10 +179,19 @@ def compare_table(run_dirs: Sequence[str | Path]) -> str:
                 break
         blocks.append(block)
         first = last
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *([DOUBT] if any("?" in cell for row in matrix for cell in row) else [])])
+
+
+def with_evaluations(runs: Sequence[Run], evaluations: Sequence[Json]) -> list[Run]:
+    """The runs, each with another evaluation in the place of its last."""
+    return [replace(run, after=_estimates([row])) for run, row in zip(runs, evaluations, strict=True)]
 
 
 def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
+    """
+    Raises:
+        UserError: as `read_run`, or no run is given.
+    """
     if not run_dirs:
         raise UserError("compare: no run given; name at least one run folder")
     return [read_run(run_dir) for run_dir in run_dirs]
@@ -206,7 +213,14 @@ def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:
     prescribed = key.startswith("feature/") and any("moments" in str(run.config.get("target")) for run in runs)
     best = max(known) if len(known) > 1 and not prescribed else None
     label, *cells = table_rows([key], *(run.after for run in runs))[0]
-    return [label, *("*" * (value == best) + cell for value, cell in zip(values, cells, strict=True))]
+    doubts = [doubtful(key, run.after.get(key, UNKNOWN)) for run in runs]
+    return [label, *("*" * (v == best) + c + "?" * doubt for v, c, doubt in zip(values, cells, doubts, strict=True))]
+
+
+def doubtful(key: str, estimate: Estimate) -> bool:
+    """Whether a divergence rests on so few samples that it means little; KL(π‖p) and χ²(π‖p) need no p/π."""
+    looks_at_p = key.startswith("divergence/") and key not in ("divergence/reverse_kl", "divergence/neyman_chi2")
+    return looks_at_p and math.isfinite(estimate.value) and estimate.ess < LEAST_ESS
 
 
 def table_rows(keys: Iterable[str], *columns: dict[str, Estimate]) -> list[list[str]]:

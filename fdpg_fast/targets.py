@@ -62,8 +62,12 @@ class Target:
         return any(term.can_be_zero for term in self.terms)
 
     @property
+    def is_distributional(self) -> bool:
+        return any(term.moments is not None for term in self.terms)
+
+    @property
     def needs_fit(self) -> bool:
-        return self.exponents is None and any(term.moments is not None for term in self.terms)
+        return self.exponents is None and self.is_distributional
 
     def log_phi(self, values: Tensor) -> Tensor:
         """log φ of each sequence, [B] float64, from the values of `features`, [B, F] float64."""

@@ -26,6 +26,7 @@ from .config import TrainConfig, dump_config
 from .contexts import Context, load_contexts, make_context, schedule
 from .engines import Engine
 from .errors import RunError, UserError
+from .estimators import LogPartition, log_partition
 from .evaluate import Evaluation, evaluate
 from .features import Completions
 from .language_model import eos_token_ids, load_model, load_tokenizer
@@ -45,12 +46,12 @@ GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves."""
+    """What a finished run leaves; without evaluations and report where none was asked for, or on resuming."""
 
     run_dir: Path
     before: Evaluation | None
-    after: Evaluation
-    report: Path
+    after: Evaluation | None
+    report: Path | None
 
 
 class Trainer:
@@ -134,8 +135,11 @@ class Trainer:
             raise
         return engine
 
-    def train(self) -> RunResult:
-        """Run all rounds that are left, evaluate, and write the report.
+    def train(self, evaluate: bool = True) -> RunResult:
+        """Run all rounds that are left, evaluate before and after, and write the report.
+
+        Args:
+            evaluate: False: only the rounds, for whoever measures many runs alike (see `comparison`).
 
         Raises:
             RunError: something failed on the way; the checkpoints written so far are intact.
@@ -146,17 +150,17 @@ class Trainer:
             folder = RunFolder(self.config.run_dir) if self.resume else RunFolder.create(self.config)
             at_the_end.callback(folder.close)
             try:
-                return self._rounds(folder)
+                return self._rounds(folder, evaluate)
             except UserError:  # the config asks for what cannot be had: leave no half-made run in its way
                 if not self.resume:
                     folder.discard()
                 raise
 
-    def _rounds(self, folder: RunFolder) -> RunResult:
+    def _rounds(self, folder: RunFolder, evaluate: bool) -> RunResult:
         config, state = self.config, self.state
         # trackers first: they may draw from the generators that a resumed run restores
         with contextlib.closing(Tracking(config, folder)) as tracking:
-            before = self._start(folder)
+            before = self._start(folder, evaluate)
             self.say(describe_engine(config.engine, self.base.device))
             first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
             for round_index in range(first, rounds):
@@ -166,6 +170,8 @@ class Trainer:
                 self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
                 if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
                     save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
+        if not evaluate:
+            return RunResult(folder.path, None, None, None)
         after = self._evaluate(folder, rounds)
         return RunResult(folder.path, before, after, write_report(folder.path))
 
@@ -240,13 +246,34 @@ class Trainer:
             self.say(f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token; see docs/engines.md")
         return found
 
-    def evaluate_checkpoint(self, samples_per_context: int | None, seed: int) -> dict[str, Any]:
-        """Measure the policy as loaded on a sample of its own seed; what evaluation.jsonl would record."""
+    def evaluate_checkpoint(
+        self, samples_per_context: int | None, seed: int, base: Rollouts | None = None
+    ) -> Evaluation:
+        """Measure the policy as loaded on a sample of its own seed.
+
+        Args:
+            base: samples of the base for the evaluation contexts: Z, and λ of a distributional target, are then theirs.
+        """
         self._restore()
+        known = None
+        if base is not None:
+            values = self._feature_values(Completions.decode(base, self.tokenizer))
+            if self.target.is_distributional:
+                self.target = self.target.fit(values, base.context_index)
+            log_phi = self.target.log_phi(values)
+            known = log_partition(torch.zeros_like(log_phi), log_phi, base.context_index)  # P/a is φ
         samples = samples_per_context or self.config.evaluation.samples_per_context
         with contextlib.closing(self.engine):
-            evaluation, _ = self._measure(samples, self._seed("fresh evaluation", seed), count=0)
-        return {"round": self.state.round, **evaluation.as_dict()}
+            return self._measure(samples, self._seed("fresh evaluation", seed), 0, known)[0]
+
+    def sample_base(self, samples_per_context: int, seed: int) -> Rollouts:
+        """Samples of the base for the evaluation contexts."""
+        config, longest = self.config, max(len(context.token_ids) for context in self.eval_contexts)
+        longest += config.engine.max_new_tokens
+        engine = build_engine(config, self.base, self.eos_token_ids, longest, self.micro_batch_tokens, self.say)
+        with contextlib.closing(engine):
+            engine.sync_weights(self.base, 0)
+            return engine.sample(self.eval_contexts, samples_per_context, seed)
 
     def sample_checkpoint(self, prompt: str | None, count: int, seed: int) -> list[dict[str, Any]]:
         """Completions of the policy as loaded, of one prompt or of the evaluation contexts in turn."""
@@ -280,7 +307,7 @@ class Trainer:
             f"writes to {config.run_dir}; nothing was done yet"
         )
 
-    def _start(self, folder: RunFolder) -> Evaluation | None:
+    def _start(self, folder: RunFolder, evaluate: bool) -> Evaluation | None:
         """Resume, or do what precedes the first round: λ, oracle Z, and the evaluation of the base model."""
         transformers.set_seed(self.config.trainer.seed)  # for features that draw from the global generators
         if self.resume:
@@ -303,7 +330,7 @@ class Trainer:
         if self.config.partition.kind == "oracle":
             values, owner = self._sample_base(self.contexts, self.config.partition.oracle_samples, "oracle")
             self.state.partition.update(self.target.log_phi(values), owner)  # sampled from the base, P/q is φ
-        return self._evaluate(folder, 0)
+        return self._evaluate(folder, 0) if evaluate else None
 
     def _sample_base(self, contexts: list[Context], samples_per_context: int, purpose: str) -> tuple[Tensor, Tensor]:
         """Feature values [B, F] of samples of the base, which the policy still is, and the context of each [B]."""
@@ -351,10 +378,13 @@ class Trainer:
             folder.append("samples.jsonl", {"round": round_index, "split": "evaluation", **row})
         return evaluation
 
-    def _measure(self, samples_per_context: int, seed: int, count: int) -> tuple[Evaluation, list[dict[str, Any]]]:
+    def _measure(
+        self, samples_per_context: int, seed: int, count: int, known: LogPartition | None = None
+    ) -> tuple[Evaluation, list[dict[str, Any]]]:
         rollouts = self.engine.sample(self.eval_contexts, samples_per_context, seed)
         scores = self._score(rollouts, Clock())
-        return evaluate(rollouts, scores, self._feature_names, self.divergence.name), self._sample_rows(scores, count)
+        evaluation = evaluate(rollouts, scores, self._feature_names, self.divergence.name, known)
+        return evaluation, self._sample_rows(scores, count)
 
     def _sample_rows(self, scores: Scores, count: int) -> list[dict[str, Any]]:
         """A few completions, evenly from all of them, as samples.jsonl records them."""

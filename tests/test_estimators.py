@@ -16,6 +16,7 @@ import torch
 from fdpg_fast.estimators import (
     MATRIX,
     Estimate,
+    LogPartition,
     divergence_matrix,
     entropy_per_sequence,
     entropy_per_token,
@@ -28,6 +29,11 @@ from fdpg_fast.estimators import (
 F64 = torch.float64
 INFINITE_ON_ZEROS = ("reverse_kl", "neyman_chi2")
 NAMES = (*MATRIX, "jensen_shannon_half")
+
+
+def exactly(log_z):
+    """A Z that is known without error, or none."""
+    return None if log_z is None else LogPartition(log_z, torch.zeros_like(log_z), torch.full_like(log_z, math.inf))
 
 
 def exact_divergences(policy, target):
@@ -98,7 +104,7 @@ def test_a_proportional_sample_gives_the_exact_matrix(zeros, known_z, contexts):
     torch.testing.assert_close(
         partition.ess, counts.sum(1) * (policies * weights).sum(1) ** 2 / (policies * weights**2).sum(1)
     )
-    matrix = divergence_matrix(policy_logprob, target_log_score, context, log_z if known_z else None)
+    matrix = divergence_matrix(policy_logprob, target_log_score, context, exactly(log_z) if known_z else None)
     assert (matrix.contexts, matrix.contexts_left_out) == (contexts, 0)
     assert tuple(matrix.estimates) == NAMES
     exact = [exact_divergences(policy, target) for policy, target in zip(policies, targets, strict=True)]
@@ -123,7 +129,7 @@ def test_matrix_intervals_cover_in_one_context(zeros, known_z):
     for _ in range(400):
         outcome, context = draw(generator, policy[None], 2000)
         log_score = target.log()[outcome] - 3.0
-        runs.append(divergence_matrix(policy.log()[outcome], log_score, context, log_z).estimates)
+        runs.append(divergence_matrix(policy.log()[outcome], log_score, context, exactly(log_z)).estimates)
     for name in NAMES:
         if zeros and name in INFINITE_ON_ZEROS:
             assert all(run[name].value == math.inf and math.isnan(run[name].standard_error) for run in runs)
@@ -250,7 +256,7 @@ def test_one_sample_has_a_value_but_no_error():
     partition = log_partition(one, one - 1, context)
     assert partition.log_z.tolist() == [-1.0] and partition.ess.tolist() == [1.0]
     assert partition.relative_standard_error.isnan().all()
-    matrix = divergence_matrix(one, one - 1, context, log_z=torch.tensor([-1.5], dtype=F64))
+    matrix = divergence_matrix(one, one - 1, context, exactly(torch.tensor([-1.5], dtype=F64)))
     assert matrix.estimates["reverse_kl"].value == pytest.approx(-0.5 + math.exp(0.5) - 1)
     assert math.isnan(matrix.estimates["reverse_kl"].standard_error)
 
@@ -287,7 +293,7 @@ def test_nothing_satisfies_the_target():
     for estimate in matrix.estimates.values():
         assert math.isnan(estimate.value) and math.isnan(estimate.standard_error) and estimate.ess == 0
     # with Z known from elsewhere the same sample does say something: all of π's mass is off the support
-    known = divergence_matrix(policy_logprob, nowhere, context, log_z=torch.zeros(3, dtype=F64))
+    known = divergence_matrix(policy_logprob, nowhere, context, exactly(torch.zeros(3, dtype=F64)))
     assert known.contexts == 3
     assert known.estimates["jensen_shannon"].value == pytest.approx(math.log(2))
     assert known.estimates["reverse_kl"].value == math.inf
@@ -305,13 +311,13 @@ def test_contexts_without_z_are_left_out_and_counted():
     assert (matrix.contexts, matrix.contexts_left_out) == (2, 1)
     assert matrix.estimates == others.estimates
     one_known = torch.tensor([-math.inf, 0.3, -math.inf], dtype=F64)
-    assert divergence_matrix(policy_logprob, score, context, one_known).contexts_left_out == 2
+    assert divergence_matrix(policy_logprob, score, context, exactly(one_known)).contexts_left_out == 2
 
 
 def test_policy_equal_to_target_has_no_divergence():
     policy_logprob, context = -torch.arange(1.0, 9.0, dtype=F64), torch.arange(2).repeat_interleave(4)
     for score, log_z in ((policy_logprob + 500, 500.0), (policy_logprob, 0.0)):
-        for given in (None, torch.full((2,), log_z, dtype=F64)):
+        for given in (None, exactly(torch.full((2,), log_z, dtype=F64))):
             for estimate in divergence_matrix(policy_logprob, score, context, given).estimates.values():
                 assert estimate.value == pytest.approx(0, abs=1e-12) and estimate.standard_error < 1e-12
 
@@ -334,8 +340,8 @@ def test_ratios_of_e_to_the_700_are_finite_numbers():
     huge = math.exp(700)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        too_likely = divergence_matrix(policy_logprob, policy_logprob - 700, context, log_z).estimates
-        too_rare = divergence_matrix(policy_logprob, policy_logprob + 700, context, log_z).estimates
+        too_likely = divergence_matrix(policy_logprob, policy_logprob - 700, context, exactly(log_z)).estimates
+        too_rare = divergence_matrix(policy_logprob, policy_logprob + 700, context, exactly(log_z)).estimates
         uneven = policy_logprob + torch.tensor([0.0, 1.0, -700.0])
         one_far = divergence_matrix(policy_logprob, uneven, context).estimates  # Z from the sample
     at_infinity = {
@@ -372,9 +378,9 @@ def test_ratios_of_e_to_the_700_are_finite_numbers():
 def test_ratios_beyond_float64_are_infinite_never_nan():
     policy_logprob = torch.tensor([-5.0, -5.0], dtype=F64)
     context, log_z = torch.tensor([0, 0]), torch.zeros(1, dtype=F64)
-    rare = divergence_matrix(policy_logprob, policy_logprob + 5000, context, log_z).estimates
+    rare = divergence_matrix(policy_logprob, policy_logprob + 5000, context, exactly(log_z)).estimates
     assert all(estimate.value == math.inf for estimate in rare.values())
-    likely = divergence_matrix(policy_logprob, policy_logprob - 5000, context, log_z).estimates
+    likely = divergence_matrix(policy_logprob, policy_logprob - 5000, context, exactly(log_z)).estimates
     assert likely["reverse_kl"].value == pytest.approx(4999)
     assert likely["neyman_chi2"].value == math.inf
     assert likely["forward_kl"].value == pytest.approx(1)
@@ -411,3 +417,22 @@ def test_uneven_contexts_in_any_order_of_size():
         values = torch.tensor([alone[name].value for alone in apart], dtype=F64)
         assert estimate.value == pytest.approx(float(values.mean()))
         assert estimate.standard_error == pytest.approx(float(values.std()) / math.sqrt(3))
+
+
+def test_the_error_of_a_z_from_another_sample_reaches_one_contexts_divergences():
+    """D̂ with an independent Ẑ: the spread over replications is what the reported error says, for each f."""
+    rng = torch.Generator().manual_seed(5)
+    policy, target = torch.tensor([0.5, 0.3, 0.2], dtype=F64), torch.tensor([0.2, 0.3, 0.5], dtype=F64)
+    base = torch.tensor([0.8, 0.15, 0.05], dtype=F64)
+    found = []
+    for _ in range(400):
+        frozen = torch.multinomial(base, 500, replacement=True, generator=rng)
+        one = torch.zeros(500, dtype=torch.long)
+        known = log_partition(base.log()[frozen], target.log()[frozen], one)
+        drawn = torch.multinomial(policy, 2000, replacement=True, generator=rng)
+        context = torch.zeros(2000, dtype=torch.long)
+        found.append(divergence_matrix(policy.log()[drawn], target.log()[drawn], context, known).estimates)
+    for name in ("forward_kl", "reverse_kl", "jensen_shannon", "squared_hellinger"):
+        values = torch.tensor([estimates[name].value for estimates in found])
+        errors = torch.tensor([estimates[name].standard_error for estimates in found])
+        assert 0.85 < float(errors.mean() / values.std()) < 1.15, name

@@ -8,7 +8,7 @@ import yaml
 
 from fdpg_fast.errors import UserError
 from fdpg_fast.report import write_comparison, write_report
-from fdpg_fast.results import Estimate, before_after_table, compare_table, evaluation_table
+from fdpg_fast.results import Estimate, before_after_table, compare_table, evaluation_table, read_runs
 
 VOID = {"meta", "br"}
 
@@ -158,15 +158,15 @@ def test_missing_files(make_run, missing):
     (run / f"{missing}.jsonl").unlink()
     assert "Nothing recorded." in assert_self_contained(write_report(run)).text
     assert "E[parses]" in before_after_table(run) or missing == "evaluation"
-    write_comparison([run, run], run / "compare.html")
+    write_comparison(read_runs([run, run]), run / "compare.html")
 
 
 def test_only_a_config(tmp_path):
     (tmp_path / "config.yaml").write_text("model: m\n")
     assert_self_contained(write_report(tmp_path))
-    assert_self_contained(write_comparison([tmp_path], tmp_path / "new" / "compare.html"))
+    assert_self_contained(write_comparison(read_runs([tmp_path]), tmp_path / "new" / "compare.html"))
     assert "–" in before_after_table(tmp_path)
-    assert "–" in compare_table([tmp_path])
+    assert "–" in compare_table(read_runs([tmp_path]))
 
 
 def test_one_round(make_run):
@@ -266,7 +266,7 @@ def test_evaluation_table():
 
 def test_compare_table_marks_the_best(make_run):
     runs = [make_run("a", "forward_kl", 1, (0.6, 1.0)), make_run("b", "reverse_kl", 2, (0.9, 2.0))]
-    lines = compare_table([*runs, make_run("c")]).splitlines()
+    lines = compare_table(read_runs([*runs, make_run("c")])).splitlines()
     rows = {line.split("  ")[0]: line for line in lines}
     assert lines[0].split() == ["a", "b", "c"]
     assert rows["trained"].split()[1:] == ["forward_kl", "reverse_kl", "jensen_shannon"]
@@ -284,12 +284,12 @@ def test_compare_table_does_not_rank_a_prescribed_mean(make_run):
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     config["target"] = [{"kind": "distributional", "features": [{"kind": "python_parses"}], "moments": [0.5]}]
     (runs[0] / "config.yaml").write_text(yaml.safe_dump(config))
-    (line,) = (line for line in compare_table(runs).splitlines() if line.startswith("E[parses]"))
+    (line,) = (line for line in compare_table(read_runs(runs)).splitlines() if line.startswith("E[parses]"))
     assert "*" not in line
 
 
 def test_many_runs_are_shown_in_blocks(make_run):
-    table = compare_table([make_run(f"a-rather-long-run-{i}", seed=i) for i in range(8)])
+    table = compare_table(read_runs([make_run(f"a-rather-long-run-{i}", seed=i) for i in range(8)]))
     assert max(map(len, table.splitlines())) <= 100
     seeds = [line.split()[1:] for line in table.splitlines() if line.startswith("seed")]
     assert sum(seeds, []) == [str(i) for i in range(8)] and len(seeds) > 1
@@ -301,7 +301,7 @@ def test_comparison_page(make_run, tmp_path):
         make_run("b", "reverse_kl", after=(0.9, 2.0)),
         make_run("c", "forward_kl", 1),
     ]
-    path = write_comparison(runs, tmp_path / "compare.html")
+    path = write_comparison(read_runs(runs), tmp_path / "compare.html")
     page = assert_self_contained(path)
     assert page.tags.count("svg") == 4  # two trade-offs, curves of E[φ] and KL
     assert "E[parses] against KL to base" in page.text
@@ -311,7 +311,7 @@ def test_comparison_page(make_run, tmp_path):
 
 def test_runs_of_one_divergence_are_told_apart_by_name(make_run, tmp_path):
     runs = [make_run("fast$_$"), make_run("slow$_$", after=(0.9, 2.0))]
-    page = assert_self_contained(write_comparison(runs, tmp_path / "compare.html"))
+    page = assert_self_contained(write_comparison(read_runs(runs), tmp_path / "compare.html"))
     assert page.text.count("slow$_$") == 5  # legend, a label in each trade-off, two tables
 
 
@@ -330,7 +330,7 @@ def test_folders_that_hold_no_run(tmp_path):
     with pytest.raises(UserError, match=r"no config\.yaml"):
         write_report(tmp_path)
     with pytest.raises(UserError, match="at least one"):
-        compare_table([])
+        read_runs([])
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match="not YAML"):
         write_report(tmp_path)
