@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, compare, sample, doctor. Bad input ends with status 2 and one line."""
+"""The command line: train, evaluate, compare, sample, experiment, doctor. Bad input ends with status 2 and one line."""
 
 from __future__ import annotations
 
@@ -82,6 +82,20 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.set_defaults(run=_sample)
 
+    experiment = commands.add_parser(
+        "experiment",
+        help="a sweep of runs whose findings are judged from their numbers",
+        description="Runs the cases of examples/experiments/NAME that are not done yet, or of any folder with an "
+        "experiment.yaml, and writes results.md. Stopped, it goes on where it was.",
+    )
+    experiment.add_argument("name", metavar="NAME")
+    experiment.add_argument("--budget", default="quick", help="quick (default), full, or another one of the experiment")
+    experiment.add_argument("--divergences", help="only these, separated by commas")
+    experiment.add_argument("--seeds", type=_positive, help="how many (default: the budget's)")
+    experiment.add_argument("--output", help="folder for runs and results (default: runs/experiments/NAME/BUDGET)")
+    experiment.add_argument("--jobs", type=_positive, default=1, help="runs side by side on the CPU")
+    experiment.set_defaults(run=_experiment)
+
     doctor = commands.add_parser(
         "doctor",
         help="what this machine can run, and why not more",
@@ -160,6 +174,22 @@ def _sample(options: argparse.Namespace) -> int:
     trainer = Trainer(read_finished(options.run_dir), resume=True)
     for row in trainer.sample_checkpoint(options.prompt, options.count, options.seed):
         print(to_json(row))
+    return 0
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    from .experiments.sweep import run_experiment
+
+    page = run_experiment(
+        options.name,
+        budget=options.budget,
+        seeds=options.seeds,
+        divergences=options.divergences and options.divergences.split(","),
+        output=options.output,
+        jobs=options.jobs,
+        say=_say,
+    )
+    print(f"{page.read_text(encoding='utf-8').partition('## How')[0]}\n{page}")
     return 0
 
 

@@ -387,6 +387,15 @@ def _override(data: Any, key: str, text: str) -> None:
         value = text
     if value is not None and _generic(key) in _TEXT_KEYS:
         value = text  # as typed: YAML would make a number of 2024, a bool of "no" and a list of "[a-z]"
+    set_key(data, key, value)
+
+
+def set_key(data: Any, key: str, value: Any) -> None:
+    """Put a value at a dotted key of plain data; numbers in the key are places in lists.
+
+    Raises:
+        UserError: the key leads into a plain value or past the end of a list.
+    """
     *path, last = key.split(".")
     place = data
     for part in path:

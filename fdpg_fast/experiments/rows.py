@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..estimators import Estimate
-from ..run_folder import to_json
+from ..run_folder import disk_errors, to_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,8 @@ class Row:
         metrics: what was measured of the final policy, by the names of `evaluate.Evaluation`.
         curve: a few rounds' metrics, each with "round".
         seconds: that the run and its evaluation took.
+        fingerprint: of the settings that it came from.
+        machine: that it ran on.
     """
 
     labels: dict[str, str]
@@ -30,15 +31,27 @@ class Row:
     metrics: dict[str, Estimate]
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    fingerprint: str = ""
+    machine: str = ""
 
     def matches(self, where: dict[str, str]) -> bool:
         """Whether the row has all these labels."""
         return where.items() <= self.labels.items()
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """As JSON lines."""
-    path.write_text("".join(to_json(_plain(row)) + "\n" for row in rows), encoding="utf-8")
+def append_row(path: Path, row: Row) -> None:
+    """Add a line."""
+    metrics = {name: [e.value, e.standard_error, e.ess] for name, e in row.metrics.items()}
+    with disk_errors(f"writing {path}"), open(path, "a", encoding="utf-8") as file:
+        file.write(to_json({**vars(row), "seconds": round(row.seconds, 2), "metrics": metrics}) + "\n")
+
+
+def forget_torn_line(path: Path) -> None:
+    """Drop the end of a file that a killed process left without its newline."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text and not text.endswith("\n"):
+            write_whole(path, text[: text.rfind("\n") + 1])
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -53,21 +66,10 @@ def read_rows(path: Path) -> list[Row]:
             data = json.loads(line)
             metrics = {name: Estimate(*map(_number, found)) for name, found in data["metrics"].items()}
             curve = [{key: _number(value) for key, value in point.items()} for point in data["curve"]]
-            rows.append(Row(data["labels"], data["seed"], metrics, curve, data["seconds"]))
+            rows.append(Row(**{**data, "metrics": metrics, "curve": curve}))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a row of results ({error}); remove the damaged line") from None
     return rows
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    metrics = {name: [e.value, e.standard_error, e.ess] for name, e in row.metrics.items()}
-    return {
-        "labels": row.labels,
-        "seed": row.seed,
-        "seconds": round(row.seconds, 2),
-        "metrics": metrics,
-        "curve": row.curve,
-    }
 
 
 def _number(value: Any) -> float:
