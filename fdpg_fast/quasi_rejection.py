@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .estimators import Estimate, mean
 
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -121,9 +122,17 @@ def sample(
     Args:
         draw: (indices of contexts, draws of each) → the drawn items, their log P/q [B] and contexts' indices [B].
         contexts: C; every context that can be reached gets ⌊count/C⌋ items or one more.
+
+    Raises:
+        UserError: max_draws is too small to measure Z_c.
     """
+    if max_draws < 4 * contexts:
+        raise UserError(
+            f"--max-draws: {max_draws} is too small for {contexts} contexts: half of the draws, at least 2 of each "
+            f"context, measure Z; give {4 * contexts} or more, or a lower --count"
+        )
     generator = torch.Generator().manual_seed(seed)
-    first = max(2, min(max(LEAST, MEASURED // contexts), max_draws // contexts))
+    first = min(max(LEAST, MEASURED // contexts), max_draws // (2 * contexts))
     _, log_weights, owner = draw(list(range(contexts)), first)
     spent = len(owner)
     log_z = torch.full((contexts,), -math.inf, dtype=torch.float64)

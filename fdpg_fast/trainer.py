@@ -162,16 +162,16 @@ class Trainer:
             before = self._start(folder)
             self.say(describe_engine(config.engine, self.base.device))
             first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
-            said: dict[str, str] = {}
+            said: set[str] = set()  # kinds of complaints
             for round_index in range(first, rounds):
                 metrics = self.round(round_index, folder)
                 tracking.log(round_index, metrics)
                 left = (time.perf_counter() - started) / (state.round - first) * (rounds - state.round)
                 self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
-                new = {kind: text for kind, text in complaints(metrics).items() if kind not in said}
-                for text in new.values():
-                    self.say(text)
-                said |= new
+                found = complaints(metrics)
+                for kind in sorted(found.keys() - said):
+                    self.say(found[kind])
+                said |= found.keys()
                 if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
                     save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
         after = self._evaluate(folder, rounds)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import runs
+from fdpg_fast.errors import UserError
 from fdpg_fast.quasi_rejection import acceptance_probability, estimate, sample
 
 # target Poisson(11), proposal Poisson(10): acceptance, TV, KL as published with the method
@@ -114,6 +115,8 @@ def test_contexts_get_equal_parts_and_one_without_support_gets_none():
 def test_budget_bounds_the_draws():
     kept = sample(poisson_draw, contexts=1, count=1000, beta=200.0, max_draws=700, seed=0)
     assert len(kept.items) < 20 and kept.draws == 700
+    with pytest.raises(UserError, match="--max-draws: 11 is too small for 3 contexts.*give 12 or more"):
+        sample(poisson_draw, contexts=3, count=8, beta=1.0, max_draws=11, seed=0)
 
 
 SOFT = {"kind": "rlhf", "beta": 0.5, "feature": runs.LETTERS["feature"]}
@@ -156,7 +159,7 @@ def test_command_says_what_would_do_when_the_draws_are_spent(run_dir, tiny_model
     assert (
         capsys.readouterr()
         .err.splitlines()[-1]
-        .startswith("fdpg-fast: kept 0 of 8 completions in 60 draws: no draw satisfies the target")
+        .startswith("fdpg-fast: kept 0 of 8 completions in 30 draws: no draw satisfies the target")
     )
 
 

@@ -31,8 +31,8 @@ def regex(pattern: str) -> Feature:
 def sentiment() -> Feature:
     """How positive the completion is by VADER's lexicon and rules (Hutto & Gilbert 2014), in [0, 1]; neutral is ½.
 
-    The compound score c ∈ [−1, 1] as (1 + c)/2, like a classifier's probability. Not its logarithm: c reaches −1 but in
-    the limit, and a reward without a lower bound would let the most negative texts alone decide a round.
+    The compound score c ∈ [−1, 1] as (1 + c)/2, in the range of a classifier's probability. Not its logarithm, which
+    falls without bound as c nears −1: the most negative texts would decide a round.
 
     Raises:
         UserError: vaderSentiment is not installed.
