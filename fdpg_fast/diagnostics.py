@@ -13,6 +13,7 @@ ROUNDING = 1e-3  # nats by which equal weights may differ
 MAX_PARETO_K = 0.7  # beyond it importance sampling errs by more than its standard error says (Vehtari et al. 2024)
 MIN_ESS = 3.0
 MAX_LOG_Z_SE = 0.5  # a 95 % interval of a factor of 7
+PATIENCE = 3  # rounds in a row: one bad round is chance, and Z needs a few
 
 
 def pareto_k(log_weights: Tensor) -> float:
@@ -75,3 +76,19 @@ def complaints(metrics: Mapping[str, float]) -> dict[str, str]:
             "context, fewer contexts, or partition.per_context: false"
         )
     return found
+
+
+class Watch:
+    """Complaints as a run goes on: each kind once, when it has lasted for PATIENCE rounds."""
+
+    def __init__(self) -> None:
+        self._lasted: dict[str, int] = {}
+        self._said: set[str] = set()
+
+    def __call__(self, metrics: Mapping[str, float]) -> list[str]:
+        """What to say after this round."""
+        found = complaints(metrics)
+        self._lasted = {kind: self._lasted.get(kind, 0) + 1 for kind in found}
+        due = [kind for kind, rounds in self._lasted.items() if rounds >= PATIENCE and kind not in self._said]
+        self._said.update(due)
+        return [found[kind] for kind in due]

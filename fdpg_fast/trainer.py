@@ -26,7 +26,7 @@ from .assemble import build_engine, build_target, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .config import TrainConfig, dump_config
 from .contexts import Context, load_contexts, make_context, schedule
-from .diagnostics import complaints
+from .diagnostics import Watch
 from .engines import Engine
 from .errors import RunError, UserError
 from .evaluate import Evaluation, evaluate
@@ -162,16 +162,14 @@ class Trainer:
             before = self._start(folder)
             self.say(describe_engine(config.engine, self.base.device))
             first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
-            said: set[str] = set()  # kinds of complaints
+            watch = Watch()
             for round_index in range(first, rounds):
                 metrics = self.round(round_index, folder)
                 tracking.log(round_index, metrics)
                 left = (time.perf_counter() - started) / (state.round - first) * (rounds - state.round)
                 self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
-                found = complaints(metrics)
-                for kind in sorted(found.keys() - said):
-                    self.say(found[kind])
-                said |= found.keys()
+                for complaint in watch(metrics):
+                    self.say(complaint)
                 if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
                     save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
         after = self._evaluate(folder, rounds)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import runs
-from fdpg_fast.diagnostics import complaints, fit_generalised_pareto, pareto_k
+from fdpg_fast.diagnostics import Watch, complaints, fit_generalised_pareto, pareto_k
 
 FINE = {"target/in_support": 0.5, "target/ess": 40.0, "target/pareto_k": 0.3, "z/log_z_se": 0.05}
 
@@ -72,9 +72,17 @@ def test_each_complaint_says_what_to_change(changed, kind, advice):
     assert found[0] == kind and advice in found[1] and "\n" not in found[1]
 
 
+def test_each_kind_is_said_once_and_only_when_it_lasts():
+    watch, few, wide = Watch(), FINE | {"target/ess": 1.0}, FINE | {"z/log_z_se": 2.0}
+    assert [len(watch(row)) for row in (few, few, FINE, few, few, few, few, wide, wide, wide)] == [0] * 5 + [1] + [
+        *(0, 0, 0, 1)
+    ]
+    assert [len(watch(few | {"z/log_z_se": 2.0})) for _ in range(5)] == [0] * 5
+
+
 def test_run_says_once_that_nothing_satisfies_its_target_and_so_does_its_report(tiny_model, tmp_path, capsys):
     never = {"kind": "pointwise", "feature": {"kind": "regex", "name": "never", "pattern": "(?!)"}}
-    run_dir = runs.train(tiny_model, tmp_path, target=[never], trainer={"rounds": 3})
+    run_dir = runs.train(tiny_model, tmp_path, target=[never], trainer={"rounds": 5})
     assert capsys.readouterr().err.count("no completion satisfies the target") == 1
     assert "no completion satisfies the target" in (run_dir / "report.html").read_text()
     assert all("target/pareto_k" in row for row in runs.rows(run_dir / "metrics.jsonl"))
