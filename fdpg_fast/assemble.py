@@ -14,7 +14,7 @@ from . import config as c
 from .engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
 from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
-from .features import Feature, classifier, import_feature, pep8, python_parses, regex, word
+from .features import Feature, classifier, import_feature, pep8, python_parses, regex, sentiment, word
 from .features.feature import import_object
 from .language_model import LanguageModel
 from .memory import machine_memory
@@ -33,6 +33,8 @@ def build_feature(config: c.FeatureConfig, device: str) -> Feature:
             feature = python_parses()
         case c.Pep8Feature():
             feature = pep8()
+        case c.SentimentFeature():
+            feature = sentiment()
         case c.ClassifierFeature():
             feature = classifier(
                 config.model,

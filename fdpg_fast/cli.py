@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -80,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", help="continue this text (default: the run's evaluation contexts)")
     sample.add_argument("--count", type=_positive, default=8, help="how many completions")
     sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument(
+        "--quasi-rejection-beta",
+        type=_positive_number,
+        metavar="B",
+        help="keep a draw with probability min(1, p/(B·policy)): nearer to the target p the larger B is, and fewer; "
+        "also prints what other values would do",
+    )
+    sample.add_argument("--max-draws", type=_positive, help="with the former: give up after so many (default: 4096)")
     sample.set_defaults(run=_sample)
 
     experiment = commands.add_parser(
@@ -168,12 +177,27 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     from .comparison import read_finished
+    from .quasi_rejection import advice, table
     from .run_folder import to_json
     from .trainer import Trainer
 
+    beta, draws = options.quasi_rejection_beta, options.max_draws
+    if beta is None and draws is not None:
+        raise UserError("sample: --max-draws bounds the draws of --quasi-rejection-beta B, which is missing")
     trainer = Trainer(read_finished(options.run_dir), resume=True)
-    for row in trainer.sample_checkpoint(options.prompt, options.count, options.seed):
+    if beta is None:
+        for row in trainer.sample_checkpoint(options.prompt, options.count, options.seed):
+            print(to_json(row))
+        return 0
+    draws = draws or 4096
+    kept = trainer.quasi_rejection_sample(options.prompt, options.count, options.seed, beta, draws)
+    for row in kept.items:
         print(to_json(row))
+    print(table(kept.quality), file=sys.stderr)
+    if kept.unreachable:
+        print(f"{len(kept.unreachable)} contexts left out: no draw satisfies the target there", file=sys.stderr)
+    if len(kept.items) < options.count:
+        raise RunError(advice(kept, options.count, beta, draws))
     return 0
 
 
@@ -232,6 +256,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
 
 
 if __name__ == "__main__":

@@ -68,6 +68,11 @@ class Pep8Feature(_Feature):
     """1 where prompt + completion is finished, parses, and pycodestyle has nothing to say about it."""
 
 
+class SentimentFeature(_Feature):
+    kind: Literal["sentiment"]
+    """How positive the completion is by the VADER lexicon: (1 + compound)/2, in [0, 1]; neutral is ½."""
+
+
 class ClassifierFeature(_Feature):
     kind: Literal["classifier"]
     """Probability of a label under a Hugging Face sequence classifier."""
@@ -89,7 +94,13 @@ class ImportedFeature(_Feature):
 
 
 FeatureConfig = Annotated[
-    WordFeature | RegexFeature | PythonParsesFeature | Pep8Feature | ClassifierFeature | ImportedFeature,
+    WordFeature
+    | RegexFeature
+    | PythonParsesFeature
+    | Pep8Feature
+    | SentimentFeature
+    | ClassifierFeature
+    | ImportedFeature,
     Field(discriminator="kind"),
 ]
 

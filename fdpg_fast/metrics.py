@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fdpg_kernels.sequence_weights import sum_by_sequence
 
+from .diagnostics import pareto_k
 from .estimators import mean
 from .features import Completions
 from .learner import Update
@@ -19,7 +20,7 @@ from .memory import peak_memory
 from .partition import PartitionFunction
 from .rollouts import Rollouts
 
-RESERVED = ("in_support", "ess")  # keys under target/ that no feature may take
+RESERVED = ("in_support", "ess", "pareto_k")  # keys under target/ that no feature may take
 
 
 class Clock:
@@ -79,6 +80,7 @@ def round_metrics(
     satisfied = scores.log_score > -torch.inf
     metrics["target/in_support"] = float(satisfied.double().mean())
     metrics["target/ess"] = float(1 / importance.square().sum()) if bool(satisfied.any()) else 0.0
+    metrics["target/pareto_k"] = pareto_k(scores.log_score - scores.behavior_logprob)
     metrics |= {f"z/{name}": value for name, value in partition.summary().items()}
     metrics |= _with_error("policy/kl_to_base", scores.behavior_logprob - scores.base_logprob, owner)
     log_ratio = weights.policy_logprob - weights.behavior_logprob

@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from .diagnostics import complaints
 from .results import (
     DOUBT,
     UNKNOWN,
@@ -60,6 +61,7 @@ i{display:inline-block;width:10px;height:10px;border-radius:3px;margin:0 5px 0 1
 table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums;width:100%}
 td,th{padding:6px 0 6px 13px;border-bottom:1px solid var(--line);text-align:right;vertical-align:bottom}
 td{white-space:nowrap}th{font-weight:500;color:var(--soft)}.best{font-weight:700}
+.warning{color:#b3541e}
 td.error{text-align:left;color:var(--soft);padding-left:5px}
 tr>:first-child{text-align:left;padding-left:0;width:99%;min-width:6em}.bar{display:flex;height:26px;border-radius:6px;
 overflow:hidden;margin:12px 0}pre{font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;
@@ -85,6 +87,7 @@ def write_report(run_dir: str | Path) -> Path:
         f"<p>Trained for {escape(str(rounds))} rounds, seed {escape(run.seed)}, to minimise "
         f"{escape(label_of(f'divergence/{run.divergence}'))} between the policy π and the target p ∝ base · φ, "
         f"with φ: {target}. Intervals are 95 %.</p>",
+        *(f"<p class=warning>{escape(text)}.</p>" for text in _complaints(run)),
         _headline(run),
         _section("Over the rounds", _grid(_run_curves(run))),
         _section("Before and after", _before_after(run, others)),
@@ -116,6 +119,12 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
         _section("Divergence to the target", _html_table(zip(header, *matrix, strict=True)), f"{JS_NOTE} {doubt}"),
     ]
     return _write_page(Path(path), "Comparison of runs", body)
+
+
+def _complaints(run: Run) -> Iterable[str]:
+    """Of the last round."""
+    last = run.metrics[-1] if run.metrics else {}
+    return complaints({key: number(last, key) for key in last}).values()
 
 
 def _target(config: Json) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -20,10 +21,12 @@ from torch import Tensor
 from fdpg_kernels import divergences
 from fdpg_kernels.sequence_weights import refusal, sum_by_sequence
 
+from . import quasi_rejection
 from .assemble import build_engine, build_target, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .config import TrainConfig, dump_config
 from .contexts import Context, load_contexts, make_context, schedule
+from .diagnostics import Watch
 from .engines import Engine
 from .errors import RunError, UserError
 from .estimators import LogPartition, log_partition
@@ -163,11 +166,14 @@ class Trainer:
             before = self._start(folder, evaluate)
             self.say(describe_engine(config.engine, self.base.device))
             first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
+            watch = Watch()
             for round_index in range(first, rounds):
                 metrics = self.round(round_index, folder)
                 tracking.log(round_index, metrics)
                 left = (time.perf_counter() - started) / (state.round - first) * (rounds - state.round)
                 self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
+                for complaint in watch(metrics):
+                    self.say(complaint)
                 if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
                     save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
         if not evaluate:
@@ -277,13 +283,35 @@ class Trainer:
 
     def sample_checkpoint(self, prompt: str | None, count: int, seed: int) -> list[dict[str, Any]]:
         """Completions of the policy as loaded, of one prompt or of the evaluation contexts in turn."""
-        self._restore()
-        if prompt is not None:
-            self.eval_contexts = [make_context(0, prompt, {}, self.tokenizer, self.room, "--prompt")]
-        contexts = self.eval_contexts[:count]
+        contexts = self._contexts_to_continue(prompt, count)
         with contextlib.closing(self.engine):
             rollouts = self.engine.sample(contexts, -(-count // len(contexts)), self._seed("samples", seed))
         return self._sample_rows(self._score(rollouts, Clock()), count)
+
+    def quasi_rejection_sample(
+        self, prompt: str | None, count: int, seed: int, beta: float, max_draws: int
+    ) -> quasi_rejection.Kept:
+        """As `sample_checkpoint`, of p_β ∝ min(p, β·π) instead of the policy π; see `quasi_rejection`."""
+        contexts = self._contexts_to_continue(prompt, count)
+        batches = itertools.count()
+
+        def draw(indices: list[int], samples_per_context: int) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
+            batch_seed = self._seed(f"quasi-rejection {seed}", next(batches))
+            rollouts = self.engine.sample([contexts[i] for i in indices], samples_per_context, batch_seed)
+            scores = self._score(rollouts, Clock())
+            rows = self._sample_rows(scores, len(rollouts))
+            return rows, scores.log_score - scores.behavior_logprob, torch.tensor(indices)[rollouts.context_index]
+
+        with contextlib.closing(self.engine):
+            return quasi_rejection.sample(
+                draw, contexts=len(contexts), count=count, beta=beta, max_draws=max_draws, seed=seed
+            )
+
+    def _contexts_to_continue(self, prompt: str | None, count: int) -> list[Context]:
+        self._restore()
+        if prompt is not None:
+            self.eval_contexts = [make_context(0, prompt, {}, self.tokenizer, self.room, "--prompt")]
+        return self.eval_contexts[:count]
 
     def describe(self) -> str:
         """What a run of this config will do, for --dry-run."""

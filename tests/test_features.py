@@ -25,6 +25,7 @@ from fdpg_fast.features import (
     pep8,
     python_parses,
     regex,
+    sentiment,
     word,
 )
 from fdpg_fast.rollouts import Rollouts
@@ -107,6 +108,21 @@ def test_pep8_does_not_depend_on_the_user_s_own_configuration(tmp_path, monkeypa
     (tmp_path / "pycodestyle").write_text("[pycodestyle]\nselect = E101\n")
     monkeypatch.setattr(pycodestyle, "USER_CONFIG", str(tmp_path / "pycodestyle"))
     assert values(pep8(), "x=1\n") == [0]
+
+
+def test_sentiment_is_in_the_unit_interval_and_one_half_where_nothing_is_felt():
+    good, neutral, bad, empty, negated = values(
+        sentiment(), "What a WONDERFUL day!!!", "A chair and a table.", "I hate this horrible mess.", "", "not good"
+    )
+    assert 0 <= bad < 0.2 and 0.8 < good <= 1 and neutral == empty == 0.5 and negated < 0.5
+    # VADER's rule for one lexicon word of valence v: compound = v / √(v² + 15); "good" has 1.9
+    assert values(sentiment(), "good") == pytest.approx([(1 + 1.9 / (1.9**2 + 15) ** 0.5) / 2], abs=1e-4)
+
+
+def test_sentiment_names_the_package_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(UserError, match="needs vaderSentiment; pip install vaderSentiment"):
+        sentiment()
 
 
 @pytest.fixture

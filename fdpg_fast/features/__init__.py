@@ -12,4 +12,5 @@ from .feature import feature as feature
 from .feature import import_feature as import_feature
 from .text import classifier as classifier
 from .text import regex as regex
+from .text import sentiment as sentiment
 from .text import word as word

@@ -1,4 +1,4 @@
-"""Features of plain text: a word, a pattern, the verdict of a classifier."""
+"""Features of plain text: a word, a pattern, its sentiment, the verdict of a classifier."""
 
 from __future__ import annotations
 
@@ -26,6 +26,23 @@ def regex(pattern: str) -> Feature:
     except re.error as error:
         raise UserError(f"feature regex: {pattern!r} is not a regular expression: {error}") from None
     return Feature(f"regex:{pattern}", _searcher(compiled))
+
+
+def sentiment() -> Feature:
+    """How positive the completion is by VADER's lexicon and rules (Hutto & Gilbert 2014), in [0, 1]; neutral is ½.
+
+    The compound score c ∈ [−1, 1] as (1 + c)/2, in the range of a classifier's probability. Not its logarithm, which
+    falls without bound as c nears −1: the most negative texts would decide a round.
+
+    Raises:
+        UserError: vaderSentiment is not installed.
+    """
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ModuleNotFoundError:
+        raise UserError("feature sentiment: needs vaderSentiment; pip install vaderSentiment") from None
+    score = SentimentIntensityAnalyzer().polarity_scores
+    return Feature("sentiment", lambda completions: [(1 + score(text)["compound"]) / 2 for text in completions])
 
 
 def classifier(

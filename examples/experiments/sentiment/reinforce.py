@@ -1,0 +1,147 @@
+"""REINFORCE with a KL penalty, in plain PyTorch: what minimising the reverse KL to a·exp(r/β) is compared with.
+
+RLHF maximises E[r] − β·KL(π‖a), whose gradient is E[(R − b)·∇ log π] with R = r − β·log(π/a). That is −β times the
+gradient of KL(π‖p) for p ∝ a·exp(r/β). Here R, b, the loss and the step are written down without any of fdpg-fast's
+losses, weights or learner; sampler, reward and evaluation are shared, so that equal seeds draw equal texts.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fdpg_fast import Trainer
+from fdpg_fast.assemble import build_feature
+from fdpg_fast.config import RLHFTerm, TrainConfig, parse_config
+from fdpg_fast.contexts import load_contexts, schedule
+from fdpg_fast.engines import TransformersEngine
+from fdpg_fast.errors import UserError
+from fdpg_fast.estimators import Estimate, mean
+from fdpg_fast.evaluate import evaluate
+from fdpg_fast.experiments.rows import Row
+from fdpg_fast.features import Completions
+from fdpg_fast.language_model import eos_token_ids, load_model, load_tokenizer
+from fdpg_fast.metrics import Scores
+from fdpg_fast.results import number, read_run
+from fdpg_fast.rollouts import Rollouts
+
+ROWS = 16  # sequences a forward pass
+
+
+def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
+    """A run of `settings`, those of Trainer and `algorithm`: reinforce, or reverse_kl as fdpg-fast minimises it."""
+    settings = copy.deepcopy(settings)
+    algorithm = settings.pop("algorithm", None)
+    settings |= {"run_dir": str(folder / "run"), "divergence": "reverse_kl"}
+    settings["trainer"] = {**settings.get("trainer", {}), "seed": seed}
+    config, started = parse_config(settings), time.perf_counter()
+    if algorithm == "reinforce":
+        curve, metrics = reinforce(config)
+    elif algorithm == "reverse_kl":
+        metrics = Trainer(config).train().after.metrics
+        rows = read_run(config.run_dir).metrics
+        curve = [{key: number(row, key) for key in ("round", *curve_keys(rows[0]))} for row in rows]
+    else:
+        raise UserError(f"algorithm: {algorithm!r}: choose reinforce or reverse_kl")
+    return Row({}, seed, metrics, curve, time.perf_counter() - started)
+
+
+def curve_keys(row: dict[str, Any]) -> list[str]:
+    """The metrics of a round that both algorithms have: E[r] and KL(π‖a)."""
+    own = ("target/in_support", "target/ess", "target/pareto_k")
+    rewards = [key for key in row if key.startswith("target/") and not key.endswith("_se") and key not in own]
+    return [*rewards, "policy/kl_to_base"]
+
+
+def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Estimate]]:
+    """Train; E[r] and KL(π‖a) of every round before its step, and the evaluation of what comes out."""
+    (term,) = config.target
+    if not isinstance(term, RLHFTerm) or config.optimizer.schedule != "constant" or config.loss.reward_cap:
+        raise UserError("reinforce: wants one target of kind rlhf, a constant schedule and no reward_cap")
+    reward, beta = build_feature(term.feature, "cpu"), term.beta
+    tokenizer = load_tokenizer(config.model, trust_remote_code=False)
+    policy, base = (load_model(config.model, "float32", "cpu", trust_remote_code=False) for _ in range(2))
+    room = policy.max_length - config.engine.max_new_tokens
+    contexts = load_contexts(config.contexts.train, tokenizer, room)
+    engine = TransformersEngine(
+        policy,
+        eos_token_ids(policy.model, tokenizer),
+        max_new_tokens=config.engine.max_new_tokens,
+        max_sequences=config.engine.max_sequences,
+    )
+    adam = config.optimizer
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=adam.learning_rate, betas=adam.betas, weight_decay=adam.weight_decay
+    )
+    each, curve = config.trainer.samples_per_context, []
+    for round_index in range(config.trainer.rounds):
+        chosen = schedule(
+            len(contexts), min(config.trainer.contexts_per_round, len(contexts)), round_index, config.trainer.seed
+        )
+        rollouts = engine.sample([contexts[i] for i in chosen], each, seed_of(config, "rollouts", round_index))
+        owner = rollouts.context_index
+        r = reward(Completions.decode(rollouts, tokenizer))
+        with torch.no_grad():
+            log_a = torch.cat([sequence_logprob(base.model, rollouts, rows) for rows in batches(rollouts)])
+            log_pi = torch.cat([sequence_logprob(policy.model, rollouts, rows) for rows in batches(rollouts)])
+        penalised = (r - beta * (log_pi - log_a)).view(-1, each)  # [C, n]
+        others = (penalised.sum(1, keepdim=True) - penalised) / (each - 1)
+        advantage = (penalised - others).flatten()
+        optimizer.zero_grad()
+        for rows in batches(rollouts):
+            log_pi_part = sequence_logprob(policy.model, rollouts, rows)
+            # over β: AdamW does not see the scale of a loss, but clipping does
+            (-(advantage[rows] / beta * log_pi_part).sum() / len(rollouts)).backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), adam.max_grad_norm)
+        rate = min(1.0, (round_index + 1) / (adam.warmup_rounds + 1)) * adam.learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        point = {f"target/{reward.name}": mean(r, owner).value, "policy/kl_to_base": mean(log_pi - log_a, owner).value}
+        curve.append({"round": float(round_index), **point})
+
+    tested = contexts if config.contexts.eval is None else load_contexts(config.contexts.eval, tokenizer, room)
+    settings = config.evaluation
+    rollouts = engine.sample(
+        tested[: settings.contexts], settings.samples_per_context, seed_of(config, "evaluation", 0)
+    )
+    texts = Completions.decode(rollouts, tokenizer)
+    r = reward(texts)
+    with torch.no_grad():
+        log_a, log_pi = (
+            torch.cat([sequence_logprob(model.model, rollouts, rows) for rows in batches(rollouts)])
+            for model in (base, policy)
+        )
+    scores = Scores(texts, r[:, None], log_pi, log_a, log_a + r / beta)
+    return curve, evaluate(rollouts, scores, [reward.name], "reverse_kl").metrics
+
+
+def batches(rollouts: Rollouts) -> list[slice]:
+    return [slice(first, min(first + ROWS, len(rollouts))) for first in range(0, len(rollouts), ROWS)]
+
+
+def sequence_logprob(model: torch.nn.Module, rollouts: Rollouts, rows: slice) -> Tensor:
+    """log π of some completions, [b] float64: padded to the right, all logits at once."""
+    part = rollouts.part(rows)
+    prompts = [torch.tensor(part.contexts[i].token_ids) for i in part.context_index.tolist()]
+    completions = part.token_ids.split(part.lengths.tolist())
+    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, completions, strict=True)], batch_first=True)
+    first = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    place = torch.arange(ids.shape[1])
+    end = first + part.lengths[:, None]
+    logits = model(input_ids=ids, attention_mask=(place < end).long(), use_cache=False).logits[:, :-1]
+    logprob = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].double()
+    return logprob.where((place[1:] >= first) & (place[1:] < end), 0.0).sum(1)
+
+
+def seed_of(config: TrainConfig, purpose: str, round_index: int) -> int:
+    """As Trainer draws its samples with."""
+    text = f"{config.trainer.seed}/{purpose}/{round_index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -1,0 +1,94 @@
+"""Signs that the target is out of the sampler's reach, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+MIN_TAIL = 5  # points; fewer say nothing of a tail
+ROUNDING = 1e-3  # nats by which equal weights may differ
+MAX_PARETO_K = 0.7  # beyond it importance sampling errs by more than its standard error says (Vehtari et al. 2024)
+MIN_ESS = 3.0
+MAX_LOG_Z_SE = 0.5  # a 95 % interval of a factor of 7
+PATIENCE = 3  # rounds in a row: one bad round is chance, and Z needs a few
+
+
+def pareto_k(log_weights: Tensor) -> float:
+    """Shape k of a generalised Pareto law fitted to the largest weights: moments up to 1/k exist (PSIS).
+
+    The tail is the largest min(n/5, 3√n) weights, as excesses over the next smaller one. The fit is the posterior mean
+    of Zhang & Stephens (2009) over a grid of θ = −k/σ, drawn towards ½ by the weight of ten points (Vehtari et al.
+    2024). NaN where there is no tail: fewer than MIN_TAIL weights in it, or all equal, as with weights of 0 and 1.
+
+    Args:
+        log_weights: log P/q up to a constant, [B]; −inf where P = 0.
+    """
+    size = len(log_weights)
+    tail_size = math.ceil(min(size / 5, 3 * math.sqrt(size)))
+    tail = log_weights.double().sort().values[-tail_size - 1 :]  # the threshold first
+    tail = tail[tail.isneginf().sum().clamp(min=1) - 1 :]  # of a threshold of 0 and more zeros, one
+    if len(tail) <= MIN_TAIL or float(tail[-1] - tail[1]) < ROUNDING:
+        return math.nan
+    excess = (tail[1:] - tail[-1]).exp() - (tail[0] - tail[-1]).exp()
+    excess = excess[excess > 0]  # not ties with the threshold
+    k = fit_generalised_pareto(excess)
+    return (k * len(excess) + 0.5 * 10) / (len(excess) + 10)
+
+
+def fit_generalised_pareto(excess: Tensor) -> float:
+    """The shape k of excesses [n] > 0, ascending, of density (1 + k·x/σ)^(−1/k−1)/σ: Zhang & Stephens (2009)."""
+    n = len(excess)
+    grid = torch.arange(1, 30 + math.isqrt(n) + 1, dtype=torch.float64)
+    quartile = excess[int(n / 4 + 0.5) - 1]
+    theta = 1 / excess[-1] + (1 - (len(grid) / (grid - 0.5)).sqrt()) / (3 * quartile)  # [G]
+    k = torch.log1p(-theta[:, None] * excess).mean(1)  # the likeliest shape at each θ
+    log_likelihood = n * ((-theta / k).log() - k - 1)
+    best = (log_likelihood.softmax(0) * theta).sum()
+    return float(torch.log1p(-best * excess).mean())
+
+
+def complaints(metrics: Mapping[str, float]) -> dict[str, str]:
+    """What is wrong with a round, by kind, as sentences for a person; of `round_metrics`, NaN where unknown."""
+    found = {}
+    ess, k, error = (metrics.get(key, math.nan) for key in ("target/ess", "target/pareto_k", "z/log_z_se"))
+    if metrics.get("target/in_support") == 0:
+        found["support"] = (
+            "no completion satisfies the target, and where none does nothing is learned: start from an easier "
+            "constraint or a softer one (kind: rlhf with the constraint as reward), or sample more completions"
+        )
+    elif ess <= MIN_ESS:
+        found["ess"] = (
+            f"the target is far from what is sampled: {ess:.1f} effective completions carry the round; take more "
+            "samples per context, or a softer target (rlhf: a larger beta)"
+        )
+    if k > MAX_PARETO_K:
+        found["pareto_k"] = (
+            f"the importance weights have a heavy tail (Pareto k {k:.2f} > {MAX_PARETO_K}): log Z and the "
+            "divergences may be off by more than their intervals; take more samples per context, or a softer "
+            "target (rlhf: a larger beta)"
+        )
+    if error > MAX_LOG_Z_SE:
+        found["log_z"] = (
+            f"log Z is known to ± {1.96 * error:.1f} only, and the pseudo-rewards with it; take more samples per "
+            "context, fewer contexts, or partition.per_context: false"
+        )
+    return found
+
+
+class Watch:
+    """Complaints as a run goes on: each kind once, when it has lasted for PATIENCE rounds."""
+
+    def __init__(self) -> None:
+        self._lasted: dict[str, int] = {}
+        self._said: set[str] = set()
+
+    def __call__(self, metrics: Mapping[str, float]) -> list[str]:
+        """What to say after this round."""
+        found = complaints(metrics)
+        self._lasted = {kind: self._lasted.get(kind, 0) + 1 for kind in found}
+        due = [kind for kind, rounds in self._lasted.items() if rounds >= PATIENCE and kind not in self._said]
+        self._said.update(due)
+        return [found[kind] for kind in due]
