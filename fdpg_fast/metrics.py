@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdpg_kernels.sequence_weights import sum_by_sequence
-
 from .estimators import mean
 from .features import Completions
 from .learner import Update
@@ -102,23 +100,6 @@ def round_metrics(
     if torch.cuda.is_available():
         metrics["memory/peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
     return metrics
-
-
-def agreement(rollouts: Rollouts, policy_logprob: Tensor) -> dict[str, float]:
-    """|log q − log π| in nats while sampler and learner should agree, a token and a sequence: mean and largest.
-
-    Args:
-        rollouts: N tokens.
-        policy_logprob: log π of each under the learner, [N].
-    """
-    difference = policy_logprob.double() - rollouts.behavior_logprob.double()
-    tokens, sequences = difference.abs(), sum_by_sequence(difference, rollouts.cu_seqlens).abs()
-    return {
-        "logprob_gap_mean": float(tokens.mean()),
-        "logprob_gap_max": float(tokens.max()),
-        "sequence_gap_mean": float(sequences.mean()),
-        "sequence_gap_max": float(sequences.max()),
-    }
 
 
 def progress_line(

@@ -20,6 +20,7 @@ from torch import Tensor
 from fdpg_kernels import divergences
 from fdpg_kernels.sequence_weights import refusal, sum_by_sequence
 
+from .agreement import compare_with_learner
 from .assemble import build_engine, build_target, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .config import TrainConfig, dump_config
@@ -32,15 +33,12 @@ from .language_model import eos_token_ids, load_model, load_tokenizer
 from .learner import Learner
 from .lora import LoRAPolicy
 from .memory import FrozenPages, plan_micro_batch_tokens, trim
-from .metrics import Clock, Scores, agreement, progress_line, round_metrics
+from .metrics import Clock, Scores, progress_line, round_metrics
 from .partition import Baseline, PartitionFunction, pseudo_rewards
 from .report import write_report
 from .rollouts import Rollouts
 from .run_folder import RunFolder
 from .tracking import Tracking, check_installed
-
-GAP_TOKENS = 32  # of a round's completions, at least, that the learner scores to see whether the engine agrees
-GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop: mean nats a token; see docs/engines.md
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ class Trainer:
         if rollouts is None:
             with clock("sample"):
                 rollouts = self._sample(round_index)
-            agrees = self._compare_with_learner(rollouts, clock)
+            agrees = self._compare(rollouts, clock)
         ahead: Future[Rollouts] | None = None
         if settings.pipeline_depth and round_index + 1 < settings.rounds:
             ahead = self._sampler.submit(self._sample, round_index + 1)
@@ -195,7 +193,7 @@ class Trainer:
         if ahead is not None:
             with clock("sample"):  # what is left of it
                 state.ahead = ahead.result()
-            agrees = self._compare_with_learner(state.ahead, clock)
+            agrees = self._compare(state.ahead, clock)
         with clock("update"):
             update = state.learner.update(loss, weights, round_index)
             trim()  # or the base model would come to lie beside the space of gradients and activations
@@ -221,24 +219,17 @@ class Trainer:
         samples, seed = self.config.trainer.samples_per_context, self._seed("rollouts", round_index)
         return self.engine.sample(self._round_contexts(round_index), samples, seed)
 
-    def _compare_with_learner(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
-        """See on a few completions that the engine samples from the weights that the learner has at this moment."""
-        ends = rollouts.cu_seqlens
-        first = self._seed("compared", self.state.round) % len(rollouts)
-        last = int(torch.searchsorted(ends, int(ends[first]) + GAP_TOKENS).clamp(first + 1, len(rollouts)))
-        part, policy = rollouts.part(slice(first, last)), self.state.learner.policy
+    def _compare(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
+        seed = self._seed("compared", self.state.round)
         with clock("compare"):
-            found = agreement(part, policy.token_logprobs(part, 4 * self.micro_batch_tokens))
-        gap, settings, usual = found["logprob_gap_mean"], self.config.engine, GAP_LIMITS[self.config.dtype]
-        warning, limit = settings.gap_warning or usual[0], settings.gap_limit or usual[1]
-        if gap > limit:
-            raise RunError(
-                f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token (engine.gap_limit "
-                f"{limit:g}): it does not sample from the weights that are trained; see docs/engines.md"
+            return compare_with_learner(
+                rollouts,
+                self.state.learner.policy,
+                self.config,
+                seed=seed,
+                micro_batch_tokens=4 * self.micro_batch_tokens,
+                say=self.say,
             )
-        if gap > warning:
-            self.say(f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token; see docs/engines.md")
-        return found
 
     def evaluate_checkpoint(self, samples_per_context: int | None, seed: int) -> dict[str, Any]:
         """Measure the policy as loaded on a sample of its own seed; what evaluation.jsonl would record."""
