@@ -214,8 +214,8 @@ class RoundsConfig(_Section):
     """Contexts sampled from in a round (fewer where the data set is smaller)."""
     samples_per_context: int = Field(default=16, ge=1)
     """Completions of each."""
-    pipeline_depth: Literal[0, 1] = 0
-    """1: sample the next round while the learner trains on this one (the ratio keeps it exact); 0: in turns."""
+    pipeline_depth: int = Field(default=0, ge=0)
+    """n: sample n rounds ahead, while the learner trains, with weights n rounds old (the ratio keeps it exact)."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens in one forward and backward pass; bounds memory, changes nothing else. Left out, planned for the model."""
     checkpoint_every: int = Field(default=50, ge=1)

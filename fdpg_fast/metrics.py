@@ -90,6 +90,7 @@ def round_metrics(
         "policy/skipped": float(update.skipped),
         "policy/learning_rate": learning_rate,
         "policy/log_ratio_max": float(log_ratio.abs().max()),
+        "policy/ratio_ess": float(1 / log_ratio.double().softmax(0).square().sum()) / len(rollouts),
     }
     metrics |= {f"engine/{name}": value for name, value in agreement.items()}
     total = clock.total

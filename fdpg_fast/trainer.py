@@ -116,7 +116,7 @@ class Trainer:
             Baseline(config.loss.baseline),
             round=done,
         )
-        self._sampler = ThreadPoolExecutor(1)  # for the round ahead
+        self._sampler = ThreadPoolExecutor(1)  # for the rounds ahead
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -155,7 +155,7 @@ class Trainer:
         # trackers first: they may draw from the generators that a resumed run restores
         with contextlib.closing(Tracking(config, folder)) as tracking:
             before = self._start(folder)
-            self.say(describe_engine(config.engine, self.base.device))
+            self.say(describe_engine(config, self.base.device))
             first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
             for round_index in range(first, rounds):
                 metrics = self.round(round_index, folder)
@@ -170,14 +170,16 @@ class Trainer:
     def round(self, round_index: int, folder: RunFolder) -> dict[str, float]:
         """Sample, score, estimate, update, sync; returns the round's metrics."""
         settings, state, clock = self.config.trainer, self.state, Clock()
-        rollouts, state.ahead, agrees = state.ahead, None, {}
-        if rollouts is None:
+        agrees: dict[str, float] = {}
+        first_ahead = min(round_index + max(1, settings.pipeline_depth), settings.rounds)
+        for missing in range(round_index + len(state.ahead), first_ahead):  # at depth 0, and at the start
             with clock("sample"):
-                rollouts = self._sample(round_index)
-            agrees = self._compare(rollouts, clock)
+                state.ahead.append(self._sample(missing))
+            agrees = self._compare(state.ahead[-1], clock)
+        rollouts = state.ahead.pop(0)
         ahead: Future[Rollouts] | None = None
-        if settings.pipeline_depth and round_index + 1 < settings.rounds:
-            ahead = self._sampler.submit(self._sample, round_index + 1)
+        if settings.pipeline_depth and round_index + settings.pipeline_depth < settings.rounds:
+            ahead = self._sampler.submit(self._sample, round_index + settings.pipeline_depth)
         else:
             self.engine.sleep()
         scores = self._score(rollouts, clock)
@@ -192,8 +194,8 @@ class Trainer:
             loss, weights = state.learner.backward(rollouts, scores.log_score, log_z, baseline)
         if ahead is not None:
             with clock("sample"):  # what is left of it
-                state.ahead = ahead.result()
-            agrees = self._compare(state.ahead, clock)
+                state.ahead.append(ahead.result())
+            agrees = self._compare(state.ahead[-1], clock)
         with clock("update"):
             update = state.learner.update(loss, weights, round_index)
             trim()  # or the base model would come to lie beside the space of gradients and activations
@@ -267,7 +269,7 @@ class Trainer:
             f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
             f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target; "
             f"{self.micro_batch_tokens} tokens a forward and backward pass\n"
-            f"{describe_engine(config.engine, self.base.device)}\n"
+            f"{describe_engine(config, self.base.device)}\n"
             f"writes to {config.run_dir}; nothing was done yet"
         )
 

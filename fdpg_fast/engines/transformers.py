@@ -1,4 +1,4 @@
-"""The embedded engine: samples with the learner's own module, so a weight sync is nothing at all."""
+"""The embedded engine: samples with the learner's own module, or with a copy of it that waits for syncs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TransformersEngine:
     """Samples at temperature 1 from the full distribution, and reports the log-prob of each token that it drew.
 
     Args:
-        language_model: the module to sample from; the learner keeps updating it in place.
+        language_model: the module to sample from: the one that the learner updates in place, or one of its own.
         eos_token_ids: tokens that end a completion.
         max_new_tokens: completions are cut off there.
         max_sequences: completions decoded side by side; bounds the key-value cache.
@@ -54,8 +54,13 @@ class TransformersEngine:
                 counts = [count - taken for count, taken in zip(counts, batch, strict=True)]
         return concatenate(parts)
 
+    @torch.no_grad()
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
-        """The learner trains this very module: nothing to move."""
+        """Nothing to move where the learner trains this very module."""
+        if policy is not self.language_model:
+            own = self.language_model.model.state_dict()
+            for name, tensor in policy.weights():
+                own[name].copy_(tensor)
         self.version = version
 
     def sleep(self) -> None:
