@@ -16,8 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from fdpg_kernels import divergences
-
+from .alpha_path import divergence_at
 from .errors import UserError
 
 
@@ -239,7 +238,7 @@ class TrainConfig(_Section):
     model: str
     """Folder or hub name of the causal LM to align; the target's base model is its frozen copy."""
     divergence: str = "jensen_shannon"
-    """D_f to minimise: forward_kl, reverse_kl, total_variation, jensen_shannon, pearson_chi2, …, alpha:0.5."""
+    """D_f to minimise: forward_kl, reverse_kl, jensen_shannon, …, alpha:0.5; alpha:0.2..0.9 on a path from round to round."""
     run_dir: str
     """Folder of this run; made new, or continued with --resume."""
     target: list[TermConfig] = Field(min_length=1)
@@ -266,7 +265,7 @@ class TrainConfig(_Section):
     @field_validator("divergence")
     @classmethod
     def _known_divergence(cls, name: str) -> str:
-        divergences.get(name)
+        divergence_at(name, 0, 1)
         return name
 
     @model_validator(mode="after")

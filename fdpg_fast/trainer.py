@@ -17,10 +17,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from fdpg_kernels import divergences
 from fdpg_kernels.sequence_weights import refusal, sum_by_sequence
 
 from .agreement import compare_with_learner
+from .alpha_path import divergence_at, last_divergence
 from .assemble import build_engine, build_target, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .config import TrainConfig, dump_config
@@ -70,7 +70,7 @@ class Trainer:
             RunFolder.refuse_taken(config)
         device = _device(config.device)
         check_installed(config.tracking)
-        self.divergence = divergences.get(config.divergence)
+        self.divergence = last_divergence(config.divergence)
         self.target = build_target(config, device)
         if self.target.can_be_zero and not self.divergence.allows_zeros:
             raise UserError(f"divergence: {refusal(self.divergence)}")
@@ -186,8 +186,9 @@ class Trainer:
         owner = torch.tensor([context.index for context in rollouts.contexts])[rollouts.context_index]
         state.partition.update(scores.log_score - scores.behavior_logprob, owner)
         log_z = state.partition.log_z(owner)
+        divergence = state.learner.divergence = divergence_at(self.config.divergence, round_index, settings.rounds)
         rewards = pseudo_rewards(
-            scores.behavior_logprob, scores.log_score, log_z, self.divergence, self.config.loss.reward_cap
+            scores.behavior_logprob, scores.log_score, log_z, divergence, self.config.loss.reward_cap
         )
         baseline = state.baseline(rewards, rollouts.context_index)
         with clock("update"):

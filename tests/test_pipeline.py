@@ -1,4 +1,4 @@
-"""Runs whose engine has weights of its own: in turns and rounds ahead, the real vLLM too, and engines that are stale."""
+"""Runs whose engine has its own weights: in turns and rounds ahead, the real vLLM too, and engines that are stale."""
 
 import copy
 
