@@ -97,7 +97,7 @@ def describe_engine(config: c.TrainConfig, device: torch.device) -> str:
 
 def samples_with_older(config: c.TrainConfig) -> bool:
     """Whether the engine samples with weights that the learner has moved on from: it needs its own, and no sleep."""
-    return config.trainer.pipeline_depth > 0
+    return config.trainer.pipeline_depth > 0 or config.proposal.kind == "adaptive"
 
 
 def vllm_version() -> str | None:
@@ -158,13 +158,16 @@ def _plan(
     if policy.device.type == "cpu":
         plan = plan_cpu_cache(model.config, dtype=model.dtype, memory_bytes=machine_memory(), **limits)
         return replace(ways_to_share(config)[0], sleeps=False), plan  # vLLM for CPUs cannot sleep
+    parameters, proposal_bytes = list(model.parameters()), 0
+    if config.proposal.kind == "adaptive":  # one more set of weights
+        proposal_bytes = sum(p.numel() for p in parameters) * model.dtype.itemsize
     return plan_on_gpu(
         config,
         config=model.config,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_adapter=0 if config.lora is None else sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_parameters=sum(p.numel() for p in parameters),
+        num_adapter=0 if config.lora is None else sum(p.numel() for p in parameters if p.requires_grad),
         dtype=model.dtype,
-        device_bytes=torch.cuda.get_device_properties(policy.device).total_memory,
+        device_bytes=torch.cuda.get_device_properties(policy.device).total_memory - proposal_bytes,
         micro_batch_tokens=micro_batch_tokens,
         **limits,
     )
@@ -190,13 +193,14 @@ def build_engine(
     """
     settings = config.engine
     kind, _ = choose_engine(settings, policy.device)
+    copy = None
     if samples_with_older(config):
         if kind == "vllm" and settings.share_weights:
             raise UserError(f"{_why_older(config)}, but engine.share_weights has the learner's own")
         if kind == "vllm_server" and settings.weight_transfer == "ipc":
             raise UserError(f"{_why_older(config)}, but with engine.weight_transfer ipc the servers let go of them")
-        if kind == "transformers":
-            policy = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
+        if kind == "transformers" and config.trainer.pipeline_depth:
+            copy = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
     match kind:
         case "vllm":
             sharing, memory = _plan(config, policy, max_length, micro_batch_tokens)
@@ -226,11 +230,13 @@ def build_engine(
                 say=say,
             )
     limits = {"max_new_tokens": settings.max_new_tokens, "max_sequences": settings.max_sequences}
-    return TransformersEngine(policy, eos_token_ids, **limits)
+    return TransformersEngine(policy, eos_token_ids, copy=copy, **limits)
 
 
 def _why_older(config: c.TrainConfig) -> str:
-    return f"trainer.pipeline_depth: {config.trainer.pipeline_depth} samples with weights that the learner had before"
+    depth = config.trainer.pipeline_depth
+    key = f"trainer.pipeline_depth: {depth}" if depth else "proposal.kind: adaptive"
+    return f"{key} samples with weights that the learner had before"
 
 
 def _imported(path: str) -> Target:

@@ -188,6 +188,13 @@ class OptimizerConfig(_Section):
     """Gradients of larger norm are scaled down to it."""
 
 
+class ProposalConfig(_Section):
+    kind: Literal["policy", "adaptive"] = "policy"
+    """What is sampled from: the policy, or older weights of it until the policy is nearer to the target."""
+    every: int = Field(default=10, ge=1)
+    """adaptive: rounds from one estimate of KL(p‖q) − KL(p‖π) to the next; the policy is taken where it is positive."""
+
+
 class LoRAConfig(_Section):
     rank: int = Field(ge=1)
     """Of the trained matrices B·A that are added to each adapted layer; everything else stays frozen."""
@@ -238,7 +245,7 @@ class TrainConfig(_Section):
     model: str
     """Folder or hub name of the causal LM to align; the target's base model is its frozen copy."""
     divergence: str = "jensen_shannon"
-    """D_f to minimise: forward_kl, reverse_kl, jensen_shannon, …, alpha:0.5; alpha:0.2..0.9 on a path from round to round."""
+    """D_f to minimise: forward_kl, jensen_shannon, …, alpha:0.5, or a path alpha:0.2..0.9 over the rounds."""
     run_dir: str
     """Folder of this run; made new, or continued with --resume."""
     target: list[TermConfig] = Field(min_length=1)
@@ -256,6 +263,7 @@ class TrainConfig(_Section):
     partition: PartitionConfig = PartitionConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    proposal: ProposalConfig = ProposalConfig()
     lora: LoRAConfig | None = None
     trainer: RoundsConfig = RoundsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -283,6 +291,16 @@ class TrainConfig(_Section):
                 "engine.share_weights: with lora vLLM needs the adapter merged into its weights and the learner needs "
                 "them apart; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adaptive_proposal_has_its_own_weights(self) -> Self:
+        if self.proposal.kind == "adaptive" and self.trainer.pipeline_depth:
+            raise ValueError(
+                "proposal.kind: adaptive decides itself how old its weights are; set trainer.pipeline_depth: 0"
+            )
+        if self.proposal.kind == "adaptive" and self.engine.share_weights:
+            raise ValueError("engine.share_weights: proposal.kind adaptive samples with older weights; leave it out")
         return self
 
 

@@ -66,6 +66,7 @@ def round_metrics(
     update: Update,
     learning_rate: float,
     agreement: dict[str, float],
+    proposal: dict[str, float],
     clock: Clock,
 ) -> dict[str, float]:
     """Everything that metrics.jsonl records of a round; nats, tokens, seconds, bytes."""
@@ -93,6 +94,7 @@ def round_metrics(
         "policy/ratio_ess": float(1 / log_ratio.double().softmax(0).square().sum()) / len(rollouts),
     }
     metrics |= {f"engine/{name}": value for name, value in agreement.items()}
+    metrics |= {f"proposal/{name}": value for name, value in proposal.items()}
     total = clock.total
     metrics |= {f"time/{phase}": seconds for phase, seconds in clock.phases.items()}
     metrics["time/round"] = total

@@ -29,12 +29,13 @@ from .engines import Engine
 from .errors import RunError, UserError
 from .evaluate import Evaluation, evaluate
 from .features import Completions
-from .language_model import eos_token_ids, load_model, load_tokenizer
-from .learner import Learner
+from .language_model import LanguageModel, eos_token_ids, load_model, load_tokenizer
+from .learner import Learner, Update
 from .lora import LoRAPolicy
 from .memory import FrozenPages, plan_micro_batch_tokens, trim
 from .metrics import Clock, Scores, progress_line, round_metrics
 from .partition import Baseline, PartitionFunction, pseudo_rewards
+from .proposal import AdaptiveProposal
 from .report import write_report
 from .rollouts import Rollouts
 from .run_folder import RunFolder
@@ -115,8 +116,17 @@ class Trainer:
             ),
             Baseline(config.loss.baseline),
             round=done,
+            proposal=self._proposal(policy),
         )
         self._sampler = ThreadPoolExecutor(1)  # for the rounds ahead
+
+    def _proposal(self, policy: LanguageModel) -> AdaptiveProposal | None:
+        config = self.config
+        if config.proposal.kind == "policy":
+            return None
+        model = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
+        model.take_weights(policy)
+        return AdaptiveProposal(config.proposal.every, model)
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -156,6 +166,8 @@ class Trainer:
         with contextlib.closing(Tracking(config, folder)) as tracking:
             before = self._start(folder)
             self.say(describe_engine(config, self.base.device))
+            if state.proposal is not None:
+                self.engine.sync_weights(state.proposal.model, state.proposal.version)
             first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
             for round_index in range(first, rounds):
                 metrics = self.round(round_index, folder)
@@ -164,6 +176,8 @@ class Trainer:
                 self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
                 if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
                     save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
+        if state.proposal is not None:
+            self.engine.sync_weights(state.learner.policy, state.round)  # which is what is evaluated
         after = self._evaluate(folder, rounds)
         return RunResult(folder.path, before, after, write_report(folder.path))
 
@@ -175,7 +189,8 @@ class Trainer:
         for missing in range(round_index + len(state.ahead), first_ahead):  # at depth 0, and at the start
             with clock("sample"):
                 state.ahead.append(self._sample(missing))
-            agrees = self._compare(state.ahead[-1], clock)
+            if self.engine.version == state.round:  # else the proposal is another than the policy
+                agrees = self._compare(state.ahead[-1], clock)
         rollouts = state.ahead.pop(0)
         ahead: Future[Rollouts] | None = None
         if settings.pipeline_depth and round_index + settings.pipeline_depth < settings.rounds:
@@ -200,15 +215,15 @@ class Trainer:
         with clock("update"):
             update = state.learner.update(loss, weights, round_index)
             trim()  # or the base model would come to lie beside the space of gradients and activations
-        with clock("sync"):
-            self.engine.sync_weights(state.learner.policy, round_index + 1)
         state.round = round_index + 1
+        with clock("sync"):
+            proposal = self._sync(scores, update, owner)
 
         for row in self._sample_rows(scores, settings.samples_logged):
             folder.append("samples.jsonl", {"round": round_index, "split": "train", **row})
         learning_rate = state.learner.learning_rate(round_index)
         return round_metrics(
-            rollouts, scores, self._feature_names, state.partition, update, learning_rate, agrees, clock
+            rollouts, scores, self._feature_names, state.partition, update, learning_rate, agrees, proposal, clock
         )
 
     def _round_contexts(self, round_index: int) -> list[Context]:
@@ -217,10 +232,28 @@ class Trainer:
         return [self.contexts[i] for i in schedule(len(self.contexts), per_round, round_index, settings.seed)]
 
     def _sample(self, round_index: int) -> Rollouts:
-        if self.engine.version != self.state.round:
-            raise RunError(f"the engine holds weights of version {self.engine.version}, not {self.state.round}")
+        proposal = self.state.proposal
+        version = self.state.round if proposal is None else proposal.version
+        if self.engine.version != version:
+            raise RunError(f"the engine holds weights of version {self.engine.version}, not {version}")
         samples, seed = self.config.trainer.samples_per_context, self._seed("rollouts", round_index)
         return self.engine.sample(self._round_contexts(round_index), samples, seed)
+
+    def _sync(self, scores: Scores, update: Update, owner: Tensor) -> dict[str, float]:
+        """Hand the new weights to the engine, unless an adaptive proposal stays; what there is to say of it."""
+        policy, proposal, weights = self.state.learner.policy, self.state.proposal, update.weights
+        if proposal is None:
+            self.engine.sync_weights(policy, self.state.round)
+            return {}
+        found: dict[str, float] = {"version": float(proposal.version)}  # that the round was sampled with
+        log_ratio = weights.policy_logprob - weights.behavior_logprob
+        proposal.observe(scores.log_score - scores.behavior_logprob, log_ratio, owner)
+        gain = proposal.decide(policy, self.state.round)
+        if gain is not None:
+            found["kl_gain"] = gain
+        if proposal.version == self.state.round:
+            self.engine.sync_weights(proposal.model, proposal.version)
+        return found
 
     def _compare(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
         seed = self._seed("compared", self.state.round)

@@ -18,10 +18,11 @@ class TransformersEngine:
     """Samples at temperature 1 from the full distribution, and reports the log-prob of each token that it drew.
 
     Args:
-        language_model: the module to sample from: the one that the learner updates in place, or one of its own.
+        language_model: the module to sample from; the learner keeps updating it in place.
         eos_token_ids: tokens that end a completion.
         max_new_tokens: completions are cut off there.
         max_sequences: completions decoded side by side; bounds the key-value cache.
+        copy: a module for a copy of the weights, to sample from while the learner moves on from them.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class TransformersEngine:
         *,
         max_new_tokens: int,
         max_sequences: int = 256,
+        copy: LanguageModel | None = None,
     ):
         self.version = -1
-        self.language_model = language_model
+        self.language_model, self._copy = language_model, copy
         self.eos_token_ids = torch.tensor(sorted(eos_token_ids))
         self.max_new_tokens = max_new_tokens
         self.max_sequences = max_sequences
@@ -54,13 +56,12 @@ class TransformersEngine:
                 counts = [count - taken for count, taken in zip(counts, batch, strict=True)]
         return concatenate(parts)
 
-    @torch.no_grad()
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
-        """Nothing to move where the learner trains this very module."""
-        if policy is not self.language_model:
-            own = self.language_model.model.state_dict()
-            for name, tensor in policy.weights():
-                own[name].copy_(tensor)
+        """Sample from this very module: nothing to move, unless there is to be a copy."""
+        self.language_model = policy
+        if self._copy is not None:
+            self._copy.take_weights(policy)
+            self.language_model = self._copy
         self.version = version
 
     def sleep(self) -> None:
