@@ -57,6 +57,26 @@ def test_one_round_ahead_resumes_with_the_same_numbers(ahead, vllm_model, tmp_pa
     runs.assert_equal(ours, expected)
 
 
+@pytest.mark.parametrize("depth", [0, 1, 4])
+def test_a_round_trains_on_samples_of_the_weights_that_many_rounds_before(depth, tiny_model, tmp_path, monkeypatch):
+    versions, sample = [], TransformersEngine.sample
+
+    def recorded(engine, contexts, samples_per_context, seed):
+        if samples_per_context == 4:  # of a round, not of an evaluation
+            versions.append(engine.version)
+        return sample(engine, contexts, samples_per_context, seed)
+
+    monkeypatch.setattr(TransformersEngine, "sample", recorded)
+    trainer = {"rounds": 7, "pipeline_depth": depth, "checkpoint_every": 7}
+    rows = runs.rows(runs.train(tiny_model, tmp_path, trainer=trainer) / "metrics.jsonl")
+    assert versions == [max(0, k - depth) for k in range(7)]
+    for k, row in enumerate(rows):  # what is sampled is compared with the learner's weights of that moment
+        assert row.get("engine/logprob_gap_max", 0.0) < 1e-4 and ("time/compare" in row) == (k == 0 or k + depth < 7)
+        stale = k > 0 and depth > 0
+        assert (row["policy/log_ratio_max"] > 1e-3) == stale
+        assert (row["policy/ratio_ess"] < 1 - 1e-6) == stale and 1 / 8 <= row["policy/ratio_ess"] <= 1 + 1e-9
+
+
 def four_ahead(model, folder):
     contexts = {"train": str(runs.write_contexts(folder, *runs.PROMPTS))}
     trainer = {"rounds": 9, "checkpoint_every": 3, "keep_checkpoints": 1, "pipeline_depth": 4}
