@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from fdpg_fast.agreement import GAP_LIMITS, agreement
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines import Engine, VLLMEngine
 from fdpg_fast.language_model import LanguageModel
-from fdpg_fast.metrics import agreement
 from fdpg_fast.run_folder import RunFolder
-from fdpg_fast.trainer import GAP_LIMITS, Trainer
+from fdpg_fast.trainer import Trainer
 
 PHASES = ("sample", "features", "base", "compare", "update", "sync")  # of a round; what is left is bookkeeping
 CHECKED = (4, 8)  # contexts and samples of each by which an engine's weights are checked

@@ -16,7 +16,7 @@ from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
 from .features import Feature, classifier, import_feature, pep8, python_parses, regex, sentiment, word
 from .features.feature import import_object
-from .language_model import LanguageModel
+from .language_model import LanguageModel, load_model
 from .memory import machine_memory
 from .metrics import RESERVED
 from .targets import Target, distributional, pointwise, rlhf
@@ -85,15 +85,21 @@ def choose_engine(config: c.EngineConfig, device: torch.device) -> tuple[str, st
     return "vllm", "vLLM and a GPU are here"
 
 
-def describe_engine(config: c.EngineConfig, device: torch.device) -> str:
+def describe_engine(config: c.TrainConfig, device: torch.device) -> str:
     """Which engine a run takes, and why, in a line."""
-    kind, why = choose_engine(config, device)
+    settings = config.engine
+    kind, why = choose_engine(settings, device)
     what = {
-        "transformers": "transformers, the learner's own module",
+        "transformers": f"transformers, {'a copy of ' if samples_with_older(config) else ''}the learner's own module",
         "vllm": f"{vllm_version() or 'vllm'} in this process",
-        "vllm_server": f"vLLM at {', '.join(config.urls)}, weights by {config.weight_transfer}",
+        "vllm_server": f"vLLM at {', '.join(settings.urls)}, weights by {settings.weight_transfer}",
     }
     return f"engine: {what[kind]} ({why})"
+
+
+def samples_with_older(config: c.TrainConfig) -> bool:
+    """Whether the engine samples with weights that the learner has moved on from: it needs its own, and no sleep."""
+    return config.trainer.pipeline_depth > 0 or config.proposal.kind == "adaptive"
 
 
 def vllm_version() -> str | None:
@@ -117,7 +123,7 @@ class Sharing:
 def ways_to_share(config: c.TrainConfig) -> list[Sharing]:
     """What a config allows, the fastest first."""
     shared, sleeping = Sharing(True, False), Sharing(False, True)
-    if config.trainer.pipeline_depth:
+    if samples_with_older(config):
         return [Sharing(False, False)]
     if config.lora is not None:  # a merged weight is neither's
         return [sleeping]
@@ -154,13 +160,16 @@ def _plan(
     if policy.device.type == "cpu":
         plan = plan_cpu_cache(model.config, dtype=model.dtype, memory_bytes=machine_memory(), **limits)
         return replace(ways_to_share(config)[0], sleeps=False), plan  # vLLM for CPUs cannot sleep
+    parameters, proposal_bytes = list(model.parameters()), 0
+    if config.proposal.kind == "adaptive":  # one more set of weights
+        proposal_bytes = sum(p.numel() for p in parameters) * model.dtype.itemsize
     return plan_on_gpu(
         config,
         config=model.config,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_adapter=0 if config.lora is None else sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_parameters=sum(p.numel() for p in parameters),
+        num_adapter=0 if config.lora is None else sum(p.numel() for p in parameters if p.requires_grad),
         dtype=model.dtype,
-        device_bytes=torch.cuda.get_device_properties(policy.device).total_memory,
+        device_bytes=torch.cuda.get_device_properties(policy.device).total_memory - proposal_bytes,
         micro_batch_tokens=micro_batch_tokens,
         **limits,
     )
@@ -184,17 +193,16 @@ def build_engine(
     Raises:
         UserError: it cannot be had here.
     """
-    settings, depth = config.engine, config.trainer.pipeline_depth
+    settings = config.engine
     kind, _ = choose_engine(settings, policy.device)
-    obstacle = {
-        "transformers": "but engine.kind transformers has the learner's own module",
-        "vllm": "but engine.share_weights has the learner's own weights" if settings.share_weights else None,
-        "vllm_server": "but with engine.weight_transfer ipc the servers sleep then"
-        if settings.weight_transfer == "ipc"
-        else None,
-    }[kind]
-    if depth and obstacle:
-        raise UserError(f"trainer.pipeline_depth: 1 samples while the learner trains; {obstacle}")
+    copy = None
+    if samples_with_older(config):
+        if kind == "vllm" and settings.share_weights:
+            raise UserError(f"{_why_older(config)}, but engine.share_weights has the learner's own")
+        if kind == "vllm_server" and settings.weight_transfer == "ipc":
+            raise UserError(f"{_why_older(config)}, but with engine.weight_transfer ipc the servers let go of them")
+        if kind == "transformers" and config.trainer.pipeline_depth:
+            copy = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
     match kind:
         case "vllm":
             sharing, memory = _plan(config, policy, max_length, micro_batch_tokens)
@@ -224,7 +232,13 @@ def build_engine(
                 say=say,
             )
     limits = {"max_new_tokens": settings.max_new_tokens, "max_sequences": settings.max_sequences}
-    return TransformersEngine(policy, eos_token_ids, **limits)
+    return TransformersEngine(policy, eos_token_ids, copy=copy, **limits)
+
+
+def _why_older(config: c.TrainConfig) -> str:
+    depth = config.trainer.pipeline_depth
+    key = f"trainer.pipeline_depth: {depth}" if depth else "proposal.kind: adaptive"
+    return f"{key} samples with weights that the learner had before"
 
 
 def _imported(path: str) -> Target:

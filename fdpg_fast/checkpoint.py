@@ -3,7 +3,8 @@
     checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder), or
                                 the LoRA adapter as peft saves it (peft.AutoPeftModelForCausalLM.from_pretrained opens
                                 the folder and finds the base model under the name that the config gives it)
-                                trainer.safetensors: optimizer, Z, baseline, torch's generator, rollouts sampled ahead
+                                trainer.safetensors: optimizer, Z, baseline, torch's generator, rollouts sampled ahead,
+                                an adaptive proposal
                                 trainer.json: round, λ, the other generators
                                 SHA256SUMS: of every file, as `sha256sum --check` reads it
 
@@ -18,7 +19,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .contexts import Context
 from .errors import RunError, UserError
 from .learner import Learner
 from .partition import Baseline, PartitionFunction
+from .proposal import AdaptiveProposal
 from .rollouts import Rollouts
 from .run_folder import disk_errors, fsync_folder
 
@@ -47,7 +49,8 @@ class TrainerState:
     baseline: Baseline
     round: int = 0
     exponents: tuple[float, ...] | None = None
-    ahead: Rollouts | None = None  # of the next round, sampled while the learner trained on the last
+    ahead: list[Rollouts] = field(default_factory=list)  # of the next rounds, sampled already
+    proposal: AdaptiveProposal | None = None
 
 
 def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: int) -> Path:
@@ -126,9 +129,12 @@ def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], l
         master.copy_(tensors[f"master.{number}"])
     state.partition.load_state(_with_prefix(tensors, "partition."))
     state.baseline.load_state(_with_prefix(tensors, "baseline."))
+    if state.proposal is not None:
+        state.proposal.load_state(_with_prefix(tensors, "proposal."))
     state.round = trainer["round"]
-    if ahead := _with_prefix(tensors, "ahead."):
-        state.ahead = Rollouts(contexts=tuple(contexts(state.round)), **ahead)
+    state.ahead = []
+    while ahead := _with_prefix(tensors, f"ahead.{len(state.ahead)}."):
+        state.ahead.append(Rollouts(contexts=tuple(contexts(state.round + len(state.ahead))), **ahead))
     state.exponents = None if trainer["exponents"] is None else tuple(trainer["exponents"])
     version, internal, gauss = trainer["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -142,9 +148,11 @@ def _tensors(state: TrainerState) -> dict[str, Tensor]:
     for index, moments in state.learner.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
     tensors |= {f"master.{index}": master for index, master in enumerate(state.learner.masters)}
-    if state.ahead is not None:
-        fields = {name: value for name, value in vars(state.ahead).items() if name != "contexts"}
-        tensors |= {f"ahead.{name}": tensor for name, tensor in fields.items()}
+    for index, rollouts in enumerate(state.ahead):
+        fields = {name: value for name, value in vars(rollouts).items() if name != "contexts"}
+        tensors |= {f"ahead.{index}.{name}": tensor for name, tensor in fields.items()}
+    if state.proposal is not None:
+        tensors |= {f"proposal.{name}": tensor for name, tensor in state.proposal.state().items()}
     tensors |= {f"partition.{key}": tensor for key, tensor in state.partition.state().items()}
     tensors |= {f"baseline.{key}": tensor for key, tensor in state.baseline.state().items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

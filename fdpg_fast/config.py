@@ -16,8 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from fdpg_kernels import divergences
-
+from .alpha_path import divergence_at
 from .errors import UserError
 
 
@@ -200,6 +199,13 @@ class OptimizerConfig(_Section):
     """Gradients of larger norm are scaled down to it."""
 
 
+class ProposalConfig(_Section):
+    kind: Literal["policy", "adaptive"] = "policy"
+    """What is sampled from: the policy, or older weights of it until the policy is nearer to the target."""
+    every: int = Field(default=10, ge=1)
+    """adaptive: rounds from one estimate of KL(p‖q) − KL(p‖π) to the next; the policy is taken where it is positive."""
+
+
 class LoRAConfig(_Section):
     rank: int = Field(ge=1)
     """Of the trained matrices B·A that are added to each adapted layer; everything else stays frozen."""
@@ -225,8 +231,8 @@ class RoundsConfig(_Section):
     """Contexts sampled from in a round (fewer where the data set is smaller)."""
     samples_per_context: int = Field(default=16, ge=1)
     """Completions of each."""
-    pipeline_depth: Literal[0, 1] = 0
-    """1: sample the next round while the learner trains on this one (the ratio keeps it exact); 0: in turns."""
+    pipeline_depth: int = Field(default=0, ge=0)
+    """n: sample n rounds ahead, while the learner trains, with weights n rounds old (the ratio keeps it exact)."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens in one forward and backward pass; bounds memory, changes nothing else. Left out, planned for the model."""
     checkpoint_every: int = Field(default=50, ge=1)
@@ -250,7 +256,7 @@ class TrainConfig(_Section):
     model: str
     """Folder or hub name of the causal LM to align; the target's base model is its frozen copy."""
     divergence: str = "jensen_shannon"
-    """D_f to minimise: forward_kl, reverse_kl, total_variation, jensen_shannon, pearson_chi2, …, alpha:0.5."""
+    """D_f to minimise: forward_kl, jensen_shannon, …, alpha:0.5, or a path alpha:0.2..0.9 over the rounds."""
     run_dir: str
     """Folder of this run; made new, or continued with --resume."""
     target: list[TermConfig] = Field(min_length=1)
@@ -268,6 +274,7 @@ class TrainConfig(_Section):
     partition: PartitionConfig = PartitionConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    proposal: ProposalConfig = ProposalConfig()
     lora: LoRAConfig | None = None
     trainer: RoundsConfig = RoundsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -277,7 +284,7 @@ class TrainConfig(_Section):
     @field_validator("divergence")
     @classmethod
     def _known_divergence(cls, name: str) -> str:
-        divergences.get(name)
+        divergence_at(name, 0, 1)
         return name
 
     @model_validator(mode="after")
@@ -295,6 +302,16 @@ class TrainConfig(_Section):
                 "engine.share_weights: with lora vLLM needs the adapter merged into its weights and the learner needs "
                 "them apart; leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adaptive_proposal_has_its_own_weights(self) -> Self:
+        if self.proposal.kind == "adaptive" and self.trainer.pipeline_depth:
+            raise ValueError(
+                "proposal.kind: adaptive decides itself how old its weights are; set trainer.pipeline_depth: 0"
+            )
+        if self.proposal.kind == "adaptive" and self.engine.share_weights:
+            raise ValueError("engine.share_weights: proposal.kind adaptive samples with older weights; leave it out")
         return self
 
 

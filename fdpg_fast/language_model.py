@@ -102,6 +102,13 @@ class LanguageModel:
         """
         yield from self.model.state_dict().items()
 
+    @torch.no_grad()
+    def take_weights(self, policy: LanguageModel) -> None:
+        """Become a copy of another: this model has its shape."""
+        own = dict(self.weights())
+        for name, tensor in policy.weights():
+            own[name].copy_(tensor)
+
     def save(self, folder: Path) -> None:
         """Write what was trained, as `from_pretrained` reads it."""
         self.model.save_pretrained(folder)

@@ -30,7 +30,7 @@ class Learner:
 
     Args:
         policy: trained in place.
-        divergence: D_f to minimise.
+        divergence: D_f to minimise; may be another one in a later round.
         loss: ratio and caps.
         optimizer: AdamW's settings.
         rounds: of the whole run; the schedule ends there.

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdpg_kernels.sequence_weights import sum_by_sequence
-
 from .diagnostics import pareto_k
 from .estimators import mean
 from .features import Completions
@@ -69,6 +67,7 @@ def round_metrics(
     update: Update,
     learning_rate: float,
     agreement: dict[str, float],
+    proposal: dict[str, float],
     clock: Clock,
 ) -> dict[str, float]:
     """Everything that metrics.jsonl records of a round; nats, tokens, seconds, bytes."""
@@ -94,8 +93,10 @@ def round_metrics(
         "policy/skipped": float(update.skipped),
         "policy/learning_rate": learning_rate,
         "policy/log_ratio_max": float(log_ratio.abs().max()),
+        "policy/ratio_ess": float(1 / log_ratio.double().softmax(0).square().sum()) / len(rollouts),
     }
     metrics |= {f"engine/{name}": value for name, value in agreement.items()}
+    metrics |= {f"proposal/{name}": value for name, value in proposal.items()}
     total = clock.total
     metrics |= {f"time/{phase}": seconds for phase, seconds in clock.phases.items()}
     metrics["time/round"] = total
@@ -104,23 +105,6 @@ def round_metrics(
     if torch.cuda.is_available():
         metrics["memory/peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
     return metrics
-
-
-def agreement(rollouts: Rollouts, policy_logprob: Tensor) -> dict[str, float]:
-    """|log q − log π| in nats while sampler and learner should agree, a token and a sequence: mean and largest.
-
-    Args:
-        rollouts: N tokens.
-        policy_logprob: log π of each under the learner, [N].
-    """
-    difference = policy_logprob.double() - rollouts.behavior_logprob.double()
-    tokens, sequences = difference.abs(), sum_by_sequence(difference, rollouts.cu_seqlens).abs()
-    return {
-        "logprob_gap_mean": float(tokens.mean()),
-        "logprob_gap_max": float(tokens.max()),
-        "sequence_gap_mean": float(sequences.mean()),
-        "sequence_gap_max": float(sequences.max()),
-    }
 
 
 def progress_line(

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from .alpha_path import last_divergence
 from .errors import UserError
 
 Json = dict[str, Any]
@@ -151,7 +152,7 @@ def before_after_table(run_dir: str | Path) -> str:
         UserError: as `read_run`.
     """
     run = read_run(run_dir)
-    trained = f"divergence/{run.divergence}"
+    trained = f"divergence/{last_divergence(run.divergence).name}"
     rows = table_rows([*feature_keys([run]), *SUMMARY], run.before, run.after)
     for key in [trained, *(key for key in MATRIX if key != trained)]:
         label, *cells = table_rows([key], run.before, run.after)[0]

@@ -18,10 +18,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from fdpg_kernels import divergences
 from fdpg_kernels.sequence_weights import refusal, sum_by_sequence
 
 from . import quasi_rejection
+from .agreement import compare_with_learner
+from .alpha_path import divergence_at, last_divergence
 from .assemble import build_engine, build_target, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .config import TrainConfig, dump_config
@@ -32,19 +33,17 @@ from .errors import RunError, UserError
 from .estimators import LogPartition, log_partition
 from .evaluate import Evaluation, evaluate
 from .features import Completions
-from .language_model import eos_token_ids, load_model, load_tokenizer
-from .learner import Learner
+from .language_model import LanguageModel, eos_token_ids, load_model, load_tokenizer
+from .learner import Learner, Update
 from .lora import LoRAPolicy
 from .memory import FrozenPages, plan_micro_batch_tokens, trim
-from .metrics import Clock, Scores, agreement, progress_line, round_metrics
+from .metrics import Clock, Scores, progress_line, round_metrics
 from .partition import Baseline, PartitionFunction, pseudo_rewards
+from .proposal import AdaptiveProposal
 from .report import write_report
 from .rollouts import Rollouts
 from .run_folder import RunFolder
 from .tracking import Tracking, check_installed
-
-GAP_TOKENS = 32  # of a round's completions, at least, that the learner scores to see whether the engine agrees
-GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop: mean nats a token; see docs/engines.md
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Trainer:
             RunFolder.refuse_taken(config)
         device = _device(config.device)
         check_installed(config.tracking)
-        self.divergence = divergences.get(config.divergence)
+        self.divergence = last_divergence(config.divergence)
         self.target = build_target(config, device)
         if self.target.can_be_zero and not self.divergence.allows_zeros:
             raise UserError(f"divergence: {refusal(self.divergence)}")
@@ -121,8 +120,17 @@ class Trainer:
             ),
             Baseline(config.loss.baseline),
             round=done,
+            proposal=self._proposal(policy),
         )
-        self._sampler = ThreadPoolExecutor(1)  # for the round ahead
+        self._sampler = ThreadPoolExecutor(1)  # for the rounds ahead
+
+    def _proposal(self, policy: LanguageModel) -> AdaptiveProposal | None:
+        config = self.config
+        if config.proposal.kind == "policy":
+            return None
+        model = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
+        model.take_weights(policy)
+        return AdaptiveProposal(config.proposal.every, model)
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -164,7 +172,9 @@ class Trainer:
         # trackers first: they may draw from the generators that a resumed run restores
         with contextlib.closing(Tracking(config, folder)) as tracking:
             before = self._start(folder, evaluate)
-            self.say(describe_engine(config.engine, self.base.device))
+            self.say(describe_engine(config, self.base.device))
+            if state.proposal is not None:
+                self.engine.sync_weights(state.proposal.model, state.proposal.version)
             first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
             watch = Watch()
             for round_index in range(first, rounds):
@@ -178,48 +188,54 @@ class Trainer:
                     save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
         if not evaluate:
             return RunResult(folder.path, None, None, None)
+        if state.proposal is not None:
+            self.engine.sync_weights(state.learner.policy, state.round)  # which is what is evaluated
         after = self._evaluate(folder, rounds)
         return RunResult(folder.path, before, after, write_report(folder.path))
 
     def round(self, round_index: int, folder: RunFolder) -> dict[str, float]:
         """Sample, score, estimate, update, sync; returns the round's metrics."""
         settings, state, clock = self.config.trainer, self.state, Clock()
-        rollouts, state.ahead, agrees = state.ahead, None, {}
-        if rollouts is None:
+        agrees: dict[str, float] = {}
+        first_ahead = min(round_index + max(1, settings.pipeline_depth), settings.rounds)
+        for missing in range(round_index + len(state.ahead), first_ahead):  # at depth 0, and at the start
             with clock("sample"):
-                rollouts = self._sample(round_index)
-            agrees = self._compare_with_learner(rollouts, clock)
+                state.ahead.append(self._sample(missing))
+            if self.engine.version == state.round:  # else the proposal is another than the policy
+                agrees = self._compare(state.ahead[-1], clock)
+        rollouts = state.ahead.pop(0)
         ahead: Future[Rollouts] | None = None
-        if settings.pipeline_depth and round_index + 1 < settings.rounds:
-            ahead = self._sampler.submit(self._sample, round_index + 1)
+        if settings.pipeline_depth and round_index + settings.pipeline_depth < settings.rounds:
+            ahead = self._sampler.submit(self._sample, round_index + settings.pipeline_depth)
         else:
             self.engine.sleep()
         scores = self._score(rollouts, clock)
         owner = torch.tensor([context.index for context in rollouts.contexts])[rollouts.context_index]
         state.partition.update(scores.log_score - scores.behavior_logprob, owner)
         log_z = state.partition.log_z(owner)
+        divergence = state.learner.divergence = divergence_at(self.config.divergence, round_index, settings.rounds)
         rewards = pseudo_rewards(
-            scores.behavior_logprob, scores.log_score, log_z, self.divergence, self.config.loss.reward_cap
+            scores.behavior_logprob, scores.log_score, log_z, divergence, self.config.loss.reward_cap
         )
         baseline = state.baseline(rewards, rollouts.context_index)
         with clock("update"):
             loss, weights = state.learner.backward(rollouts, scores.log_score, log_z, baseline)
         if ahead is not None:
             with clock("sample"):  # what is left of it
-                state.ahead = ahead.result()
-            agrees = self._compare_with_learner(state.ahead, clock)
+                state.ahead.append(ahead.result())
+            agrees = self._compare(state.ahead[-1], clock)
         with clock("update"):
             update = state.learner.update(loss, weights, round_index)
             trim()  # or the base model would come to lie beside the space of gradients and activations
-        with clock("sync"):
-            self.engine.sync_weights(state.learner.policy, round_index + 1)
         state.round = round_index + 1
+        with clock("sync"):
+            proposal = self._sync(scores, update, owner)
 
         for row in self._sample_rows(scores, settings.samples_logged):
             folder.append("samples.jsonl", {"round": round_index, "split": "train", **row})
         learning_rate = state.learner.learning_rate(round_index)
         return round_metrics(
-            rollouts, scores, self._feature_names, state.partition, update, learning_rate, agrees, clock
+            rollouts, scores, self._feature_names, state.partition, update, learning_rate, agrees, proposal, clock
         )
 
     def _round_contexts(self, round_index: int) -> list[Context]:
@@ -228,28 +244,27 @@ class Trainer:
         return [self.contexts[i] for i in schedule(len(self.contexts), per_round, round_index, settings.seed)]
 
     def _sample(self, round_index: int) -> Rollouts:
-        if self.engine.version != self.state.round:
-            raise RunError(f"the engine holds weights of version {self.engine.version}, not {self.state.round}")
+        proposal = self.state.proposal
+        version = self.state.round if proposal is None else proposal.version
+        if self.engine.version != version:
+            raise RunError(f"the engine holds weights of version {self.engine.version}, not {version}")
         samples, seed = self.config.trainer.samples_per_context, self._seed("rollouts", round_index)
         return self.engine.sample(self._round_contexts(round_index), samples, seed)
 
-    def _compare_with_learner(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
-        """See on a few completions that the engine samples from the weights that the learner has at this moment."""
-        ends = rollouts.cu_seqlens
-        first = self._seed("compared", self.state.round) % len(rollouts)
-        last = int(torch.searchsorted(ends, int(ends[first]) + GAP_TOKENS).clamp(first + 1, len(rollouts)))
-        part, policy = rollouts.part(slice(first, last)), self.state.learner.policy
-        with clock("compare"):
-            found = agreement(part, policy.token_logprobs(part, 4 * self.micro_batch_tokens))
-        gap, settings, usual = found["logprob_gap_mean"], self.config.engine, GAP_LIMITS[self.config.dtype]
-        warning, limit = settings.gap_warning or usual[0], settings.gap_limit or usual[1]
-        if gap > limit:
-            raise RunError(
-                f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token (engine.gap_limit "
-                f"{limit:g}): it does not sample from the weights that are trained; see docs/engines.md"
-            )
-        if gap > warning:
-            self.say(f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token; see docs/engines.md")
+    def _sync(self, scores: Scores, update: Update, owner: Tensor) -> dict[str, float]:
+        """Hand the new weights to the engine, unless an adaptive proposal stays; what there is to say of it."""
+        policy, proposal, weights = self.state.learner.policy, self.state.proposal, update.weights
+        if proposal is None:
+            self.engine.sync_weights(policy, self.state.round)
+            return {}
+        found: dict[str, float] = {"version": float(proposal.version)}  # that the round was sampled with
+        log_ratio = weights.policy_logprob - weights.behavior_logprob
+        proposal.observe(scores.log_score - scores.behavior_logprob, log_ratio, owner)
+        gain = proposal.decide(policy, self.state.round)
+        if gain is not None:
+            found["kl_gain"] = gain
+        if proposal.version == self.state.round:
+            self.engine.sync_weights(proposal.model, proposal.version)
         return found
 
     def evaluate_checkpoint(
@@ -260,6 +275,21 @@ class Trainer:
         Args:
             base: samples of the base for the evaluation contexts: Z, and λ of a distributional target, are then theirs.
         """
+
+    def _compare(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
+        seed = self._seed("compared", self.state.round)
+        with clock("compare"):
+            return compare_with_learner(
+                rollouts,
+                self.state.learner.policy,
+                self.config,
+                seed=seed,
+                micro_batch_tokens=4 * self.micro_batch_tokens,
+                say=self.say,
+            )
+
+    def evaluate_checkpoint(self, samples_per_context: int | None, seed: int) -> dict[str, Any]:
+        """Measure the policy as loaded on a sample of its own seed; what evaluation.jsonl would record."""
         self._restore()
         known = None
         if base is not None:
@@ -331,7 +361,7 @@ class Trainer:
             f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
             f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target; "
             f"{self.micro_batch_tokens} tokens a forward and backward pass\n"
-            f"{describe_engine(config.engine, self.base.device)}\n"
+            f"{describe_engine(config, self.base.device)}\n"
             f"writes to {config.run_dir}; nothing was done yet"
         )
 

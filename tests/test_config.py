@@ -55,6 +55,8 @@ KEYS = [
     "optimizer.weight_decay",
     "optimizer.betas",
     "optimizer.max_grad_norm",
+    "proposal.kind",
+    "proposal.every",
     "lora.rank",
     "lora.alpha",
     "lora.target_modules",

@@ -1,4 +1,4 @@
-"""Runs whose engine has weights of its own: the real vLLM, in turns and one round ahead, and engines that are stale."""
+"""Runs whose engine has its own weights: in turns and rounds ahead, the real vLLM too, and engines that are stale."""
 
 import copy
 
@@ -57,14 +57,53 @@ def test_one_round_ahead_resumes_with_the_same_numbers(ahead, vllm_model, tmp_pa
     runs.assert_equal(ours, expected)
 
 
-@pytest.mark.parametrize("engine", [{"kind": "transformers"}, {"kind": "vllm", "share_weights": True}], ids=str)
-def test_ahead_of_shared_weights_is_refused(engine, tiny_model, tmp_path, capsys):
+@pytest.mark.parametrize("depth", [0, 1, 4])
+def test_a_round_trains_on_samples_of_the_weights_that_many_rounds_before(depth, tiny_model, tmp_path, monkeypatch):
+    versions, sample = [], TransformersEngine.sample
+
+    def recorded(engine, contexts, samples_per_context, seed):
+        if samples_per_context == 4:  # of a round, not of an evaluation
+            versions.append(engine.version)
+        return sample(engine, contexts, samples_per_context, seed)
+
+    monkeypatch.setattr(TransformersEngine, "sample", recorded)
+    trainer = {"rounds": 7, "pipeline_depth": depth, "checkpoint_every": 7}
+    rows = runs.rows(runs.train(tiny_model, tmp_path, trainer=trainer) / "metrics.jsonl")
+    assert versions == [max(0, k - depth) for k in range(7)]
+    for k, row in enumerate(rows):  # what is sampled is compared with the learner's weights of that moment
+        assert row.get("engine/logprob_gap_max", 0.0) < 1e-4 and ("time/compare" in row) == (k == 0 or k + depth < 7)
+        stale = k > 0 and depth > 0
+        assert (row["policy/log_ratio_max"] > 1e-3) == stale
+        assert (row["policy/ratio_ess"] < 1 - 1e-6) == stale and 1 / 8 <= row["policy/ratio_ess"] <= 1 + 1e-9
+
+
+def four_ahead(model, folder):
+    contexts = {"train": str(runs.write_contexts(folder, *runs.PROMPTS))}
+    trainer = {"rounds": 9, "checkpoint_every": 3, "keep_checkpoints": 1, "pipeline_depth": 4}
+    return runs.write_config(folder, runs.settings(model, folder / "run", contexts=contexts, trainer=trainer))
+
+
+@pytest.mark.parametrize("round_index", [5, 7], ids=["all ahead", "fewer left than depth"])
+def test_four_rounds_ahead_resumes_with_the_same_numbers(round_index, tiny_model, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    assert runs.run(whole, "train", four_ahead(tiny_model, whole)).status == 0
+    moment = runs.Moment("open", "metrics.jsonl", round_index + 1)
+    assert runs.run(killed, "train", four_ahead(tiny_model, killed), at=moment).status == -9
+    assert [p.name for p in killed.glob("run/checkpoints/*")] == [f"round-{round_index // 3 * 3:06d}"]
+    assert runs.run(killed, "train", "--resume", "run").status == 0
+    runs.assert_equal(runs.record(killed / "run"), runs.record(whole / "run"))
+
+
+def test_ahead_of_shared_weights_is_refused(tiny_model, tmp_path, capsys):
     contexts = {"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))}
+    engine = {"kind": "vllm", "share_weights": True}
     settings = runs.settings(
         tiny_model, tmp_path / "run", contexts=contexts, engine=engine, trainer={"pipeline_depth": 1}
     )
     assert runs.call("train", runs.write_config(tmp_path, settings)) == 2
-    assert "fdpg-fast: trainer.pipeline_depth: 1 samples while the learner trains; but " in capsys.readouterr().err
+    complaint = capsys.readouterr().err
+    assert "fdpg-fast: trainer.pipeline_depth: 1 samples with weights that the learner had before, but " in complaint
     assert not (tmp_path / "run").exists()
 
 
@@ -73,6 +112,9 @@ class Stale(TransformersEngine):
 
     def __init__(self, policy, *arguments, **settings):
         super().__init__(copy.deepcopy(policy), *arguments, **settings)
+
+    def sync_weights(self, policy, version):
+        self.version = version
 
 
 class Behind(TransformersEngine):

@@ -1,4 +1,4 @@
-"""The embedded engine: samples with the learner's own module, so a weight sync is nothing at all."""
+"""The embedded engine: samples with the learner's own module, or with a copy of it that waits for syncs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class TransformersEngine:
         eos_token_ids: tokens that end a completion.
         max_new_tokens: completions are cut off there.
         max_sequences: completions decoded side by side; bounds the key-value cache.
+        copy: a module for a copy of the weights, to sample from while the learner moves on from them.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class TransformersEngine:
         *,
         max_new_tokens: int,
         max_sequences: int = 256,
+        copy: LanguageModel | None = None,
     ):
         self.version = -1
-        self.language_model = language_model
+        self.language_model, self._copy = language_model, copy
         self.eos_token_ids = torch.tensor(sorted(eos_token_ids))
         self.max_new_tokens = max_new_tokens
         self.max_sequences = max_sequences
@@ -55,7 +57,11 @@ class TransformersEngine:
         return concatenate(parts)
 
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
-        """The learner trains this very module: nothing to move."""
+        """Sample from this very module: nothing to move, unless there is to be a copy."""
+        self.language_model = policy
+        if self._copy is not None:
+            self._copy.take_weights(policy)
+            self.language_model = self._copy
         self.version = version
 
     def sleep(self) -> None:

@@ -51,6 +51,31 @@ def test_every_text_once_is_the_expectation_under_a_uniform_sampler(name, target
     torch.testing.assert_close(policy.flat_grad(loss), exact, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
+def test_without_the_ratio_the_gradient_is_the_more_wrong_the_older_the_sampler(name):
+    policy, target, samplers = Tabular(BED, 1), TARGETS["soft"], []
+    optimiser = torch.optim.Adam(policy.parameters(), lr=0.05)
+    for _ in range(5):
+        samplers.append(sampler(policy, True))
+        exact = exact_gradient(BED, policy, target, name)
+        torch.nn.utils.vector_to_parameters(exact, gradients := [p.clone() for p in policy.parameters()])
+        for parameter, gradient in zip(policy.parameters(), gradients, strict=True):
+            parameter.grad = gradient.detach()
+        optimiser.step()
+    samplers.append(sampler(policy, True))
+
+    exact = exact_gradient(BED, policy, target, name)
+
+    def error(rounds_old, ratio):
+        behavior, q = samplers[-1 - rounds_old]
+        expected = q @ gradient_per_text(BED, policy, behavior, target, name, ratio=ratio)
+        return float((expected - exact).norm() / exact.norm())
+
+    assert all(error(rounds_old, "sequence") < 1e-8 for rounds_old in (0, 1, 4))
+    assert error(0, "none") < 1e-8
+    assert 0.01 < error(1, "none") < error(4, "none") / 2
+
+
 class Sampled:
     """A gradient from SAMPLES texts of q, and how far it lies from `exact` in units of its exact covariance."""
 
