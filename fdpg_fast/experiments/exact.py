@@ -6,15 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from fdpg_kernels import divergences
 
-from ..errors import UserError
 from ..estimators import Estimate
 from ..partition import Baseline, PartitionFunction, pseudo_rewards
 from .enumerable import (
@@ -31,62 +29,12 @@ from .enumerable import (
     soft_target,
     uniform_sampler,
 )
+from .exact_case import Case, parse_case
 from .rows import Row
 
 CURVE_POINTS = 20
 RARE_BIAS = -5.0  # on the logits of token 2: about one text in 200 contains it
 REACHED = 0.9  # of the way from E_a[φ] to E_p[φ]
-
-
-class Case(BaseModel):
-    """The settings of one case."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    divergence: str = "jensen_shannon"
-    """D_f to descend."""
-    policy: Literal["tabular", "low_rank", "transformer"] = "tabular"
-    """Family of base and policy: any distribution; one number a prefix; weights shared between prefixes."""
-    target: Literal["soft", "hard", "rare"] = "soft"
-    """a·exp(r/beta), r counting token 2; a·1[token 2 appears]; the same where the base hardly ever writes it."""
-    beta: float = Field(default=0.7, gt=0)
-    """Of the soft target."""
-    start: Literal["base", "other"] = "base"
-    """Where π starts: at the base, or at another random policy."""
-    vocab: int = Field(default=4, ge=3)
-    """Tokens, EOS included."""
-    max_length: int = Field(default=4, ge=1)
-    """Texts are cut off there."""
-    samples: int | None = Field(default=128, ge=2)
-    """Texts a round; null: every text with its probability, so the expected gradient."""
-    rounds: int = Field(default=400, ge=0)
-    """Steps of Adam; 0: the starting policy is measured."""
-    learning_rate: float = Field(default=0.05, gt=0)
-    """Of Adam; falls linearly to 0."""
-    baseline: Literal["leave_one_out", "running", "none"] | float = "leave_one_out"
-    """As `loss.baseline` of a run, or a constant; −1 makes forward KL's reward the p/π of plain DPG."""
-    partition: Literal["running", "batch", "oracle"] = "running"
-    """As `partition.kind` of a run, but the oracle's Z is exact."""
-    z_scale: float = Field(default=1.0, gt=0)
-    """What the estimated Z is multiplied by."""
-    gradient_batches: int = Field(default=0, ge=0)
-    """Batches from which bias and variance of the gradient are estimated; 0: neither, nor their exact values."""
-
-    @field_validator("divergence")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        divergences.get(name)
-        if name not in D_F:
-            raise ValueError(f"no closed form; choose one of {', '.join(D_F)}")
-        return name
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.samples is None and (self.baseline == "leave_one_out" or self.gradient_batches):
-            raise ValueError("samples null draws none: it needs another baseline than leave_one_out and no batches")
-        if self.target != "soft" and not divergences.get(self.divergence).allows_zeros:
-            raise ValueError(f"{self.divergence} is infinite on the {self.target} target; take the soft one")
-        return self
 
 
 def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
@@ -100,21 +48,17 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     Returns:
         A row with, in nats a sequence where they are nats, all exact unless named `sampled`:
         divergence/NAME for every D_f that is finite, and jensen_shannon_half; kl_to_base; entropy_per_sequence and
-        entropy_of_target; entropy_gap, H(π) − H(p), and lowest_entropy_gap, its minimum over the rounds; feature/word,
-        E_π[φ], and feature_of_target; rounds_to_moment, the first round with E_π[φ] 90 % of the way from base to
-        target (`rounds` if none); pseudo_reward_std, its root mean square over the rounds;
-        and with gradient_batches those of `_gradient_metrics`, at the last policy.
+        entropy_of_target; entropy_gap, H(π) − H(p); entropy_dip, how far the lowest entropy of all rounds lies below
+        both the first and the target's; feature/word, E_π[φ], and feature_of_target; rounds_to_moment, the first
+        round with E_π[φ] 90 % of the way from where it began to the target (`rounds` if none); pseudo_reward_std,
+        its root mean square over the rounds; and with gradient_batches those of `_gradient_metrics`, at the last
+        policy.
 
     Raises:
         UserError: names the setting, its value and what would be valid.
     """
     started = time.monotonic()
-    try:
-        case = Case.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"][:1])) or "settings"
-        raise UserError(f"exact case: {key}: {first['msg'].removeprefix('Value error, ')}") from None
+    case = parse_case(settings)
     bed = make_bed(case.vocab, case.max_length)
     base = _make_policy(case, bed, seed)
     policy = _make_policy(case, bed, seed if case.start == "base" else seed + 10_000)
@@ -122,12 +66,12 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     rng = torch.Generator().manual_seed(seed)
     curve = _train(case, bed, base, policy, target, rng)
     values = _measure(case, bed, base, policy, target)
-    entropies, gap = [point["entropy_per_sequence"] for point in curve], -values["entropy_of_target"]
+    entropies, entropy_of_target = [point["entropy_per_sequence"] for point in curve], values["entropy_of_target"]
     before, wanted = curve[0]["feature/word"], values["feature_of_target"]
     reached = [point["round"] for point in curve if (point["feature/word"] - before) >= REACHED * (wanted - before)]
     values |= {
-        "entropy_gap": entropies[-1] + gap,
-        "lowest_entropy_gap": min(entropies) + gap,
+        "entropy_gap": entropies[-1] - entropy_of_target,
+        "entropy_dip": max(0.0, min(entropies[0], entropy_of_target) - min(entropies)),
         "rounds_to_moment": reached[0] if reached else float(case.rounds),
         "pseudo_reward_std": math.sqrt(sum(point["pseudo_reward_std"] ** 2 for point in curve) / len(curve)),
     }
