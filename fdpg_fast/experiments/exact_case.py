@@ -51,7 +51,7 @@ class Case(BaseModel):
     def _known(cls, name: str) -> str:
         divergences.get(name)
         if name not in D_F:
-            raise ValueError(f"no closed form of {name}; choose one of {', '.join(D_F)}")
+            raise ValueError(f"no closed form here; choose one of {', '.join(D_F)}")
         return name
 
     @model_validator(mode="after")

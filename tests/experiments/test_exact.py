@@ -47,8 +47,8 @@ def test_the_expected_gradient_leads_there_without_samples(tmp_path):
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "running", "none", -1.0])
-# not the KL of p: its rewards' tails make the variance of 400 batches itself uncertain by a third
-@pytest.mark.parametrize("divergence", ["reverse_kl", "total_variation", "jensen_shannon", "squared_hellinger"])
+# none whose rewards grow like a power of p/π: their tails leave the variance of 400 batches uncertain by a fifth or more
+@pytest.mark.parametrize("divergence", ["reverse_kl", "total_variation", "jensen_shannon"])
 def test_sampled_gradients_vary_as_enumeration_says(divergence, baseline, tmp_path):
     run = {"rounds": 0, "start": "other", "samples": 8, "gradient_batches": 400}
     metrics = run_case(run | {"divergence": divergence, "baseline": baseline}, 1, tmp_path).metrics
@@ -98,8 +98,8 @@ def test_a_wrong_z_turns_the_gradient_of_some(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"divergence": "hellinger"}, "divergence: unknown divergence 'hellinger'"),
-        ({"divergence": "alpha:0.4"}, "divergence: no closed form of alpha:0.4"),
+        ({"divergence": "hellinger"}, "divergence: 'hellinger': unknown divergence"),
+        ({"divergence": "alpha:0.4"}, "divergence: 'alpha:0.4': no closed form"),
         ({"divergence": "reverse_kl", "target": "hard"}, "take the soft one"),
         ({"samples": None}, "samples null draws none"),
         ({"sample": 3}, "sample: there is no such setting"),
