@@ -47,7 +47,7 @@ def test_the_expected_gradient_leads_there_without_samples(tmp_path):
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "running", "none", -1.0])
-# none whose rewards grow like a power of p/π: their tails leave the variance of 400 batches uncertain by a fifth or more
+# none whose rewards grow like a power of p/π: such tails leave the variance of 400 batches uncertain by a fifth
 @pytest.mark.parametrize("divergence", ["reverse_kl", "total_variation", "jensen_shannon"])
 def test_sampled_gradients_vary_as_enumeration_says(divergence, baseline, tmp_path):
     run = {"rounds": 0, "start": "other", "samples": 8, "gradient_batches": 400}
