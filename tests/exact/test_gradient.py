@@ -3,18 +3,8 @@
 import pytest
 import torch
 
-from exact_bed import (
-    HARD,
-    NAMES,
-    Tabular,
-    Transformer,
-    exact_gradient,
-    gradient_per_text,
-    hard_target,
-    make_bed,
-    packed_loss,
-    soft_target,
-)
+from exact_bed import HARD, NAMES, exact_gradient, gradient_per_text, packed_loss
+from fdpg_fast.experiments.enumerable import Tabular, Transformer, hard_target, make_bed, soft_target, uniform_sampler
 
 BED = make_bed()
 BASE = Tabular(BED, 0)
@@ -44,9 +34,8 @@ def test_the_expected_gradient_is_exact(name, target, on_policy, policy):
 @pytest.mark.parametrize(("name", "target"), CASES)
 def test_every_text_once_is_the_expectation_under_a_uniform_sampler(name, target, policy):
     # one batch, no sampling: the mean over it is E_q with q = 1/B, spread over the tokens of each text
-    texts = len(BED.length)
-    uniform = (-torch.tensor(float(texts), dtype=torch.float64).log() / BED.length)[BED.owner]
-    loss = packed_loss(BED, policy, torch.randperm(texts), uniform, TARGETS[target], name, baseline=0.3).loss
+    every = torch.randperm(len(BED.length))
+    loss = packed_loss(BED, policy, every, uniform_sampler(BED), TARGETS[target], name, baseline=0.3).loss
     exact = exact_gradient(BED, policy, TARGETS[target], name)
     torch.testing.assert_close(policy.flat_grad(loss), exact, rtol=1e-8, atol=1e-8)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from exact_bed import Tabular, Transformer, leave_one_out, make_bed, packed_loss, soft_target
+from exact_bed import leave_one_out, packed_loss
+from fdpg_fast.experiments.enumerable import Tabular, Transformer, make_bed, soft_target
 
 BED = make_bed()
 BASE = Tabular(BED, 0)

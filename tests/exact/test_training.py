@@ -3,18 +3,8 @@
 import pytest
 import torch
 
-from exact_bed import (
-    HARD,
-    NAMES,
-    Tabular,
-    divergence,
-    exact_divergence,
-    hard_target,
-    leave_one_out,
-    make_bed,
-    packed_loss,
-    soft_target,
-)
+from exact_bed import HARD, NAMES, divergence, exact_divergence, leave_one_out, packed_loss
+from fdpg_fast.experiments.enumerable import Tabular, hard_target, make_bed, soft_target
 from fdpg_kernels import sequence_weights
 
 BED = make_bed()

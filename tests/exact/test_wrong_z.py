@@ -5,18 +5,8 @@ import math
 import pytest
 import torch
 
-from exact_bed import (
-    D_F,
-    Tabular,
-    divergence,
-    exact_divergence,
-    gradient_per_text,
-    hard_target,
-    leave_one_out,
-    make_bed,
-    packed_loss,
-    soft_target,
-)
+from exact_bed import D_F, divergence, exact_divergence, gradient_per_text, leave_one_out, packed_loss
+from fdpg_fast.experiments.enumerable import Tabular, hard_target, make_bed, soft_target
 from fdpg_kernels import sequence_weights
 
 BED = make_bed()
