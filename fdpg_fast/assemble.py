@@ -14,7 +14,7 @@ from . import config as c
 from .engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
 from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
-from .features import Feature, classifier, import_feature, pep8, python_parses, regex, word
+from .features import Feature, classifier, entities, import_feature, pep8, python_parses, regex, word
 from .features.feature import import_object
 from .language_model import LanguageModel
 from .memory import machine_memory
@@ -33,6 +33,8 @@ def build_feature(config: c.FeatureConfig, device: str) -> Feature:
             feature = python_parses()
         case c.Pep8Feature():
             feature = pep8()
+        case c.EntitiesFeature():
+            feature = entities(config.min_entities)
         case c.ClassifierFeature():
             feature = classifier(
                 config.model,
@@ -72,8 +74,16 @@ def build_target(config: c.TrainConfig, device: str) -> Target:
     return target
 
 
-def choose_engine(config: c.EngineConfig, device: torch.device) -> tuple[str, str]:
-    """The kind of engine, "auto" resolved, and why in a few words."""
+def choose_engine(config: c.EngineConfig, device: torch.device, encoder_decoder: bool = False) -> tuple[str, str]:
+    """The kind of engine, "auto" resolved, and why in a few words.
+
+    Raises:
+        UserError: it does not take this kind of model.
+    """
+    if encoder_decoder and config.kind in ("auto", "transformers"):
+        return "transformers", "the model is an encoder-decoder"
+    if encoder_decoder:
+        raise UserError(f"engine.kind: {config.kind} does not run encoder-decoders; set it to transformers")
     if config.kind != "auto":
         return config.kind, "as configured"
     if vllm_version() is None:
@@ -83,9 +93,9 @@ def choose_engine(config: c.EngineConfig, device: torch.device) -> tuple[str, st
     return "vllm", "vLLM and a GPU are here"
 
 
-def describe_engine(config: c.EngineConfig, device: torch.device) -> str:
+def describe_engine(config: c.EngineConfig, policy: LanguageModel) -> str:
     """Which engine a run takes, and why, in a line."""
-    kind, why = choose_engine(config, device)
+    kind, why = choose_engine(config, policy.device, not policy.continues_prompt)
     what = {
         "transformers": "transformers, the learner's own module",
         "vllm": f"{vllm_version() or 'vllm'} in this process",
@@ -183,7 +193,7 @@ def build_engine(
         UserError: it cannot be had here.
     """
     settings, depth = config.engine, config.trainer.pipeline_depth
-    kind, _ = choose_engine(settings, policy.device)
+    kind, _ = choose_engine(settings, policy.device, not policy.continues_prompt)
     obstacle = {
         "transformers": "but engine.kind transformers has the learner's own module",
         "vllm": "but engine.share_weights has the learner's own weights" if settings.share_weights else None,

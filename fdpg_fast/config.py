@@ -68,6 +68,13 @@ class Pep8Feature(_Feature):
     """1 where prompt + completion is finished, parses, and pycodestyle has nothing to say about it."""
 
 
+class EntitiesFeature(_Feature):
+    kind: Literal["entities"]
+    """1 where the completion is finished and names something, and only what its prompt names."""
+    min_entities: int = Field(default=1, ge=1)
+    """Names, numbers and words in code font that it must hold at least."""
+
+
 class ClassifierFeature(_Feature):
     kind: Literal["classifier"]
     """Probability of a label under a Hugging Face sequence classifier."""
@@ -89,7 +96,13 @@ class ImportedFeature(_Feature):
 
 
 FeatureConfig = Annotated[
-    WordFeature | RegexFeature | PythonParsesFeature | Pep8Feature | ClassifierFeature | ImportedFeature,
+    WordFeature
+    | RegexFeature
+    | PythonParsesFeature
+    | Pep8Feature
+    | EntitiesFeature
+    | ClassifierFeature
+    | ImportedFeature,
     Field(discriminator="kind"),
 ]
 

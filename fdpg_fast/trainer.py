@@ -79,7 +79,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
         self.base_pages: FrozenPages | None = FrozenPages(self.base.model)
-        self.room = self.base.max_length - config.engine.max_new_tokens
+        self.room = self.base.prompt_room(config.engine.max_new_tokens)
         if self.room < 1:
             raise UserError(
                 f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
@@ -157,7 +157,7 @@ class Trainer:
         # trackers first: they may draw from the generators that a resumed run restores
         with contextlib.closing(Tracking(config, folder)) as tracking:
             before = self._start(folder)
-            self.say(describe_engine(config.engine, self.base.device))
+            self.say(describe_engine(config.engine, self.base))
             first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
             for round_index in range(first, rounds):
                 metrics = self.round(round_index, folder)
@@ -276,7 +276,7 @@ class Trainer:
             f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
             f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target; "
             f"{self.micro_batch_tokens} tokens a forward and backward pass\n"
-            f"{describe_engine(config.engine, self.base.device)}\n"
+            f"{describe_engine(config.engine, self.base)}\n"
             f"writes to {config.run_dir}; nothing was done yet"
         )
 
@@ -308,7 +308,7 @@ class Trainer:
     def _sample_base(self, contexts: list[Context], samples_per_context: int, purpose: str) -> tuple[Tensor, Tensor]:
         """Feature values [B, F] of samples of the base, which the policy still is, and the context of each [B]."""
         rollouts = self.engine.sample(contexts, samples_per_context, self._seed(purpose, 0))
-        return self._feature_values(Completions.decode(rollouts, self.tokenizer)), rollouts.context_index
+        return self._feature_values(self._texts(rollouts)), rollouts.context_index
 
     def _restore(self) -> None:
         assert self.checkpoint is not None
@@ -322,7 +322,7 @@ class Trainer:
 
     def _score(self, rollouts: Rollouts, clock: Clock) -> Scores:
         with clock("features"):
-            texts = Completions.decode(rollouts, self.tokenizer)
+            texts = self._texts(rollouts)
             values = self._feature_values(texts)
         with clock("base"):
             # no activations are kept here: larger parts fit, and waste less
@@ -337,6 +337,9 @@ class Trainer:
                 "start again with a lower optimizer.learning_rate"
             )
         return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
+
+    def _texts(self, rollouts: Rollouts) -> Completions:
+        return Completions.decode(rollouts, self.tokenizer, self.base.continues_prompt)
 
     def _feature_values(self, texts: Completions) -> Tensor:
         return torch.stack([feature(texts) for feature in self.target.features], dim=1)  # [B, F]

@@ -81,6 +81,7 @@ EVERYTHING = {
         {"kind": "pointwise", "feature": {"kind": "regex", "pattern": "^\\s*é", "name": "accent", "timeout": 2.5}},
         {"kind": "pointwise", "feature": {"kind": "python_parses"}},
         {"kind": "pointwise", "feature": {"kind": "pep8"}},
+        {"kind": "pointwise", "feature": {"kind": "entities", "min_entities": 2}},
         {"kind": "rlhf", "beta": 0.1, "feature": {"kind": "import", "path": "rewards.py:helpful"}},
         {
             "kind": "distributional",
