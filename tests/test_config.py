@@ -9,7 +9,19 @@ from fdpg_fast import TrainConfig
 from fdpg_fast.config import config_keys, dump_config, load_config, parse_config
 from fdpg_fast.errors import UserError
 
-FEATURE = ("name", "timeout", "kind", "word", "pattern", "model", "label", "batch_size", "with_prompt", "path")
+FEATURE = (
+    "name",
+    "timeout",
+    "kind",
+    "word",
+    "pattern",
+    "min_entities",
+    "model",
+    "label",
+    "batch_size",
+    "with_prompt",
+    "path",
+)
 
 # adding a key is free; renaming or removing one breaks the configs that people have
 KEYS = [

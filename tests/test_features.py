@@ -64,7 +64,7 @@ NAMED = {
     "Raise TypeError if os.path is missing.": {"TypeError", "os.path"},
     "Tensors of the CUDA backend. Their max_length is 3.5.": {"CUDA", "max_length", "3.5"},
     "Print a text, e.g. one that Python reads, as I do.": {"Python"},
-    "Warning: Deprecated. (Use `new name`!) \"Yes\"": {"new", "name"},
+    'Warning: Deprecated. (Use `new name`!) "Yes"': {"new", "name"},
     "Sort __init__ and _private: nothing else": {"__init__", "_private"},
     "": set(),
 }
@@ -232,6 +232,7 @@ def test_arguments_come_by_name_as_in_trl():
     assert seen == {
         "completions": ["a", "b"],
         "prompts": ["p", "q"],
+        "texts": ["pa", "qb"],
         "ids": [[97], [98]],
         "answer": [4, None],
         "finished": [True, False],

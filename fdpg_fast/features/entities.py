@@ -9,7 +9,7 @@ from .feature import Feature
 # a dotted name, a word or a number; the full stop that ends a sentence stays outside
 _WORD = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|\d+(?:\.\d+)*")
 _CODE = re.compile(r"`+([^`]+)`+")
-_SENTENCE_END = re.compile(r"(?:^|[.!?:])[\s\"'(\[*-]*$")
+_SENTENCE_END = re.compile(r"[.!?:]")
 
 
 def entities(min_entities: int) -> Feature:
@@ -37,21 +37,20 @@ def named(text: str, first_words: bool = False) -> set[str]:
     Args:
         first_words: count capitalised words at the start of a sentence too.
     """
-    inside_code = [match.span(1) for match in _CODE.finditer(text)]
-    found = set()
+    code = [match.span(1) for match in _CODE.finditer(text)]
+    found, previous_end = set(), None
     for match in _WORD.finditer(text):
         word, start = match[0], match.start()
-        if any(first <= start < last for first, last in inside_code) or _is_name(word):
+        starts_sentence = previous_end is None or bool(_SENTENCE_END.search(text, previous_end, start))
+        capitalised = word[0].isupper() and word != "I" and (first_words or not starts_sentence)
+        if capitalised or _is_name(word) or any(first <= start < last for first, last in code):
             found.add(word)
-        elif word[0].isupper() and word != "I":
-            before = text[max(0, start - 8) : start]
-            at_start = start < 8 and not before.strip(" \"'([*-") or bool(_SENTENCE_END.search(before))
-            if first_words or not at_start:
-                found.add(word)
+        previous_end = match.end()
     return found
 
 
 def _is_name(word: str) -> bool:
-    if max(map(len, word.split("."))) == 1 and not word[0].isdigit():
-        return False
-    return any(c.isdigit() or c.isupper() or c in "_." for c in word[1:]) or word[0].isdigit() or word[0] == "_"
+    if word[0].isdigit():
+        return True
+    is_abbreviation = all(len(part) == 1 for part in word.split("."))
+    return not is_abbreviation and any(c in "_." or c.isdigit() or c.isupper() for c in (word[0].lower() + word[1:]))
