@@ -40,7 +40,7 @@ class EncoderDecoderModel(LanguageModel):
 
     def __init__(self, model: PreTrainedModel):
         self.model, config = model.eval(), model.config
-        if config.decoder_start_token_id is None:
+        if getattr(config, "decoder_start_token_id", None) is None:
             raise UserError(f"model: the config of {type(model).__name__} names no decoder_start_token_id")
         tied = config.model_type in SCALED_IF_TIED and config.tie_word_embeddings
         scaled = getattr(config, "scale_decoder_outputs", tied)
