@@ -353,7 +353,7 @@ small experiments, and for nothing else: what it writes has the form of a summar
 | Training | {steps:,} steps, {pairs_seen:,} pairs ({epochs:.1f} epochs) |
 | Time | {minutes:.0f} minutes on {cores} CPU core(s), {arithmetic} |
 | Held out | {held_count} of {modules} modules, {held_pairs:,} docstrings |
-| Held-out loss | {nats:.3f} nats per token, {nats_char:.3f} nats per character |
+| Held-out loss | {nats:.3f} nats per token, {nats_char:.3f} per character; at its best {least:.3f}, step {best:,} |
 | Words in common with the true line | {overlap:.3f} (F1); {shuffled:.3f} with the line of another docstring |
 | Names only what the source names | {faithful_1:.1%} with one name at least, {faithful_2:.1%} with two |
 
@@ -403,8 +403,9 @@ reproduce pieces of its training data.
 python examples/tiny-summariser/train.py --minutes {asked_minutes:g} --threads {cores}
 ```
 
-The seed fixes the data's order and the initial weights. The learning rate follows the clock, so that the schedule ends
-in time on any machine; with `--steps {steps}` it follows the count of steps instead, which comes closest to these
+The seed fixes the data's order and the initial weights, some of which are no chance but made to copy from the source
+(`start_as_copier`). The learning rate follows the clock, so that the schedule ends in
+time on any machine; with `--steps {steps}` it follows the count of steps instead, which comes closest to these
 weights. Other versions of the packages have other docstrings, and give another model.
 """
 
@@ -442,6 +443,8 @@ def evaluate(out: Path, facts: dict[str, Any], held: list[Pair]) -> None:
     c = model.config
     card = CARD.format(
         **(facts | facts["measured"]),
+        least=min(saved["nats"] for saved in facts["held_out"]),
+        best=min(facts["held_out"], key=lambda saved: saved["nats"])["step"],
         parameters=sum(p.numel() for p in model.parameters()),
         arithmetic="bfloat16 autocast" if facts["autocast"] else "float32",
         held_list=", ".join(f"`{m}`" for m in facts["held_modules"]),
@@ -466,9 +469,7 @@ def evaluate(out: Path, facts: dict[str, Any], held: list[Pair]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--minutes", type=float, default=8.5, help="how long to train; more only fits the training data closer"
-    )
+    parser.add_argument("--minutes", type=float, default=8.5, help="how long to train")
     parser.add_argument("--steps", type=int, help="train this many steps, however long they take")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU cores to use")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
