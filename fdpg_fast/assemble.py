@@ -14,7 +14,7 @@ from . import config as c
 from .engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
 from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
-from .features import Feature, classifier, import_feature, pep8, python_parses, regex, sentiment, word
+from .features import Feature, classifier, entities, import_feature, pep8, python_parses, regex, sentiment, word
 from .features.feature import import_object
 from .language_model import LanguageModel, load_model
 from .memory import machine_memory
@@ -35,6 +35,8 @@ def build_feature(config: c.FeatureConfig, device: str) -> Feature:
             feature = pep8()
         case c.SentimentFeature():
             feature = sentiment()
+        case c.EntitiesFeature():
+            feature = entities(config.min_entities)
         case c.ClassifierFeature():
             feature = classifier(
                 config.model,
@@ -74,8 +76,16 @@ def build_target(config: c.TrainConfig, device: str) -> Target:
     return target
 
 
-def choose_engine(config: c.EngineConfig, device: torch.device) -> tuple[str, str]:
-    """The kind of engine, "auto" resolved, and why in a few words."""
+def choose_engine(config: c.EngineConfig, device: torch.device, encoder_decoder: bool = False) -> tuple[str, str]:
+    """The kind of engine, "auto" resolved, and why in a few words.
+
+    Raises:
+        UserError: it does not take this kind of model.
+    """
+    if encoder_decoder and config.kind in ("auto", "transformers"):
+        return "transformers", "the model is an encoder-decoder"
+    if encoder_decoder:
+        raise UserError(f"engine.kind: {config.kind} does not run encoder-decoders; set it to transformers")
     if config.kind != "auto":
         return config.kind, "as configured"
     if vllm_version() is None:
@@ -85,10 +95,10 @@ def choose_engine(config: c.EngineConfig, device: torch.device) -> tuple[str, st
     return "vllm", "vLLM and a GPU are here"
 
 
-def describe_engine(config: c.TrainConfig, device: torch.device) -> str:
+def describe_engine(config: c.TrainConfig, policy: LanguageModel) -> str:
     """Which engine a run takes, and why, in a line."""
     settings = config.engine
-    kind, why = choose_engine(settings, device)
+    kind, why = choose_engine(settings, policy.device, not policy.continues_prompt)
     what = {
         "transformers": f"transformers, {'a copy of ' if samples_with_older(config) else ''}the learner's own module",
         "vllm": f"{vllm_version() or 'vllm'} in this process",
@@ -194,7 +204,7 @@ def build_engine(
         UserError: it cannot be had here.
     """
     settings = config.engine
-    kind, _ = choose_engine(settings, policy.device)
+    kind, _ = choose_engine(settings, policy.device, not policy.continues_prompt)
     copy = None
     if samples_with_older(config):
         if kind == "vllm" and settings.share_weights:

@@ -72,6 +72,13 @@ class SentimentFeature(_Feature):
     """How positive the completion is by the VADER lexicon: (1 + compound)/2, in [0, 1]; neutral is ½."""
 
 
+class EntitiesFeature(_Feature):
+    kind: Literal["entities"]
+    """1 where the completion is finished and names something, and only what its prompt names."""
+    min_entities: int = Field(default=1, ge=1)
+    """Names, numbers and words in code font that it must hold at least."""
+
+
 class ClassifierFeature(_Feature):
     kind: Literal["classifier"]
     """Probability of a label under a Hugging Face sequence classifier."""
@@ -98,6 +105,7 @@ FeatureConfig = Annotated[
     | PythonParsesFeature
     | Pep8Feature
     | SentimentFeature
+    | EntitiesFeature
     | ClassifierFeature
     | ImportedFeature,
     Field(discriminator="kind"),

@@ -162,6 +162,9 @@ def _plans(config: TrainConfig) -> Iterator[str]:
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     try:
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        if model_config.is_encoder_decoder:
+            yield f"plan          {config.model}: an encoder-decoder, whose memory is not planned"
+            return
         with torch.device("meta"):  # shapes alone
             model = AutoModelForCausalLM.from_config(
                 model_config, dtype=dtype, trust_remote_code=config.trust_remote_code

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from fdpg_kernels import linear_logprob
 
 from . import packed
+from .contexts import Context
 from .errors import UserError
 from .rollouts import Rollouts
 
@@ -41,6 +42,24 @@ class Head:
         return logits if self.temperature == 1.0 else logits / self.temperature
 
 
+class Decoding(Protocol):
+    """B completions that grow side by side, a token at a time.
+
+    Attributes:
+        first: the state that predicts each completion's first token, [B, D].
+    """
+
+    first: Tensor
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Append one token to each completion, [B]; the states that predict the next, [B, D]."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these completions, [b] indices into the present ones."""
+        ...
+
+
 class LanguageModel:
     """A causal LM, always in eval mode: dropout would make its log-probs differ from the sampler's.
 
@@ -49,7 +68,13 @@ class LanguageModel:
 
     Raises:
         UserError: the packed forward pass does not reproduce the model's own logits.
+
+    Attributes:
+        continues_prompt: prompt and completion are one text; else the completion answers it.
     """
+
+    continues_prompt = True
+    _layout = "on packed rows"
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval()
@@ -75,8 +100,22 @@ class LanguageModel:
 
     @property
     def max_length(self) -> int:
-        """Tokens that prompt and completion may have together."""
+        """Positions that there are."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
+
+    def prompt_room(self, max_new_tokens: int) -> int:
+        """Tokens that a prompt may have before a completion of so many; less than 1: there is no room."""
+        return self.max_length - max_new_tokens
+
+    def start(self, contexts: Sequence[Context], owner: Tensor, max_new_tokens: int) -> Decoding:
+        """Begin B completions, to be decoded side by side.
+
+        Args:
+            contexts: C prompts, each of which is computed once.
+            owner: which of them each completion continues, [B] int64 on the CPU.
+            max_new_tokens: that a completion may have.
+        """
+        return packed.PackedDecoding(self.model, [context.token_ids for context in contexts], owner, max_new_tokens)
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """The hidden state that predicts each completion token, [N, D]; carries gradients where they are on."""
@@ -116,8 +155,6 @@ class LanguageModel:
     @torch.no_grad()
     def _check_scoring(self) -> None:
         """Compare with the model's own forward pass on two short rows; a wrong log-prob must not start a run."""
-        from .contexts import Context
-
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.model.config.get_text_config().vocab_size
         rows = torch.randint(vocabulary, (2, 7), generator=generator)
@@ -133,36 +170,48 @@ class LanguageModel:
         kind, dtype = type(self.model).__name__, self.model.dtype
         try:
             ours = self.token_logprobs(probe, micro_batch_tokens=1024)
-            own = self.model(rows.to(self.device), use_cache=False).logits.float().log_softmax(-1).cpu()
+            own = torch.cat([self._own_logprobs(row[:n], row[n:]) for row, n in zip(rows, (2, 4), strict=True)])
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"model: {kind} cannot run on packed rows: {type(error).__name__}: {error}") from error
-        own = own[:, :-1].gather(2, rows[:, 1:, None])[..., 0]
-        gap = float((ours - torch.cat([own[0, 1:], own[1, 3:]])).abs().max())
+            raise UserError(f"model: {kind} cannot run {self._layout}: {type(error).__name__}: {error}") from error
+        gap = float((ours - own).abs().max())
         limit = 1e-3 if dtype == torch.float32 else 0.25
         if not gap < limit:
             raise UserError(
-                f"model: {kind} cannot be scored on packed rows: its log-probs differ from the model's own by "
+                f"model: {kind} cannot be scored {self._layout}: its log-probs differ from the model's own by "
                 f"{gap:.3g} nats (limit {limit:g}); its attention or its head is of a kind that is not supported"
             )
 
+    def _own_logprobs(self, prompt: Tensor, completion: Tensor) -> Tensor:
+        logits = self._own_logits(prompt.to(self.device), completion.to(self.device))
+        return logits.float().log_softmax(-1).cpu().gather(1, completion[:, None])[:, 0]
+
+    def _own_logits(self, prompt: Tensor, completion: Tensor) -> Tensor:
+        """That the model itself gives for a completion's tokens, [n, V]."""
+        return self.model(torch.cat([prompt, completion])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+
 
 def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> LanguageModel:
-    """Load a causal LM from a folder or the hub; safetensors only.
+    """Load a causal LM or an encoder-decoder from a folder or the hub; safetensors only.
 
     Raises:
         UserError: there is no such model, or it cannot be used.
     """
+    from .encoder_decoder import EncoderDecoderModel
+
     _refuse_missing_folder(path)
     transformers.utils.logging.disable_progress_bar()  # a bar for every load drowns the lines that matter
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model: Any = kind.from_pretrained(
+            path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model: cannot load {path!r}: {_first_line(error)}{_hint(path)}") from None
-    return LanguageModel(model.to(device))
+    wrapper = EncoderDecoderModel if config.is_encoder_decoder else LanguageModel
+    return wrapper(model.to(device))
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:

@@ -53,7 +53,9 @@ class Learner:
         # the two [V, D] parameters, or the one that is both: a micro-batch adds to their gradients, the head's inside
         # the loss and the embedding's row by row, instead of making two more of their size
         embedding = policy.model.get_input_embeddings()
-        embedding.sparse = True
+        for module in policy.model.modules():  # encoder and decoder look up one table
+            if isinstance(module, torch.nn.Embedding) and module.weight is embedding.weight:
+                module.sparse = True
         self._tables = [p for p in {embedding.weight, policy.head.weight} if p.requires_grad]
         self._head_grad: Tensor | None = None  # [V, D]
         # a bfloat16 weight does not move by less than 1/256 of itself: AdamW works on float32 copies

@@ -42,6 +42,8 @@ class LoRAPolicy(LanguageModel):
         except ImportError:
             raise UserError("lora: peft is not installed; pip install 'fdpg-fast[lora]'") from None
         model, modules = base.model, config.target_modules
+        if not base.continues_prompt:
+            raise UserError(f"lora: {type(model).__name__} is an encoder-decoder, of which all weights are trained")
         _refuse_unknown(model, modules)
         settings = peft.LoraConfig(
             r=config.rank,

@@ -134,6 +134,25 @@ class PackedBatch:
         return torch.cat(rows)[None]
 
 
+class PackedDecoding:
+    """B completions that grow behind C prompts; see `language_model.Decoding`."""
+
+    def __init__(self, model: PreTrainedModel, prompts: list[tuple[int, ...]], owner: Tensor, max_new_tokens: int):
+        self._model, self._step = model, 0
+        self._cache = DecodeCache(prompts, owner, max_new_tokens, model.device)
+        states = run(model, self._cache.input_ids, self._cache.position_ids, self._cache)
+        self.first = states.index_select(0, self._cache.last_rows)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        self._cache.advance()
+        positions = self._cache.next_positions + self._step
+        self._step += 1
+        return run(self._model, tokens, positions, self._cache)
+
+    def select(self, rows: Tensor) -> None:
+        self._cache.select(rows)
+
+
 class DecodeCache:
     """Keys and values of B growing completions; prompts are computed once and copied to their completions.
 

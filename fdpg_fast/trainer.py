@@ -82,7 +82,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
         self.base_pages: FrozenPages | None = FrozenPages(self.base.model)
-        self.room = self.base.max_length - config.engine.max_new_tokens
+        self.room = self.base.prompt_room(config.engine.max_new_tokens)
         if self.room < 1:
             raise UserError(
                 f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
@@ -172,7 +172,7 @@ class Trainer:
         # trackers first: they may draw from the generators that a resumed run restores
         with contextlib.closing(Tracking(config, folder)) as tracking:
             before = self._start(folder, evaluate)
-            self.say(describe_engine(config, self.base.device))
+            self.say(describe_engine(config, self.base))
             if state.proposal is not None:
                 self.engine.sync_weights(state.proposal.model, state.proposal.version)
             first, rounds, started = state.round, config.trainer.rounds, time.perf_counter()
@@ -267,15 +267,6 @@ class Trainer:
             self.engine.sync_weights(proposal.model, proposal.version)
         return found
 
-    def evaluate_checkpoint(
-        self, samples_per_context: int | None, seed: int, base: Rollouts | None = None
-    ) -> Evaluation:
-        """Measure the policy as loaded on a sample of its own seed.
-
-        Args:
-            base: samples of the base for the evaluation contexts: Z, and λ of a distributional target, are then theirs.
-        """
-
     def _compare(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
         seed = self._seed("compared", self.state.round)
         with clock("compare"):
@@ -288,12 +279,18 @@ class Trainer:
                 say=self.say,
             )
 
-    def evaluate_checkpoint(self, samples_per_context: int | None, seed: int) -> dict[str, Any]:
-        """Measure the policy as loaded on a sample of its own seed; what evaluation.jsonl would record."""
+    def evaluate_checkpoint(
+        self, samples_per_context: int | None, seed: int, base: Rollouts | None = None
+    ) -> Evaluation:
+        """Measure the policy as loaded on a sample of its own seed.
+
+        Args:
+            base: samples of the base for the evaluation contexts: Z, and λ of a distributional target, are then theirs.
+        """
         self._restore()
         known = None
         if base is not None:
-            values = self._feature_values(Completions.decode(base, self.tokenizer))
+            values = self._feature_values(self._texts(base))
             if self.target.is_distributional:
                 self.target = self.target.fit(values, base.context_index)
             log_phi = self.target.log_phi(values)
@@ -361,7 +358,7 @@ class Trainer:
             f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
             f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target; "
             f"{self.micro_batch_tokens} tokens a forward and backward pass\n"
-            f"{describe_engine(config, self.base.device)}\n"
+            f"{describe_engine(config, self.base)}\n"
             f"writes to {config.run_dir}; nothing was done yet"
         )
 
@@ -393,7 +390,7 @@ class Trainer:
     def _sample_base(self, contexts: list[Context], samples_per_context: int, purpose: str) -> tuple[Tensor, Tensor]:
         """Feature values [B, F] of samples of the base, which the policy still is, and the context of each [B]."""
         rollouts = self.engine.sample(contexts, samples_per_context, self._seed(purpose, 0))
-        return self._feature_values(Completions.decode(rollouts, self.tokenizer)), rollouts.context_index
+        return self._feature_values(self._texts(rollouts)), rollouts.context_index
 
     def _restore(self) -> None:
         assert self.checkpoint is not None
@@ -407,7 +404,7 @@ class Trainer:
 
     def _score(self, rollouts: Rollouts, clock: Clock) -> Scores:
         with clock("features"):
-            texts = Completions.decode(rollouts, self.tokenizer)
+            texts = self._texts(rollouts)
             values = self._feature_values(texts)
         with clock("base"):
             # no activations are kept here: larger parts fit, and waste less
@@ -422,6 +419,9 @@ class Trainer:
                 "start again with a lower optimizer.learning_rate"
             )
         return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
+
+    def _texts(self, rollouts: Rollouts) -> Completions:
+        return Completions.decode(rollouts, self.tokenizer, self.base.continues_prompt)
 
     def _feature_values(self, texts: Completions) -> Tensor:
         return torch.stack([feature(texts) for feature in self.target.features], dim=1)  # [B, F]

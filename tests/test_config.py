@@ -9,7 +9,19 @@ from fdpg_fast import TrainConfig
 from fdpg_fast.config import config_keys, dump_config, load_config, parse_config
 from fdpg_fast.errors import UserError
 
-FEATURE = ("name", "timeout", "kind", "word", "pattern", "model", "label", "batch_size", "with_prompt", "path")
+FEATURE = (
+    "name",
+    "timeout",
+    "kind",
+    "word",
+    "pattern",
+    "min_entities",
+    "model",
+    "label",
+    "batch_size",
+    "with_prompt",
+    "path",
+)
 
 # adding a key is free; renaming or removing one breaks the configs that people have
 KEYS = [
@@ -83,6 +95,7 @@ EVERYTHING = {
         {"kind": "pointwise", "feature": {"kind": "regex", "pattern": "^\\s*é", "name": "accent", "timeout": 2.5}},
         {"kind": "pointwise", "feature": {"kind": "python_parses"}},
         {"kind": "pointwise", "feature": {"kind": "pep8"}},
+        {"kind": "pointwise", "feature": {"kind": "entities", "min_entities": 2}},
         {"kind": "rlhf", "beta": 0.1, "feature": {"kind": "import", "path": "rewards.py:helpful"}},
         {
             "kind": "distributional",

@@ -20,6 +20,7 @@ from fdpg_fast.features import (
     Completions,
     Feature,
     classifier,
+    entities,
     feature,
     import_feature,
     pep8,
@@ -28,6 +29,7 @@ from fdpg_fast.features import (
     sentiment,
     word,
 )
+from fdpg_fast.features.entities import named
 from fdpg_fast.rollouts import Rollouts
 
 
@@ -56,6 +58,36 @@ def test_word_is_whole_and_in_any_case():
     assert values(word("東京"), "東京 へ", "東京都") == [1, 0]
     with pytest.raises(UserError, match="the word is empty"):
         word("  ")
+
+
+NAMED = {
+    "Return the size of `x` as int8.": {"x", "int8"},
+    "Raise TypeError if os.path is missing.": {"TypeError", "os.path"},
+    "Tensors of the CUDA backend. Their max_length is 3.5.": {"CUDA", "max_length", "3.5"},
+    "Print a text, e.g. one that Python reads, as I do.": {"Python"},
+    'Warning: Deprecated. (Use `new name`!) "Yes"': {"new", "name"},
+    "Sort __init__ and _private: nothing else": {"__init__", "_private"},
+    "": set(),
+}
+
+
+@pytest.mark.parametrize("text", NAMED)
+def test_entities_are_names_numbers_and_code(text):
+    assert named(text) == NAMED[text]
+
+
+def test_a_capital_at_the_start_of_a_sentence_names_something_only_in_the_prompt():
+    assert named("Tensors grow. Python too") == set()
+    assert named("Tensors grow. Python too", first_words=True) == {"Tensors", "Python"}
+
+
+def test_entities_of_the_completion_must_all_stand_in_the_prompt():
+    prompt = "copy(out): Python raises TypeError if `out` is longer than 3. Lists of any kind are fine."
+    texts = ["Make Python Lists.", "Make lists.", "Make Python NumPy lists.", "Raise TypeError after 3.", "Out of 4."]
+    prompts = [prompt] * len(texts)
+    assert values(entities(1), *texts, prompts=prompts) == [1, 0, 0, 1, 0]
+    assert values(entities(2), "Make 3.", "Make 3 `out`.", "Make 3 and 3.", prompts=[prompt] * 3) == [0, 1, 0]
+    assert values(entities(1), "Make Python", prompts=[prompt], finished=[False]) == [0]
 
 
 def test_word_and_regex_look_at_the_completion_only():
@@ -216,6 +248,7 @@ def test_arguments_come_by_name_as_in_trl():
     assert seen == {
         "completions": ["a", "b"],
         "prompts": ["p", "q"],
+        "texts": ["pa", "qb"],
         "ids": [[97], [98]],
         "answer": [4, None],
         "finished": [True, False],

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import packed
 from ..contexts import Context
 from ..language_model import LanguageModel
 from ..rollouts import Rollouts, concatenate
@@ -71,18 +70,18 @@ class TransformersEngine:
         """Nothing is held."""
 
     def _decode(self, contexts: Sequence[Context], counts: list[int], generator: torch.Generator) -> Rollouts:
-        model, head, device = self.language_model.model, self.language_model.head, self.language_model.device
+        head, device = self.language_model.head, self.language_model.device
         owner = torch.repeat_interleave(torch.arange(len(contexts)), torch.tensor(counts))
         total, eos = len(owner), self.eos_token_ids.to(device)
         # drawn up front, so that a completion does not depend on how many others are still growing
         uniform = torch.rand(self.max_new_tokens, total, generator=generator, dtype=torch.float64).to(device)
-        cache = packed.DecodeCache([c.token_ids for c in contexts], owner, self.max_new_tokens, device)
-        states = packed.run(model, cache.input_ids, cache.position_ids, cache).index_select(0, cache.last_rows)
+        decoding = self.language_model.start(contexts, owner, self.max_new_tokens)
+        states = decoding.first
 
         tokens = torch.zeros(total, self.max_new_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(total, self.max_new_tokens, device=device)
         lengths = torch.zeros(total, dtype=torch.long, device=device)
-        growing = torch.arange(total, device=device)  # rows of the cache → completions
+        growing = torch.arange(total, device=device)  # rows of `decoding` → completions
         finished = torch.zeros(total, dtype=torch.bool, device=device)
         for step in range(self.max_new_tokens):
             drawn, logprob = draw(head.logits(states), uniform[step, growing])
@@ -98,9 +97,8 @@ class TransformersEngine:
             if left <= 0.8 * len(growing):  # drop the finished once that pays for copying the cache
                 (kept,) = still.nonzero(as_tuple=True)
                 growing, drawn = growing[kept], drawn[kept]
-                cache.select(kept)
-            cache.advance()
-            states = packed.run(model, drawn, cache.next_positions + step, cache)
+                decoding.select(kept)
+            states = decoding.advance(drawn)
 
         real = torch.arange(self.max_new_tokens, device=device) < lengths[:, None]
         return Rollouts(

@@ -6,6 +6,7 @@ sync or async; None means that it does not apply to that completion.
 
 from .code import pep8 as pep8
 from .code import python_parses as python_parses
+from .entities import entities as entities
 from .feature import Completions as Completions
 from .feature import Feature as Feature
 from .feature import feature as feature

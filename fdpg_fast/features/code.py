@@ -10,7 +10,7 @@ from .feature import Feature
 
 
 def python_parses() -> Feature:
-    """1 where prompt + completion is a complete Python module, else 0.
+    """1 where prompt + completion (of an encoder-decoder: the completion) is a complete Python module, else 0.
 
     A completion that was cut off before its EOS counts as 0, though by chance it may parse.
     """
@@ -18,13 +18,13 @@ def python_parses() -> Feature:
 
 
 def pep8() -> Feature:
-    """1 where prompt + completion parses and pycodestyle has nothing to say about it, else 0; cut off counts as 0."""
+    """As `python_parses`, and only where pycodestyle has nothing to say about it either."""
     try:
         import pycodestyle
     except ModuleNotFoundError:
         raise UserError('feature pep8 needs pycodestyle: pip install "fdpg-fast[examples]"') from None
 
-    def score(completions: list[str], prompts: list[str], finished: list[bool]) -> list[float]:
+    def score(texts: list[str], finished: list[bool]) -> list[float]:
         # spelled out, or the user's own ~/.config/pycodestyle would change the target
         checks = {"select": (), "ignore": pycodestyle.DEFAULT_IGNORE.split(","), "max_line_length": 79}
         style = pycodestyle.StyleGuide(quiet=2, **checks)
@@ -34,13 +34,13 @@ def pep8() -> Feature:
             # pycodestyle only cuts source into tokens: `x = 1 1` has no fault of style
             return parses(source) and pycodestyle.Checker(lines=lines, options=style.options).check_all() == 0
 
-        return [float(done and clean(p + c)) for p, c, done in zip(prompts, completions, finished, strict=True)]
+        return [float(done and clean(text)) for text, done in zip(texts, finished, strict=True)]
 
     return Feature("pep8", score)
 
 
-def _score_parses(completions: list[str], prompts: list[str], finished: list[bool]) -> list[float]:
-    return [float(done and parses(p + c)) for p, c, done in zip(prompts, completions, finished, strict=True)]
+def _score_parses(texts: list[str], finished: list[bool]) -> list[float]:
+    return [float(done and parses(text)) for text, done in zip(texts, finished, strict=True)]
 
 
 def parses(source: str) -> bool:

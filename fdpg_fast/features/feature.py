@@ -34,6 +34,7 @@ class Completions:
         completion_ids: token ids without the EOS, [B].
         finished: ended by EOS rather than cut off, [B].
         columns: the contexts' other JSONL fields, [B] each; None where a context lacks the field.
+        continues_prompt: prompt and completion are one text; not so of an encoder-decoder.
     """
 
     completions: list[str]
@@ -41,9 +42,17 @@ class Completions:
     completion_ids: list[list[int]]
     finished: list[bool]
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    continues_prompt: bool = True
+
+    @property
+    def texts(self) -> list[str]:
+        """What was written in full: prompt + completion, or the completion alone if it does not continue its prompt."""
+        if not self.continues_prompt:
+            return self.completions
+        return [prompt + text for prompt, text in zip(self.prompts, self.completions, strict=True)]
 
     @staticmethod
-    def decode(rollouts: Rollouts, tokenizer: Any) -> Completions:
+    def decode(rollouts: Rollouts, tokenizer: Any, continues_prompt: bool = True) -> Completions:
         ids = rollouts.completion_ids()
         contexts = [rollouts.contexts[i] for i in rollouts.context_index.tolist()]
         names = sorted({name for context in rollouts.contexts for name in context.columns})
@@ -53,6 +62,7 @@ class Completions:
             completion_ids=ids,
             finished=rollouts.finished.tolist(),
             columns={name: [context.columns.get(name) for context in contexts] for name in names},
+            continues_prompt=continues_prompt,
         )
 
 
@@ -62,7 +72,7 @@ class Feature:
 
     Attributes:
         name: under which its mean is reported.
-        score: called with the keyword arguments that it takes out of completions, prompts, completion_ids,
+        score: called with the keyword arguments that it takes out of completions, prompts, texts, completion_ids,
             finished and the columns; returns (or awaits) one number, bool or None a completion.
         timeout: seconds that one call may take.
     """
@@ -81,6 +91,7 @@ class Feature:
             **batch.columns,
             "completions": batch.completions,
             "prompts": batch.prompts,
+            "texts": batch.texts,
             "completion_ids": batch.completion_ids,
             "finished": batch.finished,
         }

@@ -1,0 +1,56 @@
+"""Faithfulness of a summary, by a rule that needs no model: does it name only what its source names?"""
+
+from __future__ import annotations
+
+import re
+
+from .feature import Feature
+
+# a dotted name, a word or a number; the full stop that ends a sentence stays outside
+_WORD = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|\d+(?:\.\d+)*")
+_CODE = re.compile(r"`+([^`]+)`+")
+_SENTENCE_END = re.compile(r"[.!?:]")
+
+
+def entities(min_entities: int) -> Feature:
+    """1 where a completion names at least min_entities entities and its prompt names all of them, else 0.
+
+    See `named` for what an entity is. In the prompt a capitalised word counts wherever it stands. A completion that
+    was cut off before its EOS counts as 0: its last name may be half of one.
+    """
+
+    def score(completions: list[str], prompts: list[str], finished: list[bool]) -> list[float]:
+        known = {prompt: named(prompt, first_words=True) for prompt in set(prompts)}
+        rows = zip(completions, prompts, finished, strict=True)
+        return [float(done and len(own := named(text)) >= min_entities and own <= known[p]) for text, p, done in rows]
+
+    return Feature("entities", score)
+
+
+def named(text: str, first_words: bool = False) -> set[str]:
+    """The entities of a text: every number, every word in code font, and every word written as a name.
+
+    A name has a capital letter, an underscore, a digit or a dot in it (`TypeError`, `max_length`, `int8`, `os.path`),
+    but a word whose only capital is its first letter counts only inside a sentence, and the pronoun I and
+    abbreviations of single letters (`e.g.`) never do. In code font, between backticks, every word counts.
+
+    Args:
+        first_words: count capitalised words at the start of a sentence too.
+    """
+    code = [match.span(1) for match in _CODE.finditer(text)]
+    found, previous_end = set(), None
+    for match in _WORD.finditer(text):
+        word, start = match[0], match.start()
+        starts_sentence = previous_end is None or bool(_SENTENCE_END.search(text, previous_end, start))
+        capitalised = word[0].isupper() and word != "I" and (first_words or not starts_sentence)
+        if capitalised or _is_name(word) or any(first <= start < last for first, last in code):
+            found.add(word)
+        previous_end = match.end()
+    return found
+
+
+def _is_name(word: str) -> bool:
+    if word[0].isdigit():
+        return True
+    is_abbreviation = all(len(part) == 1 for part in word.split("."))
+    return not is_abbreviation and any(c in "_." or c.isdigit() or c.isupper() for c in (word[0].lower() + word[1:]))
