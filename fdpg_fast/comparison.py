@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def frozen_base_sample(trainer: Trainer, samples: int, seed: int, folder: Path) 
     trainer.say(f"drawing {samples} completions of the base for each of {len(contexts)} contexts, for Z")
     rollouts = trainer.sample_base(samples, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # of two runs side by side the later one wins
     save_file({name: value for name, value in vars(rollouts).items() if name != "contexts"}, temporary)
     temporary.rename(path)
     return rollouts

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
 from fdpg_fast import Trainer, load_config
+from fdpg_fast.comparison import frozen_base_sample, measure_runs
 from fdpg_fast.config import LossConfig, OptimizerConfig, parse_config
 from fdpg_fast.errors import RunError
 from fdpg_fast.language_model import load_model
 from fdpg_fast.learner import Learner
+from fdpg_fast.run_folder import read_config
 from fdpg_kernels import divergences
 
 ALL = 1000  # more samples than a round has: samples.jsonl holds every one
@@ -283,3 +285,28 @@ def test_compare_shows_runs_side_by_side(run_dir, tiny_model, tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(text in table for text in ("jensen_shannon", "total_variation", "other", "E[letters]", str(page)))
     assert "<svg" in page.read_text()
+
+
+def test_compare_holds_all_runs_against_one_z_of_the_base(run_dir, tiny_model, tmp_path):
+    other = runs.train(tiny_model, tmp_path, "other", divergence="total_variation", trainer={"rounds": 1, "seed": 3})
+    say = lambda line: None  # noqa: E731
+    first, second = measure_runs([run_dir, other], samples=4, base_samples=64, seed=9, say=say)
+    assert first.metrics["log_z"] == second.metrics["log_z"] and math.isfinite(first.metrics["log_z"].value)
+    assert first.metrics["kl_to_base"] != second.metrics["kl_to_base"]
+    drawn = list(run_dir.glob("base-sample-*.safetensors"))
+    trainer = Trainer(read_config(run_dir), resume=True, say=say)
+    base = frozen_base_sample(trainer, 64, 9, run_dir)  # read back, not drawn again
+    phi = trainer.target.log_phi(trainer._feature_values(trainer._texts(base))).exp()
+    share = [phi[base.context_index == c].mean() for c in range(len(base.contexts))]
+    expected = torch.stack(share).log()
+    assert first.metrics["log_z"].value == pytest.approx(float(expected[expected.isfinite()].mean()))
+    (again,) = measure_runs([run_dir], samples=4, base_samples=64, seed=9, say=say)
+    assert repr(again) == repr(first)  # some errors are NaN
+    assert len(list(run_dir.glob("base-sample-*.safetensors"))) == len(drawn)
+
+
+def test_compare_refuses_texts_of_another_length(run_dir, tiny_model, tmp_path, capsys):
+    other = runs.train(tiny_model, tmp_path, "short", engine={"max_new_tokens": 3}, trainer={"rounds": 1})
+    capsys.readouterr()
+    assert runs.call("compare", run_dir, other) == 2
+    assert "distributions over different texts" in capsys.readouterr().err
