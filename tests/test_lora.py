@@ -203,7 +203,7 @@ def test_checkpoint_is_an_adapter_that_peft_and_transformers_open(finished, tiny
 
 def test_evaluate_and_sample_take_the_adapter_from_the_checkpoint(finished, capsys):
     trainer = Trainer(parse_config(runs.yaml.safe_load((finished / "config.yaml").read_text())), resume=True)
-    assert trainer.evaluate_checkpoint(8, 1)["metrics"]["kl_to_base"]["value"] > 1e-3
+    assert trainer.evaluate_checkpoint(8, 1).metrics["kl_to_base"].value > 1e-3
     assert runs.call("evaluate", finished) == 0 and runs.call("sample", finished, "--count=2") == 0
     assert len(capsys.readouterr().out.splitlines()) > 2
 
