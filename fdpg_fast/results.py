@@ -152,7 +152,9 @@ def before_after_table(run_dir: str | Path) -> str:
         UserError: as `read_run`.
     """
     run = read_run(run_dir)
-    trained = f"divergence/{last_divergence(run.divergence).name}"
+    # of a path of α the last one is measured; a config may name no divergence at all
+    measured = last_divergence(run.divergence).name if ".." in run.divergence else run.divergence
+    trained = f"divergence/{measured}"
     rows = table_rows([*feature_keys([run]), *SUMMARY], run.before, run.after)
     for key in [trained, *(key for key in MATRIX if key != trained)]:
         label, *cells = table_rows([key], run.before, run.after)[0]
