@@ -131,7 +131,7 @@ def _trade_offs(studies: dict[str, list[Row]], path: Path) -> None:
         if len(others) > 1:
             handles += [_handle("grey", MARKERS[i % len(MARKERS)], label) for i, label in enumerate(others)]
         right.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
 
 
 def _curves(studies: dict[str, list[Row]], path: Path) -> None:
@@ -153,7 +153,7 @@ def _curves(studies: dict[str, list[Row]], path: Path) -> None:
             axes.set_axis_off()
         handles = [_handle(colour, "s", label) for label, colour in colours.items()]
         line[0].legend(handles=handles, fontsize=7, frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
 
 
 def _curve_keys(rows: Sequence[Row]) -> list[str]:
