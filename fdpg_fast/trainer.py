@@ -135,12 +135,15 @@ class Trainer:
     @functools.cached_property
     def engine(self) -> Engine:
         """Started at first use, with the policy's weights."""
-        config, policy = self.config, self.state.learner.policy
+        return self._start_engine(self.state.learner.policy, self.state.round)
+
+    def _start_engine(self, model: LanguageModel, version: int) -> Engine:
+        config = self.config
         longest = max(len(context.token_ids) for context in self.contexts + self.eval_contexts)
         max_length = longest + config.engine.max_new_tokens
-        engine = build_engine(config, policy, self.eos_token_ids, max_length, self.micro_batch_tokens, self.say)
+        engine = build_engine(config, model, self.eos_token_ids, max_length, self.micro_batch_tokens, self.say)
         try:
-            engine.sync_weights(policy, self.state.round)
+            engine.sync_weights(model, version)
         except BaseException:
             engine.close()
             raise
@@ -301,11 +304,7 @@ class Trainer:
 
     def sample_base(self, samples_per_context: int, seed: int) -> Rollouts:
         """Samples of the base for the evaluation contexts."""
-        config, longest = self.config, max(len(context.token_ids) for context in self.eval_contexts)
-        longest += config.engine.max_new_tokens
-        engine = build_engine(config, self.base, self.eos_token_ids, longest, self.micro_batch_tokens, self.say)
-        with contextlib.closing(engine):
-            engine.sync_weights(self.base, 0)
+        with contextlib.closing(self._start_engine(self.base, 0)) as engine:
             return engine.sample(self.eval_contexts, samples_per_context, seed)
 
     def sample_checkpoint(self, prompt: str | None, count: int, seed: int) -> list[dict[str, Any]]:

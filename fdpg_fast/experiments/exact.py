@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,6 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     Raises:
         UserError: names the setting, its value and what would be valid.
     """
-    started = time.monotonic()
     case = parse_case(settings)
     bed = make_bed(case.vocab, case.max_length)
     base = _make_policy(case, bed, seed)
@@ -79,7 +77,7 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     if case.gradient_batches:
         metrics |= _gradient_metrics(case, bed, policy, target, rng)
     step = max(1, case.rounds // CURVE_POINTS)
-    return Row({}, seed, metrics, curve[::step], time.monotonic() - started)
+    return Row({}, seed, metrics, curve[::step])
 
 
 def _make_policy(case: Case, bed: Bed, seed: int) -> Policy:

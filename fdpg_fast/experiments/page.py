@@ -11,7 +11,7 @@ from ..report import PALETTE
 from ..results import DOUBT, LABELS, Estimate, doubtful, label_of
 from ..run_folder import write_whole
 from .experiment import Experiment
-from .findings import Interval, average
+from .findings import average
 from .rows import Row
 
 # of the metrics that every evaluation has, those that tables show
@@ -81,16 +81,13 @@ def _study_table(rows: list[Row]) -> str:
         here = [row for row in rows if row.labels == labels]
         cells = []
         for key in keys:
-            cell = Estimate(*_of_interval(average(here, key, labels)), _least_ess(here, key))
+            found_here = average(here, key, labels)
+            cell = Estimate(found_here.mean, found_here.half_width, _least_ess(here, key))
             doubt |= (doubted := doubtful(key, cell))
             cells.append(str(cell) + "?" * doubted)
         body.append([*(labels[axis] for axis in axes), str(len(here)), *cells])
     table = _table([*axes, "seeds", *(label_of(key) for key in keys)], body)
     return table + (f"\n\n{DOUBT}." if doubt else "")
-
-
-def _of_interval(interval: Interval) -> tuple[float, float]:
-    return interval.mean, interval.half_width
 
 
 def _least_ess(rows: Sequence[Row], key: str) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     algorithm = settings.pop("algorithm", None)
     settings |= {"run_dir": str(folder / "run"), "divergence": "reverse_kl"}
     settings["trainer"] = {**settings.get("trainer", {}), "seed": seed}
-    config, started = parse_config(settings), time.perf_counter()
+    config = parse_config(settings)
     if algorithm == "reinforce":
         curve, metrics = reinforce(config)
     elif algorithm == "reverse_kl":
@@ -50,7 +49,7 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
         curve = [{key: number(row, key) for key in ("round", *curve_keys(rows[0]))} for row in rows]
     else:
         raise UserError(f"algorithm: {algorithm!r}: choose reinforce or reverse_kl")
-    return Row({}, seed, metrics, curve, time.perf_counter() - started)
+    return Row({}, seed, metrics, curve)
 
 
 def curve_keys(row: dict[str, Any]) -> list[str]:
@@ -88,9 +87,7 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
         rollouts = engine.sample([contexts[i] for i in chosen], each, seed_of(config, "rollouts", round_index))
         owner = rollouts.context_index
         r = reward(Completions.decode(rollouts, tokenizer))
-        with torch.no_grad():
-            log_a = torch.cat([sequence_logprob(base.model, rollouts, rows) for rows in batches(rollouts)])
-            log_pi = torch.cat([sequence_logprob(policy.model, rollouts, rows) for rows in batches(rollouts)])
+        log_a, log_pi = (sequence_logprobs(model.model, rollouts) for model in (base, policy))
         penalised = (r - beta * (log_pi - log_a)).view(-1, each)  # [C, n]
         others = (penalised.sum(1, keepdim=True) - penalised) / (each - 1)
         advantage = (penalised - others).flatten()
@@ -114,17 +111,19 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
     )
     texts = Completions.decode(rollouts, tokenizer)
     r = reward(texts)
-    with torch.no_grad():
-        log_a, log_pi = (
-            torch.cat([sequence_logprob(model.model, rollouts, rows) for rows in batches(rollouts)])
-            for model in (base, policy)
-        )
+    log_a, log_pi = (sequence_logprobs(model.model, rollouts) for model in (base, policy))
     scores = Scores(texts, r[:, None], log_pi, log_a, log_a + r / beta)
     return curve, evaluate(rollouts, scores, [reward.name], "reverse_kl").metrics
 
 
 def batches(rollouts: Rollouts) -> list[slice]:
     return [slice(first, min(first + ROWS, len(rollouts))) for first in range(0, len(rollouts), ROWS)]
+
+
+@torch.no_grad()
+def sequence_logprobs(model: torch.nn.Module, rollouts: Rollouts) -> Tensor:
+    """log π of all completions, [B] float64."""
+    return torch.cat([sequence_logprob(model, rollouts, rows) for rows in batches(rollouts)])
 
 
 def sequence_logprob(model: torch.nn.Module, rollouts: Rollouts, rows: slice) -> Tensor:
