@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping
@@ -59,6 +60,12 @@ def load_contexts(path: str | None, tokenizer: Any, max_tokens: int) -> list[Con
     if not contexts:
         raise UserError(f"contexts: {path!r} holds no prompt; write one a line, or leave the path out")
     return contexts
+
+
+def derived_seed(seed: int, purpose: str, round_index: int) -> int:
+    """Of one use of random numbers in a run of this seed: uses do not share theirs."""
+    text = f"{seed}/{purpose}/{round_index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def schedule(num_contexts: int, per_round: int, round_index: int, seed: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import sys
 import time
@@ -26,7 +25,7 @@ from .alpha_path import divergence_at, last_divergence
 from .assemble import build_engine, build_target, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .config import TrainConfig, dump_config
-from .contexts import Context, load_contexts, make_context, schedule
+from .contexts import Context, derived_seed, load_contexts, make_context, schedule
 from .diagnostics import Watch
 from .engines import Engine
 from .errors import RunError, UserError
@@ -460,8 +459,7 @@ class Trainer:
         ]
 
     def _seed(self, purpose: str, round_index: int) -> int:
-        text = f"{self.config.trainer.seed}/{purpose}/{round_index}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return derived_seed(self.config.trainer.seed, purpose, round_index)
 
 
 def _device(name: str) -> str:

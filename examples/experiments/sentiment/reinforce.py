@@ -8,7 +8,6 @@ losses, weights or learner; sampler, reward and evaluation are shared, so that e
 from __future__ import annotations
 
 import copy
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fdpg_fast import Trainer
 from fdpg_fast.assemble import build_feature
 from fdpg_fast.config import RLHFTerm, TrainConfig, parse_config
-from fdpg_fast.contexts import load_contexts, schedule
+from fdpg_fast.contexts import derived_seed, load_contexts, schedule
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
 from fdpg_fast.estimators import Estimate, mean
@@ -84,7 +83,9 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
         chosen = schedule(
             len(contexts), min(config.trainer.contexts_per_round, len(contexts)), round_index, config.trainer.seed
         )
-        rollouts = engine.sample([contexts[i] for i in chosen], each, seed_of(config, "rollouts", round_index))
+        rollouts = engine.sample(
+            [contexts[i] for i in chosen], each, derived_seed(config.trainer.seed, "rollouts", round_index)
+        )
         owner = rollouts.context_index
         r = reward(Completions.decode(rollouts, tokenizer))
         log_a, log_pi = (sequence_logprobs(model.model, rollouts) for model in (base, policy))
@@ -107,7 +108,7 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
     tested = contexts if config.contexts.eval is None else load_contexts(config.contexts.eval, tokenizer, room)
     settings = config.evaluation
     rollouts = engine.sample(
-        tested[: settings.contexts], settings.samples_per_context, seed_of(config, "evaluation", 0)
+        tested[: settings.contexts], settings.samples_per_context, derived_seed(config.trainer.seed, "evaluation", 0)
     )
     texts = Completions.decode(rollouts, tokenizer)
     r = reward(texts)
@@ -138,9 +139,3 @@ def sequence_logprob(model: torch.nn.Module, rollouts: Rollouts, rows: slice) ->
     logits = model(input_ids=ids, attention_mask=(place < end).long(), use_cache=False).logits[:, :-1]
     logprob = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].double()
     return logprob.where((place[1:] >= first) & (place[1:] < end), 0.0).sum(1)
-
-
-def seed_of(config: TrainConfig, purpose: str, round_index: int) -> int:
-    """As Trainer draws its samples with."""
-    text = f"{config.trainer.seed}/{purpose}/{round_index}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
