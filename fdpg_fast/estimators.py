@@ -96,6 +96,32 @@ def mean(values: Tensor, context_index: Tensor) -> Estimate:
     return Estimate(float(context_means.mean()), _standard_error(units), float(len(values)))
 
 
+def mean_under_target(
+    values: Tensor, policy_logprob: Tensor, target_log_score: Tensor, context_index: Tensor
+) -> Estimate:
+    """E_p of values instead of E_π, by self-normalised importance sampling with weights P/π.
+
+    Averaged over contexts as in `mean`; contexts without a sample that the target allows are left out. In one context
+    the standard error is that of a ratio of means, by the delta method. The bias is of order 1/ess.
+
+    Args:
+        values: [B], any real dtype; NaN means "does not apply" and is ignored.
+        policy_logprob, target_log_score, context_index: [B].
+    """
+    used = ~values.isnan() & ~target_log_score.isneginf()
+    if not bool(used.any()):
+        return Estimate(math.nan, math.nan, 0.0)
+    position, counts = _positions(context_index[used])
+    values, log_weight = values[used].double(), (target_log_score - policy_logprob)[used].double()
+    partition = log_partition(torch.zeros_like(log_weight), log_weight, position)
+    share = (log_weight - partition.log_z[position]).exp() / counts[position]  # sums to 1 in each context
+    units = _sums(share * values, position, len(counts))
+    value = units.mean()
+    if len(counts) == 1:
+        units = share * (values - value) * len(values)
+    return Estimate(float(value), _standard_error(units), float(partition.ess.sum()))
+
+
 def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_index: Tensor) -> LogPartition:
     """log Z_c = log mean of P/π over the samples of each context: E_π[P/π] = Z_c wherever π covers P.
 

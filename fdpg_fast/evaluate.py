@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,11 +11,14 @@ from .diversity import distinct_n, self_bleu
 from .estimators import Estimate, LogPartition
 from .metrics import Scores
 from .rollouts import Rollouts
+from .targets import Target
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Measured values by name: feature/…, divergence/…, kl_to_base, entropy_…, distinct_…, self_bleu_5, log_z, ….
+
+    feature_of_target/… is what a feature would be if the policy were the target, by reweighting its samples.
 
     `contexts_left_out` counts contexts without a sample that the target allows: log Z and divergences are averages
     over the others, the easier ones.
@@ -36,7 +38,7 @@ class Evaluation:
 def evaluate(
     rollouts: Rollouts,
     scores: Scores,
-    feature_names: Sequence[str],
+    target: Target,
     divergence: str,
     known: LogPartition | None = None,
 ) -> Evaluation:
@@ -49,10 +51,12 @@ def evaluate(
     owner, lengths = rollouts.context_index, rollouts.lengths.double()
     texts = scores.texts.completions
     log_pi, log_a, log_score = scores.behavior_logprob, scores.base_logprob, scores.log_score
-    metrics = {
-        f"feature/{name}": estimators.mean(values, owner)
-        for name, values in zip(feature_names, scores.values.T, strict=True)
-    }
+    metrics = {}
+    for feature, values in zip(target.features, scores.values.T, strict=True):
+        metrics[f"feature/{feature.name}"] = estimators.mean(values, owner)
+        reweighted = estimators.mean_under_target(values, log_pi, log_score, owner)
+        metrics[f"feature_of_target/{feature.name}"] = reweighted
+    metrics |= {f"exponent/{name}": Estimate(x, math.nan, math.nan) for name, x in target.exponent_by_feature.items()}
     metrics |= {
         "kl_to_base": estimators.kl_to_base(log_pi, log_a, owner),
         "entropy_per_sequence": estimators.entropy_per_sequence(log_pi, owner),

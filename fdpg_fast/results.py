@@ -38,6 +38,8 @@ LABELS = {  # in the order of the tables
     "divergence/pearson_chi2": "Pearson χ²(p‖π)",
     "divergence/neyman_chi2": "Neyman χ²(π‖p)",
 }
+# of what every feature has, in the order of the tables
+FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the target", "exponent": "λ of {}"}
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")
 MATRIX = tuple(f"divergence/{x}" for x in ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"))
 
@@ -221,8 +223,9 @@ def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:
 
 
 def doubtful(key: str, estimate: Estimate) -> bool:
-    """Whether a divergence rests on so few samples that it means little; KL(π‖p) and χ²(π‖p) need no p/π."""
-    looks_at_p = key.startswith("divergence/") and key not in ("divergence/reverse_kl", "divergence/neyman_chi2")
+    """Whether a value rests on so few samples that it means little; KL(π‖p) and χ²(π‖p) need no p/π."""
+    looks_at_p = key.startswith(("divergence/", "feature_of_target/"))
+    looks_at_p &= key not in ("divergence/reverse_kl", "divergence/neyman_chi2")
     return looks_at_p and math.isfinite(estimate.value) and estimate.ess < LEAST_ESS
 
 
@@ -236,8 +239,9 @@ def metric_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def _place(key: str) -> int:
-    """Of a metric in the tables: features, then as LABELS has it, then the rest."""
-    return -1 if key.startswith("feature/") else [*LABELS, key].index(key)
+    """Of a metric in the tables: features, under the policy and the target, then as LABELS has it, then the rest."""
+    kind = key.partition("/")[0]
+    return [*FEATURE_LABELS, *LABELS, key].index(kind if kind in FEATURE_LABELS else key)
 
 
 def feature_keys(runs: Sequence[Run]) -> list[str]:
@@ -250,8 +254,8 @@ def divergence_keys(runs: Sequence[Run]) -> list[str]:
 
 def label_of(key: str) -> str:
     kind, _, name = key.partition("/")
-    if kind == "feature":
-        return f"E[{name if len(name) <= 36 else name[:35] + '…'}]"
+    if kind in FEATURE_LABELS:
+        return FEATURE_LABELS[kind].format(name if len(name) <= 36 else name[:35] + "…")
     return LABELS.get(key, name or key)
 
 

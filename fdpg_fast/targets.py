@@ -69,6 +69,12 @@ class Target:
     def needs_fit(self) -> bool:
         return self.exponents is None and self.is_distributional
 
+    @property
+    def exponent_by_feature(self) -> dict[str, float]:
+        """λ of each feature with a prescribed mean, once fitted."""
+        names = [feature.name for term in self.terms if term.moments is not None for feature in term.features]
+        return dict(zip(names, self.exponents, strict=True)) if self.exponents is not None else {}
+
     def log_phi(self, values: Tensor) -> Tensor:
         """log φ of each sequence, [B] float64, from the values of `features`, [B, F] float64."""
         total = values.new_zeros(len(values))

@@ -439,7 +439,7 @@ class Trainer:
     ) -> tuple[Evaluation, list[dict[str, Any]]]:
         rollouts = self.engine.sample(self.eval_contexts, samples_per_context, seed)
         scores = self._score(rollouts, Clock())
-        evaluation = evaluate(rollouts, scores, self._feature_names, self.divergence.name, known)
+        evaluation = evaluate(rollouts, scores, self.target, self.divergence.name, known)
         return evaluation, self._sample_rows(scores, count)
 
     def _sample_rows(self, scores: Scores, count: int) -> list[dict[str, Any]]:

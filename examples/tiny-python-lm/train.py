@@ -3,7 +3,7 @@
     python examples/tiny-python-lm/train.py --minutes 25
 
 Collects short functions from the standard library and its tests, trains a BPE tokenizer and a small Llama on
-the CPU, and writes everything else in this folder: model, tokenizer, prompts/, training.json and README.md.
+the CPU, and writes model, tokenizer, prompts/, training.json and README.md into this folder or another (--out).
 """
 
 import argparse
@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import platform
 import random
 import sysconfig
@@ -33,6 +34,7 @@ SEED = 0
 HELD_OUT = 0.04
 END = "<|endoftext|>"  # bos, eos and pad at once: every document is END source END
 VOCAB, BATCH_TOKENS, NEW_TOKENS = 2048, 4096, 64
+HEAD_WIDTH = 64  # inference engines' attention kernels know few other sizes
 PEAK_LR, WARMUP, WEIGHT_DECAY = 2e-3, 0.02, 0.3
 SAVE_SECONDS = 150  # a usable model lies in the folder from the first save on
 # A newline and the indentation after it are always their own pre-token, so that the tokens of a signature
@@ -292,11 +294,11 @@ pipeline_tag: text-generation
 tags: [python, code]
 ---
 
-# tiny-python-lm
+# {name}
 
 A causal language model of {parameters:,} parameters that writes short Python functions. It is small enough to
 lie in a source repository and to run anywhere; it is meant for demonstrations, tests and small experiments,
-and for nothing else. `train.py` in this folder makes it, and wrote this card.
+and for nothing else. `examples/tiny-python-lm/train.py` makes it, and wrote this card.
 
 | | |
 |---|---|
@@ -319,7 +321,7 @@ tokens) that ended by themselves and that `ast.parse` accepts together with the 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "examples/tiny-python-lm"
+folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
 prompt = tokenizer("def area(self, width, height):", return_tensors="pt")
@@ -351,7 +353,7 @@ under Apache-2.0, with this notice of the data's origin. The model may reproduce
 ## Reproduce
 
 ```
-python examples/tiny-python-lm/train.py --minutes {asked_minutes:g}
+python examples/tiny-python-lm/train.py --layers {layers} --width {width} --minutes {asked_minutes:g} --out {folder}
 ```
 
 The seed fixes the data's order and the initial weights. The learning rate follows the clock, so that the
@@ -392,6 +394,8 @@ def evaluate(out: Path, held: list[Function], facts: dict[str, Any]) -> None:
         held_list=", ".join(f"`{m}`" for m in facts["held_modules"]),
         held_count=len(facts["held_modules"]),
         minutes=facts["seconds"] / 60,
+        name=out.name,
+        folder=Path(os.path.relpath(out)).as_posix(),
         layers=c.num_hidden_layers,
         width=c.hidden_size,
         heads=c.num_attention_heads,
@@ -410,9 +414,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=25, help="how long to train")
     parser.add_argument("--steps", type=int, help="train this many steps, however long they take")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256, help=f"a multiple of {HEAD_WIDTH}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--evaluate-only", action="store_true", help="measure the saved model, rewrite the card")
     args = parser.parse_args()
+    if args.layers < 1 or args.width < HEAD_WIDTH or args.width % HEAD_WIDTH:
+        parser.error(f"--layers {args.layers} --width {args.width}: at least one layer, a multiple of {HEAD_WIDTH}")
     torch.manual_seed(SEED)
 
     functions = collect()
@@ -440,12 +448,12 @@ def main() -> None:
     special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=672,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,  # inference engines' attention kernels know few other sizes
+        hidden_size=args.width,
+        intermediate_size=args.width * 21 // 8,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.width // HEAD_WIDTH,
+        num_key_value_heads=max(1, args.width // HEAD_WIDTH // 2),
+        head_dim=HEAD_WIDTH,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         **special,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report import PALETTE
-from ..results import DOUBT, LABELS, Estimate, doubtful, label_of
+from ..results import DOUBT, FEATURE_LABELS, LABELS, Estimate, doubtful, label_of
 from ..run_folder import write_whole
 from .experiment import Experiment
 from .findings import average
@@ -19,7 +19,8 @@ COLUMNS = (
     *("kl_to_base", "entropy_per_token", "entropy_per_sequence", "distinct_2", "self_bleu_5", "log_z"),
     *("divergence/forward_kl", "divergence/reverse_kl", "divergence/total_variation", "divergence/jensen_shannon"),
 )
-KNOWN = {*LABELS, "divergence/alpha:0.5"}
+KNOWN = {*LABELS}
+NOT_FURTHER = tuple(f"{kind}/" for kind in ("divergence", *FEATURE_LABELS))
 CURVES = ("policy/kl_to_base", "policy/entropy_per_token", "policy/pseudo_reward_std", "policy/ratio_ess")
 MARKERS = "osD^vP*X<>hp"
 
@@ -70,9 +71,9 @@ def _alignment(rows: Sequence[Row]) -> str | None:
 
 def _study_table(rows: list[Row]) -> str:
     found = dict.fromkeys(key for row in rows for key in row.metrics)
-    keys = [key for key in found if key.startswith("feature/")]
+    keys = [key for key in found if key.partition("/")[0] in FEATURE_LABELS and not _certain(rows, key)]
     keys += [key for key in COLUMNS if key in found]
-    keys += [key for key in found if key not in KNOWN and key not in keys and not key.startswith("divergence/")]
+    keys += [key for key in found if key not in KNOWN and not key.startswith(NOT_FURTHER)]
     # a column of nothing but infinities or unknowns says nothing
     keys = [key for key in keys if any(math.isfinite(row.metrics[key].value) for row in rows if key in row.metrics)]
     axes = [axis for axis in rows[0].labels if axis != "study"]
@@ -88,6 +89,12 @@ def _study_table(rows: list[Row]) -> str:
         body.append([*(labels[axis] for axis in axes), str(len(here)), *cells])
     table = _table([*axes, "seeds", *(label_of(key) for key in keys)], body)
     return table + (f"\n\n{DOUBT}." if doubt else "")
+
+
+def _certain(rows: Sequence[Row], key: str) -> bool:
+    """Whether a feature is what the target demands of every text, which no number need say."""
+    values = {row.metrics[key].value for row in rows if key in row.metrics}
+    return key.startswith("feature_of_target/") and values == {1}
 
 
 def _least_ess(rows: Sequence[Row], key: str) -> float:
