@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import estimators
@@ -18,7 +18,8 @@ from .targets import Target
 class Evaluation:
     """Measured values by name: feature/…, divergence/…, kl_to_base, entropy_…, distinct_…, self_bleu_5, log_z, ….
 
-    feature_of_target/… is what a feature would be if the policy were the target, by reweighting its samples.
+    feature_of_target/… is what a feature would be if the policy were the target, by reweighting its samples, and so
+    kl_of_target_to_base, the least that the preference costs in KL to the base.
 
     `contexts_left_out` counts contexts without a sample that the target allows: log Z and divergences are averages
     over the others, the easier ones.
@@ -76,6 +77,10 @@ def evaluate(
         float(errors.square().sum().sqrt()) / max(1, len(errors)),
         float(partition.ess.sum()),
     )
+    gain = log_score - log_a - partition.log_z[owner]  # log p/a
+    cost = estimators.mean_under_target(gain.masked_fill(~gain.isfinite(), math.nan), log_pi, log_score, owner)
+    error = math.hypot(cost.standard_error, metrics["log_z"].standard_error)
+    metrics["kl_of_target_to_base"] = replace(cost, standard_error=error)
     matrix = estimators.divergence_matrix(log_pi, log_score, owner, known, (*estimators.MATRIX, divergence))
     metrics["contexts_left_out"] = Estimate(matrix.contexts_left_out, math.nan, len(rollouts.contexts))
     metrics |= {f"divergence/{name}": estimate for name, estimate in matrix.estimates.items()}

@@ -19,6 +19,7 @@ Json = dict[str, Any]
 
 LABELS = {  # in the order of the tables
     "kl_to_base": "KL to base (nats)",
+    "kl_of_target_to_base": "KL of target to base (nats)",
     "entropy_per_token": "entropy per token (nats)",
     "entropy_per_sequence": "entropy per sequence (nats)",
     "length": "length (tokens)",
@@ -224,7 +225,7 @@ def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:
 
 def doubtful(key: str, estimate: Estimate) -> bool:
     """Whether a value rests on so few samples that it means little; KL(π‖p) and χ²(π‖p) need no p/π."""
-    looks_at_p = key.startswith(("divergence/", "feature_of_target/"))
+    looks_at_p = key.startswith(("divergence/", "feature_of_target/", "kl_of_target_to_base"))
     looks_at_p &= key not in ("divergence/reverse_kl", "divergence/neyman_chi2")
     return looks_at_p and math.isfinite(estimate.value) and estimate.ess < LEAST_ESS
 

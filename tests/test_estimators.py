@@ -23,6 +23,7 @@ from fdpg_fast.estimators import (
     kl_to_base,
     log_partition,
     mean,
+    mean_under_target,
     perplexity_under_base,
 )
 
@@ -107,6 +108,10 @@ def test_a_proportional_sample_gives_the_exact_matrix(zeros, known_z, contexts):
     matrix = divergence_matrix(policy_logprob, target_log_score, context, exactly(log_z) if known_z else None)
     assert (matrix.contexts, matrix.contexts_left_out) == (contexts, 0)
     assert tuple(matrix.estimates) == NAMES
+    values = torch.randn(12, generator=generator, dtype=F64)
+    reweighted = mean_under_target(values[outcome], policy_logprob, target_log_score, context)
+    assert reweighted.value == pytest.approx(float((targets @ values).mean()), abs=1e-12)
+    assert reweighted.ess == pytest.approx(float(partition.ess.sum()))
     exact = [exact_divergences(policy, target) for policy, target in zip(policies, targets, strict=True)]
     for name, estimate in matrix.estimates.items():
         assert estimate.value == pytest.approx(sum(row[name] for row in exact) / contexts, abs=1e-12), name
@@ -210,7 +215,35 @@ def test_mean_and_token_rate_intervals_cover(contexts):
         assert 0.9 <= coverage(estimates, expected) <= 0.98, name
 
 
+@pytest.mark.parametrize("contexts", [1, 40])
+def test_intervals_of_a_mean_under_the_target_cover(contexts):
+    generator = torch.Generator().manual_seed(50 + contexts)
+    pool = 50 if contexts > 1 else 1
+    policies = torch.stack([random_distribution(generator, 8, spread=0.5) for _ in range(pool)])
+    targets = torch.stack([random_distribution(generator, 8, zeros=2, spread=0.5) for _ in range(pool)])
+    values = torch.randn(pool, 8, generator=generator, dtype=F64)
+    truth = float((targets * values).sum() / pool)
+    estimates = []
+    for _ in range(500):
+        drawn = torch.randint(pool, (contexts,), generator=generator)
+        outcome, context = draw(generator, policies[drawn], 600 if contexts == 1 else 60)
+        value, policy, target = (table[drawn[context], outcome] for table in (values, policies.log(), targets.log()))
+        estimates.append(mean_under_target(value, policy, target - 7.0, context))
+    assert_unbiased([estimate.value for estimate in estimates], truth, tolerance_in_sd=0.15)
+    assert 0.9 <= coverage(estimates, truth) <= 0.98
+
+
 # --- values by direct computation ---
+
+
+def test_mean_under_target_ignores_what_does_not_apply_and_contexts_without_support():
+    values = torch.tensor([1.0, 3.0, math.nan, 5.0, 6.0])
+    weight = torch.tensor([1.0, 3.0, 9.0, 0.0, 0.0], dtype=F64).log()
+    estimate = mean_under_target(values, torch.zeros(5), weight, torch.tensor([0, 0, 0, 1, 1]))
+    assert estimate.value == pytest.approx((1 + 9) / 4)
+    assert estimate.ess == pytest.approx(16 / 10)
+    nothing = mean_under_target(values[3:], torch.zeros(2), weight[3:], torch.tensor([0, 0]))
+    assert math.isnan(nothing.value) and nothing.ess == 0
 
 
 def test_mean_weighs_contexts_alike_and_ignores_nan():

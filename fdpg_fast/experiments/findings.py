@@ -13,12 +13,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .rows import Row
+from .rows import Row, settings_of
 
 Labels = dict[str, str]
 VERDICTS = Literal["shown", "not shown", "inconclusive"]
@@ -59,6 +59,8 @@ class Interval:
         return "not shown" if self.high < low or self.low > high else "inconclusive"
 
     def __str__(self) -> str:
+        if math.isnan(self.mean):
+            return self.note
         return f"{self.mean:.4g} ± {self.half_width:.2g} ({self.note})"
 
 
@@ -100,7 +102,7 @@ class MoreFinding(_Finding):
 
     def _judge(self, rows: list[Row]) -> tuple[VERDICTS, str]:
         found = difference(rows, self.metric, self.more, self.less)
-        return found.verdict(self.margin, math.inf), f"difference of {self.metric} {found}"
+        return found.verdict(self.margin, math.inf), f"difference of {self.metric}: {found}"
 
 
 class EqualFinding(_Finding):
@@ -112,7 +114,7 @@ class EqualFinding(_Finding):
 
     def _judge(self, rows: list[Row]) -> tuple[VERDICTS, str]:
         found = difference(rows, self.metric, *self.equal)
-        return found.verdict(-self.within, self.within), f"difference of {self.metric} {found}"
+        return found.verdict(-self.within, self.within), f"difference of {self.metric}: {found}"
 
 
 class BetweenFinding(_Finding):
@@ -124,7 +126,7 @@ class BetweenFinding(_Finding):
 
     def _judge(self, rows: list[Row]) -> tuple[VERDICTS, str]:
         found = average(rows, self.metric, self.of)
-        return found.verdict(*self.between), f"{self.metric} {found}"
+        return found.verdict(*self.between), f"{self.metric}: {found}"
 
 
 class UndominatedFinding(_Finding):
@@ -205,6 +207,31 @@ def average(rows: Sequence[Row], metric: str, of: Labels) -> Interval:
     return _interval(strata, strata)
 
 
+def within_seeds(rows: Sequence[Row], metric: str) -> list[Interval]:
+    """Of a metric, for each setting of the rows, to see settings side by side.
+
+    The interval is of the distance from the seed's mean over all settings, so that what seeds differ in cancels,
+    widened because that mean holds the value itself (Morey 2008). With one seed, or a run missing, it is `average`'s.
+    """
+    settings, seeds = settings_of(rows), sorted({row.seed for row in rows})
+    values = {
+        seed: [row.metrics[metric].value for row in rows if row.seed == seed and metric in row.metrics]
+        for seed in seeds
+    }
+    if len(seeds) > 1 and len(settings) > 1 and all(len(found) == len(settings) for found in values.values()):
+        centre = {seed: sum(found) / len(found) for seed, found in values.items()}
+        whole = sum(centre.values()) / len(seeds)
+        centred = [
+            replace(row, metrics={metric: replace(found, value=found.value - centre[row.seed] + whole)})
+            for row in rows
+            for found in [row.metrics[metric]]
+        ]
+        factor = math.sqrt(len(settings) / (len(settings) - 1))
+        intervals = [average(centred, metric, labels) for labels in settings]
+        return [replace(interval, half_width=factor * interval.half_width) for interval in intervals]
+    return [average(rows, metric, labels) for labels in settings]
+
+
 def _strata(rows: Sequence[Row], metric: str, of: Labels, minus: Labels) -> Strata:
     axes = {*of, *minus}
     sides: list[dict[tuple[Setting, int], tuple[float, float]]] = []
@@ -236,6 +263,6 @@ def _interval(strata: Strata, pooled: Strata) -> Interval:
             centre = sum(value for value, _ in found) / len(found)
             squares += sum((value - centre) ** 2 for value, _ in found)
         error = math.sqrt(squares / degrees * sum(1 / len(found) for found in strata.values())) / len(strata)
-        return Interval(mean, t_quantile(degrees) * error, f"{count} runs or pairs, spread between seeds")
+        return Interval(mean, t_quantile(degrees) * error, f"spread between seeds of {count} runs or pairs")
     error = math.sqrt(sum(error**2 for ((_, error),) in strata.values())) / len(strata)
-    return Interval(mean, 1.96 * error, f"{count} runs or pairs of one seed, error of measurement only")
+    return Interval(mean, 1.96 * error, "one seed, error of measurement only")

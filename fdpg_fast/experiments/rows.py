@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,8 @@ def read_rows(path: Path) -> list[Row]:
 def _number(value: Any) -> float:
     """to_json writes NaN as null and infinities as strings."""
     return float("nan") if value is None else float(value)
+
+
+def settings_of(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The different labels of rows, in order."""
+    return list({tuple(row.labels.items()): row.labels for row in rows}.values())

@@ -17,6 +17,7 @@ from fdpg_fast.experiments.findings import (
     UndominatedFinding,
     difference,
     t_quantile,
+    within_seeds,
 )
 from fdpg_fast.experiments.rows import Row, append_row, read_rows
 from fdpg_fast.experiments.sweep import run_experiment
@@ -136,6 +137,24 @@ def test_intervals_of_differences_cover():
         found = difference(rows, "x", {"f": "0"}, {"f": "1"})
         hits += found.low < 0 < found.high
     assert 0.92 < hits / 400 < 0.98
+
+
+def test_intervals_within_seeds_leave_out_what_seeds_differ_in():
+    rows = rows_of([10.0, 20.0, 60.0], a="one") + rows_of([11.0, 21.0, 61.0], a="two")
+    low, high = within_seeds(rows, "x")
+    assert (low.mean, high.mean) == pytest.approx((30, 31))
+    assert low.half_width == pytest.approx(0, abs=1e-9)
+    assert within_seeds(rows[:-1], "x")[0].half_width > 10  # a run is missing: nothing to hold it against
+
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(400):  # ten seeds that shift three settings together: the interval is of the setting's own noise
+        noise = torch.randn(3, 10, generator=generator) + 100 * torch.randn(10, generator=generator)
+        rows = [row for k in range(3) for row in rows_of((k + noise[k]).tolist(), a=str(k))]
+        found = within_seeds(rows, "x")
+        grand = sum(interval.mean for interval in found) / 3
+        hits += abs(found[0].mean - grand + 1) <= found[0].half_width * math.sqrt(2 / 3)
+    assert 0.92 <= hits / 400 <= 0.98
 
 
 def test_equal_and_between():

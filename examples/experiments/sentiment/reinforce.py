@@ -29,6 +29,7 @@ from fdpg_fast.language_model import eos_token_ids, load_model, load_tokenizer
 from fdpg_fast.metrics import Scores
 from fdpg_fast.results import number, read_run
 from fdpg_fast.rollouts import Rollouts
+from fdpg_fast.targets import rlhf
 
 ROWS = 16  # sequences a forward pass
 
@@ -114,7 +115,7 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
     r = reward(texts)
     log_a, log_pi = (sequence_logprobs(model.model, rollouts) for model in (base, policy))
     scores = Scores(texts, r[:, None], log_pi, log_a, log_a + r / beta)
-    return curve, evaluate(rollouts, scores, [reward.name], "reverse_kl").metrics
+    return curve, evaluate(rollouts, scores, rlhf(reward, beta), "reverse_kl").metrics
 
 
 def batches(rollouts: Rollouts) -> list[slice]:

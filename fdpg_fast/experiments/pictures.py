@@ -1,0 +1,164 @@
+"""Trade-offs and learning curves of an experiment's studies, divergences in the same colours everywhere."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..report import PALETTE
+from ..results import label_of
+from .findings import average, within_seeds
+from .rows import Row, settings_of
+
+CURVES = ("policy/kl_to_base", "policy/entropy_per_token", "policy/pseudo_reward_std", "policy/ratio_ess")
+MARKERS = "osD^vP*X<>hp"
+NAMED = (
+    *("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"),
+    *("squared_hellinger", "pearson_chi2", "neyman_chi2"),
+)
+COLOURS = dict(zip(NAMED, PALETTE, strict=False))
+
+
+def draw_trade_offs(studies: dict[str, list[Row]], path: Path) -> bool:
+    """Alignment against entropy and against KL to the base, a line of panels a study; whether there is any."""
+    shown = {study: rows for study, rows in studies.items() if _differ(rows, _alignment(rows))}
+    if not shown:
+        return False
+    figure, panels = _figure(len(shown), 2)
+    for (study, rows), (left, right) in zip(shown.items(), panels, strict=True):
+        axis, colours = _colours(rows)
+        others = list(dict.fromkeys(_rest(labels, axis) for labels in settings_of(rows)))
+        alignment = str(_alignment(rows))
+        for axes, across in ((left, "entropy_per_token"), (right, "kl_to_base")):
+            across = across if across in rows[0].metrics else "entropy_per_sequence"
+            places = zip(settings_of(rows), within_seeds(rows, across), within_seeds(rows, alignment), strict=True)
+            for labels, x, y in places:
+                if math.isfinite(x.mean) and math.isfinite(y.mean):
+                    bars = {"xerr": _finite(x.half_width), "yerr": _finite(y.half_width), "linewidth": 0.8}
+                    marker = MARKERS[others.index(_rest(labels, axis)) % len(MARKERS)]
+                    axes.errorbar(x.mean, y.mean, fmt=marker, color=colours[labels[axis]], markersize=5, **bars)
+            axes.set(xlabel=label_of(across), ylabel=label_of(alignment))
+            axes.set_title(study, fontsize=9)
+        handles = [_handle(colour, "s", label) for label, colour in colours.items()]
+        if len(others) > 1:
+            handles += [_handle("grey", MARKERS[i % len(MARKERS)], label) for i, label in enumerate(others)]
+        right.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _save(figure, path)
+    return True
+
+
+def draw_curves(studies: dict[str, list[Row]], path: Path) -> bool:
+    """Metrics by round, a line of panels for each setting besides what colours tell apart; whether there is any."""
+    lines = []
+    for study, rows in studies.items():
+        axis, colours = _colours(rows)
+        for rest in dict.fromkeys(_rest(labels, axis) for labels in settings_of(rows)):
+            here = [row for row in rows if _rest(row.labels, axis) == rest and len(row.curve) > 1]
+            if here:
+                lines.append((f"{study}, {rest}" if rest else study, here, axis, colours))
+    if not lines:
+        return False
+    figure, panels = _figure(len(lines), max(len(_curve_keys(rows)) for _, rows, _, _ in lines))
+    for (title, rows, axis, colours), panels_here in zip(lines, panels, strict=True):
+        keys = _curve_keys(rows)
+        for axes, key in zip(panels_here, keys, strict=False):
+            for label, colour in colours.items():
+                _draw_curve(axes, key, [row.curve for row in rows if row.labels[axis] == label], colour)
+            axes.set(xlabel="round", yscale="log" if key == "policy/pseudo_reward_std" else "linear")
+            axes.set_title(f"{title}: {key.partition('/')[2] or key}", fontsize=9)
+        for axes in panels_here[len(keys) :]:
+            axes.set_axis_off()
+        labels = {row.labels[axis] for row in rows}
+        handles = [_handle(colour, "s", label) for label, colour in colours.items() if label in labels]
+        panels_here[0].legend(handles=handles, fontsize=7, frameon=False)
+    _save(figure, path)
+    return True
+
+
+def _draw_curve(axes: Any, key: str, curves: Sequence[list[dict[str, float]]], colour: str) -> None:
+    points = list(zip(*curves, strict=False))  # of all seeds, by round
+    x = [point[0]["round"] for point in points]
+    values = [[at_seed.get(key, math.nan) for at_seed in point] for point in points]
+    axes.plot(x, [sum(column) / len(column) for column in values], color=colour, linewidth=1.2)
+    axes.fill_between(x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15)
+
+
+def _alignment(rows: Sequence[Row]) -> str | None:
+    """The metric that says how far the preference is met."""
+    return next((key for row in rows for key in row.metrics if key.startswith("feature/")), None)
+
+
+def _differ(rows: Sequence[Row], key: str | None) -> bool:
+    """Whether a metric is not the same for all settings, as it is where nothing was trained."""
+    if key is None:
+        return False
+    means = [average(rows, key, labels).mean for labels in settings_of(rows)]
+    return max(means) - min(means) > 1e-9 * max(map(abs, means))
+
+
+def _colours(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
+    """The axis that is told apart by colour, and the colour of each of its labels."""
+    axes = [axis for axis in rows[0].labels if axis != "study"]
+    axis = "divergence" if "divergence" in axes else axes[0] if axes else "study"
+    labels = list(dict.fromkeys(row.labels[axis] for row in rows))
+    return axis, {label: _colour(label, PALETTE[place % len(PALETTE)]) for place, label in enumerate(labels)}
+
+
+def _colour(label: str, otherwise: str) -> str:
+    """α lies between forward KL (0) and reverse KL (1), so do the colours; a path has that of its end, darker."""
+    if not label.startswith("alpha:"):
+        return COLOURS.get(label, otherwise)
+    share = float(label.rpartition("..")[2].removeprefix("alpha:"))
+    light = 0.6 if ".." in label else 1.0
+    ends = [[int(COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)] for name in ("forward_kl", "reverse_kl")]
+    mixed = [round(light * ((1 - share) * a + share * b)) for a, b in zip(*ends, strict=True)]
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _curve_keys(rows: Sequence[Row]) -> list[str]:
+    found = dict.fromkeys(key for row in rows for point in row.curve[:1] for key in point if key != "round")
+    aligned = [f"target/{str(_alignment(rows)).removeprefix('feature/')}"]
+    usual = [key for key in (*aligned, *CURVES) if key in found]
+    if all(point.get("policy/ratio_ess", 1) > 0.99 for row in rows for point in row.curve):  # nothing is off-policy
+        usual = [key for key in usual if key != "policy/ratio_ess"]
+    return usual or [key for key in found if not key.endswith("_se")][:5]
+
+
+def _rest(labels: dict[str, str], axis: str) -> str:
+    return ", ".join(label for name, label in labels.items() if name not in ("study", axis))
+
+
+def _figure(rows: int, columns: int) -> tuple[Any, list[list[Any]]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * columns + 1.5, 2.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2, linewidth=0.6)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.label.set_fontsize(8)
+        axes.yaxis.label.set_fontsize(8)
+    return figure, panels.tolist()
+
+
+def _save(figure: Any, path: Path) -> None:
+    """With 128 colours, a third of the bytes: pictures are committed beside their numbers."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90, format="png")
+    Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def _handle(colour: str, marker: str, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, marker=marker, linestyle="", label=label, markersize=5)
