@@ -21,7 +21,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import torch
 
 from fdpg_fast.assemble import build_feature
-from fdpg_fast.config import TrainConfig, parse_config
+from fdpg_fast.config import TrainConfig
+from fdpg_fast.config_file import parse_config
 from fdpg_fast.contexts import load_contexts, schedule
 from fdpg_fast.memory import peak_memory
 from fdpg_fast.run_folder import RunFolder

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import TrainConfig as TrainConfig
-    from .config import load_config as load_config
+    from .config_file import load_config as load_config
     from .trainer import RunResult as RunResult
     from .trainer import Trainer as Trainer
 
-_HOME = {"TrainConfig": "config", "load_config": "config", "RunResult": "trainer", "Trainer": "trainer"}
+_HOME = {"TrainConfig": "config", "load_config": "config_file", "RunResult": "trainer", "Trainer": "trainer"}
 
 
 def __getattr__(name: str) -> Any:

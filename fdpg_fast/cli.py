@@ -116,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .config import RESUMABLE, config_keys, load_config
+    from .config import RESUMABLE
+    from .config_file import config_keys, load_config
     from .run_folder import read_config
 
     if options.keys:
@@ -218,7 +219,7 @@ def _experiment(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from .config import load_config
+    from .config_file import load_config
     from .doctor import report
 
     if options.config is None and options.overrides:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, dump_config, load_config
+from .config import TrainConfig
+from .config_file import dump_config, load_config
 from .errors import RunError, UserError
 
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop

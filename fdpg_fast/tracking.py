@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from .config import TrainConfig, dump_config
+from .config import TrainConfig
+from .config_file import dump_config
 from .errors import UserError
 from .run_folder import RunFolder
 

@@ -24,7 +24,8 @@ from .agreement import compare_with_learner
 from .alpha_path import divergence_at, last_divergence
 from .assemble import build_engine, build_target, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
-from .config import TrainConfig, dump_config
+from .config import TrainConfig
+from .config_file import dump_config
 from .contexts import Context, derived_seed, load_contexts, make_context, schedule
 from .diagnostics import Watch
 from .engines import Engine

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 import runs
 from fdpg_fast import TrainConfig
-from fdpg_fast.config import config_keys, dump_config, load_config, parse_config
+from fdpg_fast.config_file import config_keys, dump_config, load_config, parse_config
 from fdpg_fast.errors import UserError
 
 FEATURE = (

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import runs
 from fdpg_fast import Trainer
-from fdpg_fast.config import LoRAConfig, parse_config
+from fdpg_fast.config import LoRAConfig
+from fdpg_fast.config_file import parse_config
 from fdpg_fast.engines.plan import plan_memory
 from fdpg_fast.engines.transformers import TransformersEngine
 from fdpg_fast.engines.vllm import VLLMEngine

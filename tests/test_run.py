@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import runs
 from fdpg_fast import Trainer, load_config
 from fdpg_fast.comparison import frozen_base_sample, measure_runs
-from fdpg_fast.config import LossConfig, OptimizerConfig, parse_config
+from fdpg_fast.config import LossConfig, OptimizerConfig
+from fdpg_fast.config_file import parse_config
 from fdpg_fast.errors import RunError
 from fdpg_fast.language_model import load_model
 from fdpg_fast.learner import Learner

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison import measure
-from ..config import parse_config
+from ..config_file import parse_config
 from ..results import number, read_run
 from ..trainer import Trainer
 from .rows import Row

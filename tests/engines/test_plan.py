@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 
 import memory_table
 from fdpg_fast.assemble import Sharing, plan_on_gpu
-from fdpg_fast.config import LoRAConfig, LossConfig, OptimizerConfig, parse_config
+from fdpg_fast.config import LoRAConfig, LossConfig, OptimizerConfig
+from fdpg_fast.config_file import parse_config
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines import VLLMEngine, plan
 from fdpg_fast.engines.plan import kv_bytes_per_token, plan_cpu_cache, plan_memory

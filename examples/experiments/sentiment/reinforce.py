@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fdpg_fast import Trainer
 from fdpg_fast.assemble import build_feature
-from fdpg_fast.config import RLHFTerm, TrainConfig, parse_config
+from fdpg_fast.config import RLHFTerm, TrainConfig
+from fdpg_fast.config_file import parse_config
 from fdpg_fast.contexts import derived_seed, load_contexts, schedule
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
