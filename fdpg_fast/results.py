@@ -42,6 +42,11 @@ LABELS = {  # in the order of the tables
 # of what every feature has, in the order of the tables
 FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the target", "exponent": "λ of {}"}
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")
+COMPARED = (
+    *("kl_to_base", "kl_of_target_to_base", "entropy_per_token", "distinct_1", "distinct_2", "distinct_3"),
+    *("self_bleu_5", "perplexity_under_base"),
+)
+NO_BETTER_SIDE = ("kl_of_target_to_base", "perplexity_under_base")
 MATRIX = tuple(f"divergence/{x}" for x in ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"))
 
 LEAST_ESS = 50.0
@@ -207,7 +212,7 @@ def comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]], li
     """Header; rows of what the runs are and do; rows of how far they end from their target."""
     header = ["", *(run.path.resolve().name[-20:] for run in runs)]
     identity = [["trained", *(run.divergence for run in runs)], ["seed", *(run.seed for run in runs)]]
-    quality = [_ranked_row(runs, key) for key in [*feature_keys(runs), *SUMMARY]]
+    quality = [_ranked_row(runs, key) for key in [*feature_keys(runs), *COMPARED]]
     return header, identity + quality, [_ranked_row(runs, key) for key in divergence_keys(runs)]
 
 
@@ -217,7 +222,7 @@ def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:
     values = [sign * run.after.get(key, UNKNOWN).value for run in runs]
     known = [value for value in values if math.isfinite(value)]
     prescribed = key.startswith("feature/") and any("moments" in str(run.config.get("target")) for run in runs)
-    best = max(known) if len(known) > 1 and not prescribed else None
+    best = max(known) if len(known) > 1 and not prescribed and key not in NO_BETTER_SIDE else None
     label, *cells = table_rows([key], *(run.after for run in runs))[0]
     doubts = [doubtful(key, run.after.get(key, UNKNOWN)) for run in runs]
     return [label, *("*" * (v == best) + c + "?" * doubt for v, c, doubt in zip(values, cells, doubts, strict=True))]

@@ -104,11 +104,11 @@ def _colours(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
     axes = [axis for axis in rows[0].labels if axis != "study"]
     axis = "divergence" if "divergence" in axes else axes[0] if axes else "study"
     labels = list(dict.fromkeys(row.labels[axis] for row in rows))
-    return axis, {label: _colour(label, PALETTE[place % len(PALETTE)]) for place, label in enumerate(labels)}
+    return axis, {label: colour_of(label, PALETTE[place % len(PALETTE)]) for place, label in enumerate(labels)}
 
 
-def _colour(label: str, otherwise: str) -> str:
-    """α lies between forward KL (0) and reverse KL (1), so do the colours; a path has that of its end, darker."""
+def colour_of(label: str, otherwise: str = PALETTE[-1]) -> str:
+    """Of a divergence: α lies between forward KL (0) and reverse KL (1), so does its colour; a path is a darker end."""
     if not label.startswith("alpha:"):
         return COLOURS.get(label, otherwise)
     share = float(label.rpartition("..")[2].removeprefix("alpha:"))
