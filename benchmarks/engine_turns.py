@@ -91,7 +91,7 @@ def take_turns(samplers: dict[str, Sampler], trainer: Trainer, repeats: int, bef
         for name, sample in [*samplers.items()][first:] + [*samplers.items()][:first]:
             before()
             wall, cpu = time.perf_counter(), time.process_time()
-            tokens = sample(trainer._round_contexts(turn), samples, turn * 2**20)
+            tokens = sample(trainer.round_contexts(turn), samples, turn * 2**20)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             if turn > 0:  # the first warms up
                 found.seconds.setdefault(name, []).append(wall)

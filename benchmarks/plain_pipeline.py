@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from fdpg_fast.clock import Clock
 from fdpg_fast.features import Completions, Feature
 from fdpg_fast.language_model import eos_token_ids
-from fdpg_fast.metrics import Clock
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_both_pipelines_compute_the_same(name: str, tmp_path: Path) -> None:
     trainer = Trainer(config)
     plain = PlainPipeline(
         config.model,
-        trainer.target.features[0],
+        trainer.scorer.target.features[0],
         max_new_tokens=setting.max_new_tokens,
         samples_per_context=setting.samples,
         learning_rate=1e-5,

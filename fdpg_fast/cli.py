@@ -150,12 +150,13 @@ def _train(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from .comparison import read_finished
+    from .finished import evaluate_checkpoint
     from .results import evaluation_table
     from .run_folder import to_json
     from .trainer import Trainer
 
     trainer = Trainer(read_finished(options.run_dir), resume=True)
-    evaluation = trainer.evaluate_checkpoint(options.samples, options.seed)
+    evaluation = evaluate_checkpoint(trainer, options.samples, options.seed)
     row = {"round": trainer.state.round, **evaluation.as_dict()}
     path = Path(options.run_dir) / "evaluation.json"
     path.write_text(to_json(row) + "\n", encoding="utf-8")
@@ -178,6 +179,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> int:
     from .comparison import read_finished
+    from .finished import quasi_rejection_sample, sample_checkpoint
     from .quasi_rejection import advice, table
     from .run_folder import to_json
     from .trainer import Trainer
@@ -187,11 +189,11 @@ def _sample(options: argparse.Namespace) -> int:
         raise UserError("sample: --max-draws bounds the draws of --quasi-rejection-beta B, which is missing")
     trainer = Trainer(read_finished(options.run_dir), resume=True)
     if beta is None:
-        for row in trainer.sample_checkpoint(options.prompt, options.count, options.seed):
+        for row in sample_checkpoint(trainer, options.prompt, options.count, options.seed):
             print(to_json(row))
         return 0
     draws = draws or 4096
-    kept = trainer.quasi_rejection_sample(options.prompt, options.count, options.seed, beta, draws)
+    kept = quasi_rejection_sample(trainer, options.prompt, options.count, options.seed, beta, draws)
     for row in kept.items:
         print(to_json(row))
     print(table(kept.quality), file=sys.stderr)

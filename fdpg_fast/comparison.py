@@ -18,6 +18,7 @@ from .checkpoint import checkpoints
 from .config import TrainConfig
 from .errors import UserError
 from .evaluate import Evaluation
+from .finished import evaluate_checkpoint, sample_base
 from .rollouts import Rollouts
 from .run_folder import read_config
 from .trainer import Trainer
@@ -56,7 +57,7 @@ def measure(
 ) -> Evaluation:
     """Evaluate a run's newest checkpoint; the base's sample comes from `folder`, or is drawn and kept there."""
     trainer = Trainer(config, resume=True, say=say)
-    return trainer.evaluate_checkpoint(samples, seed, frozen_base_sample(trainer, base_samples, seed, folder))
+    return evaluate_checkpoint(trainer, samples, seed, frozen_base_sample(trainer, base_samples, seed, folder))
 
 
 def frozen_base_sample(trainer: Trainer, samples: int, seed: int, folder: Path) -> Rollouts:
@@ -68,7 +69,7 @@ def frozen_base_sample(trainer: Trainer, samples: int, seed: int, folder: Path) 
     if path.exists():
         return Rollouts(contexts=contexts, **load_file(path))
     trainer.say(f"drawing {samples} completions of the base for each of {len(contexts)} contexts, for Z")
-    rollouts = trainer.sample_base(samples, seed)
+    rollouts = sample_base(trainer, samples, seed)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # of two runs side by side the later one wins
     save_file({name: value for name, value in vars(rollouts).items() if name != "contexts"}, temporary)

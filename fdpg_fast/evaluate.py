@@ -9,8 +9,8 @@ from typing import Any
 from . import estimators
 from .diversity import distinct_n, self_bleu
 from .estimators import Estimate, LogPartition
-from .metrics import Scores
 from .rollouts import Rollouts
+from .scoring import Scores
 from .targets import Target
 
 

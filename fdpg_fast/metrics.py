@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from .clock import Clock
 from .diagnostics import pareto_k
 from .estimators import mean
-from .features import Completions
 from .learner import Update
 from .memory import peak_memory
 from .partition import PartitionFunction
 from .rollouts import Rollouts
+from .scoring import Scores
 
 RESERVED = ("in_support", "ess", "pareto_k")  # keys under target/ that no feature may take
-
-
-class Clock:
-    """Seconds spent in each phase of a round."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.phases: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase; one that comes in parts is their sum."""
-        start = time.perf_counter()
-        yield
-        self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self._start
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What is known of B rollouts before the update; tensors are [B] float64.
-
-    Attributes:
-        texts: the rollouts as the features saw them.
-        values: of the target's features, [B, F]; NaN where one does not apply.
-        behavior_logprob: log q.
-        base_logprob: log a.
-        log_score: log P = log a + log φ.
-    """
-
-    texts: Completions
-    values: Tensor
-    behavior_logprob: Tensor
-    base_logprob: Tensor
-    log_score: Tensor
 
 
 def round_metrics(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -17,32 +16,32 @@ import torch
 import transformers
 from torch import Tensor
 
-from fdpg_kernels.sequence_weights import refusal, sum_by_sequence
+from fdpg_kernels.sequence_weights import refusal
 
-from . import quasi_rejection
 from .agreement import compare_with_learner
 from .alpha_path import divergence_at, last_divergence
 from .assemble import build_engine, build_target, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
+from .clock import Clock
 from .config import TrainConfig
 from .config_file import dump_config
-from .contexts import Context, derived_seed, load_contexts, make_context, schedule
+from .contexts import Context, derived_seed, load_contexts, schedule
 from .diagnostics import Watch
 from .engines import Engine
 from .errors import RunError, UserError
-from .estimators import LogPartition, log_partition
+from .estimators import LogPartition
 from .evaluate import Evaluation, evaluate
-from .features import Completions
 from .language_model import LanguageModel, eos_token_ids, load_model, load_tokenizer
 from .learner import Learner, Update
 from .lora import LoRAPolicy
 from .memory import FrozenPages, plan_micro_batch_tokens, trim
-from .metrics import Clock, Scores, progress_line, round_metrics
+from .metrics import progress_line, round_metrics
 from .partition import Baseline, PartitionFunction, pseudo_rewards
 from .proposal import AdaptiveProposal
 from .report import write_report
 from .rollouts import Rollouts
 from .run_folder import RunFolder
+from .scoring import Scorer, Scores
 from .tracking import Tracking, check_installed
 
 
@@ -76,12 +75,12 @@ class Trainer:
         device = _device(config.device)
         check_installed(config.tracking)
         self.divergence = last_divergence(config.divergence)
-        self.target = build_target(config, device)
-        if self.target.can_be_zero and not self.divergence.allows_zeros:
+        target = build_target(config, device)
+        if target.can_be_zero and not self.divergence.allows_zeros:
             raise UserError(f"divergence: {refusal(self.divergence)}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
-        self.base_pages: FrozenPages | None = FrozenPages(self.base.model)
+        pages: FrozenPages | None = FrozenPages(self.base.model)
         self.room = self.base.prompt_room(config.engine.max_new_tokens)
         if self.room < 1:
             raise UserError(
@@ -101,9 +100,11 @@ class Trainer:
             policy_path = config.model if self.checkpoint is None else str(self.checkpoint)
             policy = load_model(policy_path, config.dtype, device, config.trust_remote_code)
         else:
-            policy = LoRAPolicy(self.base, config.lora, self._seed("lora", 0), self.checkpoint)
-            self.base, self.base_pages = policy.base, None  # the policy needs their pages as often as the base does
+            policy = LoRAPolicy(self.base, config.lora, self.seed("lora", 0), self.checkpoint)
+            self.base, pages = policy.base, None  # the policy needs their pages as often as the base does
         self.micro_batch_tokens = config.trainer.micro_batch_tokens or plan_micro_batch_tokens(policy.model)
+        # no activations are kept in scoring: larger parts fit, and waste less
+        self.scorer = Scorer(target, self.base, pages, self.tokenizer, 4 * self.micro_batch_tokens)
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         partition, rounds = config.partition, config.trainer
         self.state = TrainerState(
@@ -135,9 +136,10 @@ class Trainer:
     @functools.cached_property
     def engine(self) -> Engine:
         """Started at first use, with the policy's weights."""
-        return self._start_engine(self.state.learner.policy, self.state.round)
+        return self.start_engine(self.state.learner.policy, self.state.round)
 
-    def _start_engine(self, model: LanguageModel, version: int) -> Engine:
+    def start_engine(self, model: LanguageModel, version: int) -> Engine:
+        """One more, with a model's weights; whoever starts it closes it."""
         config = self.config
         longest = max(len(context.token_ids) for context in self.contexts + self.eval_contexts)
         max_length = longest + config.engine.max_new_tokens
@@ -184,7 +186,7 @@ class Trainer:
                 metrics = self.round(round_index, folder)
                 tracking.log(round_index, metrics)
                 left = (time.perf_counter() - started) / (state.round - first) * (rounds - state.round)
-                self.say(progress_line(round_index, rounds, metrics, self._feature_names, left))
+                self.say(progress_line(round_index, rounds, metrics, self.scorer.feature_names, left))
                 for complaint in watch(metrics):
                     self.say(complaint)
                 if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
@@ -212,7 +214,7 @@ class Trainer:
             ahead = self._sampler.submit(self._sample, round_index + settings.pipeline_depth)
         else:
             self.engine.sleep()
-        scores = self._score(rollouts, clock)
+        scores = self.scorer(rollouts, clock)
         owner = torch.tensor([context.index for context in rollouts.contexts])[rollouts.context_index]
         state.partition.update(scores.log_score - scores.behavior_logprob, owner)
         log_z = state.partition.log_z(owner)
@@ -234,14 +236,15 @@ class Trainer:
         with clock("sync"):
             proposal = self._sync(scores, update, owner)
 
-        for row in self._sample_rows(scores, settings.samples_logged):
+        for row in self.scorer.rows(scores, settings.samples_logged):
             folder.append("samples.jsonl", {"round": round_index, "split": "train", **row})
         learning_rate = state.learner.learning_rate(round_index)
         return round_metrics(
-            rollouts, scores, self._feature_names, state.partition, update, learning_rate, agrees, proposal, clock
+            rollouts, scores, self.scorer.feature_names, state.partition, update, learning_rate, agrees, proposal, clock
         )
 
-    def _round_contexts(self, round_index: int) -> list[Context]:
+    def round_contexts(self, round_index: int) -> list[Context]:
+        """What a round samples from."""
         settings = self.config.trainer
         per_round = min(settings.contexts_per_round, len(self.contexts))
         return [self.contexts[i] for i in schedule(len(self.contexts), per_round, round_index, settings.seed)]
@@ -251,8 +254,8 @@ class Trainer:
         version = self.state.round if proposal is None else proposal.version
         if self.engine.version != version:
             raise RunError(f"the engine holds weights of version {self.engine.version}, not {version}")
-        samples, seed = self.config.trainer.samples_per_context, self._seed("rollouts", round_index)
-        return self.engine.sample(self._round_contexts(round_index), samples, seed)
+        samples, seed = self.config.trainer.samples_per_context, self.seed("rollouts", round_index)
+        return self.engine.sample(self.round_contexts(round_index), samples, seed)
 
     def _sync(self, scores: Scores, update: Update, owner: Tensor) -> dict[str, float]:
         """Hand the new weights to the engine, unless an adaptive proposal stays; what there is to say of it."""
@@ -271,7 +274,7 @@ class Trainer:
         return found
 
     def _compare(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
-        seed = self._seed("compared", self.state.round)
+        seed = self.seed("compared", self.state.round)
         with clock("compare"):
             return compare_with_learner(
                 rollouts,
@@ -281,63 +284,6 @@ class Trainer:
                 micro_batch_tokens=4 * self.micro_batch_tokens,
                 say=self.say,
             )
-
-    def evaluate_checkpoint(
-        self, samples_per_context: int | None, seed: int, base: Rollouts | None = None
-    ) -> Evaluation:
-        """Measure the policy as loaded on a sample of its own seed.
-
-        Args:
-            base: samples of the base for the evaluation contexts: Z, and λ of a distributional target, are then theirs.
-        """
-        self._restore()
-        known = None
-        if base is not None:
-            values = self._feature_values(self._texts(base))
-            if self.target.is_distributional:
-                self.target = self.target.fit(values, base.context_index)
-            log_phi = self.target.log_phi(values)
-            known = log_partition(torch.zeros_like(log_phi), log_phi, base.context_index)  # P/a is φ
-        samples = samples_per_context or self.config.evaluation.samples_per_context
-        with contextlib.closing(self.engine):
-            return self._measure(samples, self._seed("fresh evaluation", seed), 0, known)[0]
-
-    def sample_base(self, samples_per_context: int, seed: int) -> Rollouts:
-        """Samples of the base for the evaluation contexts."""
-        with contextlib.closing(self._start_engine(self.base, 0)) as engine:
-            return engine.sample(self.eval_contexts, samples_per_context, seed)
-
-    def sample_checkpoint(self, prompt: str | None, count: int, seed: int) -> list[dict[str, Any]]:
-        """Completions of the policy as loaded, of one prompt or of the evaluation contexts in turn."""
-        contexts = self._contexts_to_continue(prompt, count)
-        with contextlib.closing(self.engine):
-            rollouts = self.engine.sample(contexts, -(-count // len(contexts)), self._seed("samples", seed))
-        return self._sample_rows(self._score(rollouts, Clock()), count)
-
-    def quasi_rejection_sample(
-        self, prompt: str | None, count: int, seed: int, beta: float, max_draws: int
-    ) -> quasi_rejection.Kept:
-        """As `sample_checkpoint`, of p_β ∝ min(p, β·π) instead of the policy π; see `quasi_rejection`."""
-        contexts = self._contexts_to_continue(prompt, count)
-        batches = itertools.count()
-
-        def draw(indices: list[int], samples_per_context: int) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
-            batch_seed = self._seed(f"quasi-rejection {seed}", next(batches))
-            rollouts = self.engine.sample([contexts[i] for i in indices], samples_per_context, batch_seed)
-            scores = self._score(rollouts, Clock())
-            rows = self._sample_rows(scores, len(rollouts))
-            return rows, scores.log_score - scores.behavior_logprob, torch.tensor(indices)[rollouts.context_index]
-
-        with contextlib.closing(self.engine):
-            return quasi_rejection.sample(
-                draw, contexts=len(contexts), count=count, beta=beta, max_draws=max_draws, seed=seed
-            )
-
-    def _contexts_to_continue(self, prompt: str | None, count: int) -> list[Context]:
-        self._restore()
-        if prompt is not None:
-            self.eval_contexts = [make_context(0, prompt, {}, self.tokenizer, self.room, "--prompt")]
-        return self.eval_contexts[:count]
 
     def describe(self) -> str:
         """What a run of this config will do, for --dry-run."""
@@ -353,7 +299,7 @@ class Trainer:
             f"{dump_config(config)}\n"
             f"{config.model}: {size}, {config.dtype}, on {self.base.device}\n"
             f"{len(self.contexts)} contexts to train on, {len(self.eval_contexts)} to evaluate on; "
-            f"features: {', '.join(self._feature_names)}\n"
+            f"features: {', '.join(self.scorer.feature_names)}\n"
             f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
             f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target; "
             f"{self.micro_batch_tokens} tokens a forward and backward pass\n"
@@ -367,99 +313,52 @@ class Trainer:
         if self.resume:
             folder.record(self.config)  # it may have more rounds now
         if self.checkpoint is not None:
-            self._restore()
+            self.restore()
             folder.forget_from(self.state.round)
             self.say(f"resuming {folder.path} after round {self.state.round} ({self.checkpoint.name})")
             return None
         if self.resume:
             folder.forget_from(0)
             self.say(f"{folder.path} has no checkpoint yet: starting from round 0")
-        if self.target.needs_fit:
+        if self.scorer.target.needs_fit:
             contexts = self.contexts[: self.config.target_fit_samples]
             per_context = self.config.target_fit_samples // len(contexts)
-            values, owner = self._sample_base(contexts, per_context, "fit")
-            self.target = self.target.fit(values, owner)
-            self.state.exponents = self.target.exponents
-            self.say(f"target: λ = {', '.join(f'{x:.4g}' for x in self.target.exponents or ())}")
+            base = self.engine.sample(contexts, per_context, self.seed("fit", 0))  # which the policy still is
+            self.state.exponents = self.scorer.fit(base)
+            self.say(f"target: λ = {', '.join(f'{x:.4g}' for x in self.state.exponents)}")
         if self.config.partition.kind == "oracle":
-            values, owner = self._sample_base(self.contexts, self.config.partition.oracle_samples, "oracle")
-            self.state.partition.update(self.target.log_phi(values), owner)  # sampled from the base, P/q is φ
+            base = self.engine.sample(self.contexts, self.config.partition.oracle_samples, self.seed("oracle", 0))
+            self.state.partition.update(self.scorer.log_phi(base), base.context_index)  # P/q is φ
         return self._evaluate(folder, 0) if evaluate else None
 
-    def _sample_base(self, contexts: list[Context], samples_per_context: int, purpose: str) -> tuple[Tensor, Tensor]:
-        """Feature values [B, F] of samples of the base, which the policy still is, and the context of each [B]."""
-        rollouts = self.engine.sample(contexts, samples_per_context, self._seed(purpose, 0))
-        return self._feature_values(self._texts(rollouts)), rollouts.context_index
-
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Load the newest checkpoint, which there must be."""
         assert self.checkpoint is not None
-        load_checkpoint(self.checkpoint, self.state, self._round_contexts)
+        load_checkpoint(self.checkpoint, self.state, self.round_contexts)
         if self.state.exponents is not None:
-            self.target = self.target.with_exponents(self.state.exponents)
-
-    @property
-    def _feature_names(self) -> list[str]:
-        return [feature.name for feature in self.target.features]
-
-    def _score(self, rollouts: Rollouts, clock: Clock) -> Scores:
-        with clock("features"):
-            texts = self._texts(rollouts)
-            values = self._feature_values(texts)
-        with clock("base"):
-            # no activations are kept here: larger parts fit, and waste less
-            base = self.base.token_logprobs(rollouts, 4 * self.micro_batch_tokens)
-            if self.base_pages is not None:
-                self.base_pages.release()
-        base_logprob = sum_by_sequence(base, rollouts.cu_seqlens)
-        behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
-        if not bool(behavior_logprob.isfinite().all()):
-            raise RunError(
-                "the policy's log-probs are not finite any more: training has diverged; "
-                "start again with a lower optimizer.learning_rate"
-            )
-        return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
-
-    def _texts(self, rollouts: Rollouts) -> Completions:
-        return Completions.decode(rollouts, self.tokenizer, self.base.continues_prompt)
-
-    def _feature_values(self, texts: Completions) -> Tensor:
-        return torch.stack([feature(texts) for feature in self.target.features], dim=1)  # [B, F]
+            self.scorer.target = self.scorer.target.with_exponents(self.state.exponents)
 
     def _evaluate(self, folder: RunFolder, round_index: int) -> Evaluation:
         """Of the policy as it is now, on one fresh sample; recorded in evaluation.jsonl."""
         settings = self.config.evaluation
         # one seed for every evaluation: before and after are compared on common random numbers
-        evaluation, rows = self._measure(settings.samples_per_context, self._seed("evaluation", 0), count=16)
+        evaluation, rows = self.measure(settings.samples_per_context, self.seed("evaluation", 0), count=16)
         folder.append("evaluation.jsonl", {"round": round_index, **evaluation.as_dict()})
         for row in rows:
             folder.append("samples.jsonl", {"round": round_index, "split": "evaluation", **row})
         return evaluation
 
-    def _measure(
+    def measure(
         self, samples_per_context: int, seed: int, count: int, known: LogPartition | None = None
     ) -> tuple[Evaluation, list[dict[str, Any]]]:
+        """The engine's weights, on a fresh sample of the evaluation contexts; and `count` of its completions."""
         rollouts = self.engine.sample(self.eval_contexts, samples_per_context, seed)
-        scores = self._score(rollouts, Clock())
-        evaluation = evaluate(rollouts, scores, self.target, self.divergence.name, known)
-        return evaluation, self._sample_rows(scores, count)
+        scores = self.scorer(rollouts, Clock())
+        evaluation = evaluate(rollouts, scores, self.scorer.target, self.divergence.name, known)
+        return evaluation, self.scorer.rows(scores, count)
 
-    def _sample_rows(self, scores: Scores, count: int) -> list[dict[str, Any]]:
-        """A few completions, evenly from all of them, as samples.jsonl records them."""
-        texts, total = scores.texts, len(scores.log_score)
-        chosen = torch.linspace(0, total - 1, min(count, total)).long().tolist()
-        return [
-            {
-                "prompt": texts.prompts[i],
-                "completion": texts.completions[i],
-                "finished": texts.finished[i],
-                "features": dict(zip(self._feature_names, scores.values[i].tolist(), strict=True)),
-                "log_q": float(scores.behavior_logprob[i]),
-                "log_score": float(scores.log_score[i]),
-            }
-            for i in chosen
-        ]
-
-    def _seed(self, purpose: str, round_index: int) -> int:
+    def seed(self, purpose: str, round_index: int) -> int:
+        """Of one of the run's draws."""
         return derived_seed(self.config.trainer.seed, purpose, round_index)
 
 

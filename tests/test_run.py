@@ -297,7 +297,7 @@ def test_compare_holds_all_runs_against_one_z_of_the_base(run_dir, tiny_model, t
     drawn = list(run_dir.glob("base-sample-*.safetensors"))
     trainer = Trainer(read_config(run_dir), resume=True, say=say)
     base = frozen_base_sample(trainer, 64, 9, run_dir)  # read back, not drawn again
-    phi = trainer.target.log_phi(trainer._feature_values(trainer._texts(base))).exp()
+    phi = trainer.scorer.log_phi(base).exp()
     share = [phi[base.context_index == c].mean() for c in range(len(base.contexts))]
     expected = torch.stack(share).log()
     assert first.metrics["log_z"].value == pytest.approx(float(expected[expected.isfinite()].mean()))

@@ -15,6 +15,7 @@ import torch
 
 from fdpg_fast import Trainer, load_config
 from fdpg_fast.features import Completions, python_parses
+from fdpg_fast.finished import sample_base
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "tiny-python-lm"
@@ -37,7 +38,7 @@ def measured(split: str) -> list[tuple[float, dict[str, str]]]:
         "evaluation.contexts": str(len(rows)),
     }
     trainer = Trainer(load_config(HERE.parents[1] / "quickstart.yaml", overrides))
-    rollouts = trainer.sample_base(SAMPLES, SEED)
+    rollouts = sample_base(trainer, SAMPLES, SEED)
     parses = python_parses()(Completions.decode(rollouts, trainer.tokenizer))
     sums = torch.zeros(len(rows), dtype=torch.float64).index_add(0, rollouts.context_index, parses)
     rates = (sums / SAMPLES).tolist()

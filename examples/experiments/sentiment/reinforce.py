@@ -27,9 +27,9 @@ from fdpg_fast.evaluate import evaluate
 from fdpg_fast.experiments.rows import Row
 from fdpg_fast.features import Completions
 from fdpg_fast.language_model import eos_token_ids, load_model, load_tokenizer
-from fdpg_fast.metrics import Scores
 from fdpg_fast.results import number, read_run
 from fdpg_fast.rollouts import Rollouts
+from fdpg_fast.scoring import Scores
 from fdpg_fast.targets import rlhf
 
 ROWS = 16  # sequences a forward pass
