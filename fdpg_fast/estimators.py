@@ -294,7 +294,7 @@ def _control(divergence: Divergence, price: Tensor, weight: Tensor, position: Te
     h/w goes to f(0) as w grows, so f(0) is the slope of what is not in the sample; it weighs as much as RIDGE samples
     at a distance of 1, which decides only where the sample says next to nothing. 0 where nothing tells.
     """
-    if not bool((price.isfinite() & (weight < LARGEST_WEIGHT)).all()):
+    if len(price) == 0 or not bool((price.isfinite() & (weight < LARGEST_WEIGHT)).all()):
         return 0.0
     highest = float(price.abs().max()) or 1.0  # a sum of e^709 would overflow
     spread = weight - (_sums(weight, position, len(counts)) / counts)[position]

@@ -326,6 +326,8 @@ def test_nothing_satisfies_the_target():
     assert (matrix.contexts, matrix.contexts_left_out) == (0, 3)
     for estimate in matrix.estimates.values():
         assert math.isnan(estimate.value) and math.isnan(estimate.standard_error) and estimate.ess == 0
+    known_empty = divergence_matrix(policy_logprob, nowhere, context, exactly(torch.full((3,), -math.inf, dtype=F64)))
+    assert known_empty.contexts == 0 and math.isnan(known_empty.estimates["jensen_shannon"].value)
     # with Z known from elsewhere the same sample says that all of π's mass is off the support, and p elsewhere
     known = divergence_matrix(policy_logprob, nowhere, context, exactly(torch.zeros(3, dtype=F64)))
     assert known.contexts == 3
