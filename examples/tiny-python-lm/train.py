@@ -222,7 +222,7 @@ def train(
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
-    facts |= {"asked_minutes": args.minutes, "autocast": fast, "held_out": []}
+    facts |= {"asked_minutes": None if args.steps else args.minutes, "autocast": fast, "held_out": []}
     start = saved = time.monotonic()
     step = seen = 0
     progress = 0.0
@@ -353,7 +353,7 @@ under Apache-2.0, with this notice of the data's origin. The model may reproduce
 ## Reproduce
 
 ```
-python examples/tiny-python-lm/train.py --layers {layers} --width {width} --minutes {asked_minutes:g} --out {folder}
+python examples/tiny-python-lm/train.py --layers {layers} --width {width} {asked} --out {folder}
 ```
 
 The seed fixes the data's order and the initial weights. The learning rate follows the clock, so that the
@@ -395,6 +395,7 @@ def evaluate(out: Path, held: list[Function], facts: dict[str, Any]) -> None:
         held_count=len(facts["held_modules"]),
         minutes=facts["seconds"] / 60,
         name=out.name,
+        asked=f"--minutes {facts['asked_minutes']:g}" if facts["asked_minutes"] else f"--steps {facts['steps']}",
         folder=Path(os.path.relpath(out)).as_posix(),
         layers=c.num_hidden_layers,
         width=c.hidden_size,
