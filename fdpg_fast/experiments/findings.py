@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..estimators import Estimate
 from .rows import Row, settings_of
 
 Labels = dict[str, str]
@@ -118,15 +119,21 @@ class EqualFinding(_Finding):
 
 
 class BetweenFinding(_Finding):
-    """A metric lies between two values."""
+    """A metric, or its distance from another, lies between two values."""
 
     metric: str
+    minus: str | None = None
+    """Another metric of the same run."""
     of: Labels
     between: tuple[float, float]
 
     def _judge(self, rows: list[Row]) -> tuple[VERDICTS, str]:
-        found = average(rows, self.metric, self.of)
-        return found.verdict(*self.between), f"{self.metric}: {found}"
+        metric = self.metric
+        if self.minus is not None:
+            metric = f"{self.metric} − {self.minus}"
+            rows = [_with_difference(row, metric, self.metric, self.minus) for row in rows]
+        found = average(rows, metric, self.of)
+        return found.verdict(*self.between), f"{metric}: {found}"
 
 
 class UndominatedFinding(_Finding):
@@ -189,6 +196,14 @@ Finding = MoreFinding | EqualFinding | BetweenFinding | UndominatedFinding | Sam
 
 Setting = tuple[tuple[str, str], ...]
 Strata = dict[Setting, list[tuple[float, float]]]  # by the other labels: value and its own error, one a seed
+
+
+def _with_difference(row: Row, name: str, metric: str, minus: str) -> Row:
+    if metric not in row.metrics or minus not in row.metrics:
+        return row
+    a, b = row.metrics[metric], row.metrics[minus]
+    error = math.hypot(a.standard_error, b.standard_error)
+    return replace(row, metrics={name: Estimate(a.value - b.value, error, min(a.ess, b.ess))})
 
 
 def difference(rows: Sequence[Row], metric: str, of: Labels, minus: Labels) -> Interval:

@@ -167,6 +167,19 @@ def test_equal_and_between():
     assert between(1.0, 2.0).judge(rows).verdict == "inconclusive"
 
 
+def test_the_distance_of_two_metrics_is_taken_within_runs():
+    rows = [
+        Row({"a": "one"}, seed, {"x": Estimate(10.0**seed, 0.3, 1.0), "y": Estimate(10.0**seed - noise, 0.4, 1.0)})
+        for seed, noise in enumerate((0.9, 1.1, 1.0))
+    ]
+    near = BetweenFinding(claim="c", metric="x", minus="y", of={"a": "one"}, between=(0.5, 1.5))
+    assert near.judge(rows).verdict == "shown"
+    assert near.model_copy(update={"between": (-0.5, 0.5)}).judge(rows).verdict == "not shown"
+    one = near.judge(rows[:1])
+    assert one.verdict == "inconclusive" and "0.9 ± 0.98" in one.evidence
+    assert near.model_copy(update={"minus": "z"}).judge(rows).verdict == "inconclusive"
+
+
 def two_metrics(x, y, **labels):
     return [
         Row(labels, seed, {"x": Estimate(a, 0.0, 1.0), "y": Estimate(b, 0.0, 1.0)})
