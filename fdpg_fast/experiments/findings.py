@@ -266,18 +266,24 @@ def _strata(rows: Sequence[Row], metric: str, of: Labels, minus: Labels) -> Stra
 
 
 def _interval(strata: Strata, pooled: Strata) -> Interval:
-    """The mean over strata, with the spread between seeds pooled over all strata of `pooled`."""
+    """The mean over strata, with the spread between seeds pooled over all strata of `pooled`.
+
+    Without a spread, from one seed or of a number that all seeds share, as that of the base, the errors of the
+    measurements stand in for it.
+    """
     count = sum(map(len, strata.values()))
     if not count:
         return Interval(math.nan, math.nan, "no such runs")
     mean = sum(sum(value for value, _ in found) / len(found) for found in strata.values()) / len(strata)
     degrees = sum(len(found) - 1 for found in pooled.values())
-    if degrees:
+    if degrees and any(value != found[0][0] for found in pooled.values() for value, _ in found):
         squares = 0.0
         for found in pooled.values():
             centre = sum(value for value, _ in found) / len(found)
             squares += sum((value - centre) ** 2 for value, _ in found)
         error = math.sqrt(squares / degrees * sum(1 / len(found) for found in strata.values())) / len(strata)
         return Interval(mean, t_quantile(degrees) * error, f"spread between seeds of {count} runs or pairs")
-    error = math.sqrt(sum(error**2 for ((_, error),) in strata.values())) / len(strata)
-    return Interval(mean, 1.96 * error, "one seed, error of measurement only")
+    error = math.sqrt(sum(found[0][1] ** 2 for found in strata.values())) / len(strata)
+    return Interval(
+        mean, 1.96 * error, f"{'shared by all seeds' if degrees else 'one seed'}, error of measurement only"
+    )

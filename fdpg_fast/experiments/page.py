@@ -66,7 +66,7 @@ def write_page(place: Path, name: str, budget: str, experiment: Experiment, rows
 def _study_table(rows: list[Row]) -> str:
     found = dict.fromkeys(key for row in rows for key in row.metrics)
     keys = [key for key in found if key.partition("/")[0] in FEATURE_LABELS and not _certain(rows, key)]
-    keys += [key for key in COLUMNS if key in found]
+    keys += [key for key in COLUMNS if key in found and not _certain(rows, key)]
     keys += [key for key in found if key not in KNOWN and not key.startswith(NOT_FURTHER)]
     # a column of nothing but infinities or unknowns says nothing
     keys = [key for key in keys if any(math.isfinite(row.metrics[key].value) for row in rows if key in row.metrics)]
@@ -86,9 +86,11 @@ def _study_table(rows: list[Row]) -> str:
 
 
 def _certain(rows: Sequence[Row], key: str) -> bool:
-    """Whether a feature is what the target demands of every text, which no number need say."""
-    values = [row.metrics[key].value for row in rows if key in row.metrics]
-    return key.startswith("feature_of_target/") and all(abs(value - 1) < 1e-9 for value in values)
+    """Whether it only repeats that the target is a hard constraint: all texts have it, and KL(p‖a) is −log Z."""
+    found = [row.metrics for row in rows if key in row.metrics]
+    if key == "kl_of_target_to_base":
+        return all(abs(metrics[key].value + metrics["log_z"].value) < 1e-6 for metrics in found)
+    return key.startswith("feature_of_target/") and all(abs(metrics[key].value - 1) < 1e-9 for metrics in found)
 
 
 def _least_ess(rows: Sequence[Row], key: str) -> float:

@@ -15,6 +15,7 @@ from fdpg_fast.experiments.findings import (
     MoreFinding,
     SameOrderFinding,
     UndominatedFinding,
+    average,
     difference,
     t_quantile,
     within_seeds,
@@ -140,7 +141,7 @@ def test_intervals_of_differences_cover():
 
 
 def test_intervals_within_seeds_leave_out_what_seeds_differ_in():
-    rows = rows_of([10.0, 20.0, 60.0], a="one") + rows_of([11.0, 21.0, 61.0], a="two")
+    rows = rows_of([10.0, 20.0, 60.0], error=0.0, a="one") + rows_of([11.0, 21.0, 61.0], error=0.0, a="two")
     low, high = within_seeds(rows, "x")
     assert (low.mean, high.mean) == pytest.approx((30, 31))
     assert low.half_width == pytest.approx(0, abs=1e-9)
@@ -155,6 +156,13 @@ def test_intervals_within_seeds_leave_out_what_seeds_differ_in():
         grand = sum(interval.mean for interval in found) / 3
         hits += abs(found[0].mean - grand + 1) <= found[0].half_width * math.sqrt(2 / 3)
     assert 0.92 <= hits / 400 <= 0.98
+
+
+def test_a_number_that_all_seeds_share_has_the_error_of_its_measurement():
+    shared = average(rows_of([2.0, 2.0, 2.0], error=0.1, a="one"), "x", {"a": "one"})
+    assert shared.half_width == pytest.approx(0.196)
+    spread = average(rows_of([2.0, 2.0, 2.1], error=0.1, a="one"), "x", {"a": "one"})
+    assert spread.half_width == pytest.approx(t_quantile(2) * math.sqrt(0.02 / 3 / 2) / math.sqrt(3))
 
 
 def test_equal_and_between():
