@@ -225,26 +225,23 @@ def average(rows: Sequence[Row], metric: str, of: Labels) -> Interval:
 def within_seeds(rows: Sequence[Row], metric: str) -> list[Interval]:
     """Of a metric, for each setting of the rows, to see settings side by side.
 
-    The interval is of the distance from the seed's mean over all settings, so that what seeds differ in cancels,
-    widened because that mean holds the value itself (Morey 2008). With one seed, or a run missing, it is `average`'s.
+    What seeds differ in alike for all settings is left out: the error is that of the residuals after the means of
+    settings and of seeds, pooled (Loftus & Masson 1994). With one seed, or a run missing, it is `average`'s.
     """
     settings, seeds = settings_of(rows), sorted({row.seed for row in rows})
-    values = {
-        seed: [row.metrics[metric].value for row in rows if row.seed == seed and metric in row.metrics]
-        for seed in seeds
-    }
-    if len(seeds) > 1 and len(settings) > 1 and all(len(found) == len(settings) for found in values.values()):
-        centre = {seed: sum(found) / len(found) for seed, found in values.items()}
-        whole = sum(centre.values()) / len(seeds)
-        centred = [
-            replace(row, metrics={metric: replace(found, value=found.value - centre[row.seed] + whole)})
-            for row in rows
-            for found in [row.metrics[metric]]
-        ]
-        factor = math.sqrt(len(settings) / (len(settings) - 1))
-        intervals = [average(centred, metric, labels) for labels in settings]
-        return [replace(interval, half_width=factor * interval.half_width) for interval in intervals]
-    return [average(rows, metric, labels) for labels in settings]
+    values = {(tuple(row.labels.items()), row.seed): row.metrics[metric].value for row in rows if metric in row.metrics}
+    means = [average(rows, metric, labels) for labels in settings]
+    degrees = (len(settings) - 1) * (len(seeds) - 1)
+    if degrees == 0 or len(values) < len(settings) * len(seeds):
+        return means
+    whole = sum(values.values()) / len(values)
+    squares = 0.0
+    for seed in seeds:
+        here = [values[tuple(labels.items()), seed] for labels in settings]
+        shift = sum(here) / len(here) - whole
+        squares += sum((value - shift - found.mean) ** 2 for value, found in zip(here, means, strict=True))
+    half_width = t_quantile(degrees) * math.sqrt(squares / degrees / len(seeds))
+    return [replace(found, half_width=half_width) for found in means]
 
 
 def _strata(rows: Sequence[Row], metric: str, of: Labels, minus: Labels) -> Strata:

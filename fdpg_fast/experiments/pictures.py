@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,17 +35,19 @@ def draw_trade_offs(studies: dict[str, list[Row]], path: Path) -> bool:
         alignment = str(_alignment(rows))
         for axes, across in ((left, "entropy_per_token"), (right, "kl_to_base")):
             across = across if across in rows[0].metrics else "entropy_per_sequence"
-            places = zip(settings_of(rows), within_seeds(rows, across), within_seeds(rows, alignment), strict=True)
-            for labels, x, y in places:
-                if math.isfinite(x.mean) and math.isfinite(y.mean):
-                    bars = {"xerr": _finite(x.half_width), "yerr": _finite(y.half_width), "linewidth": 0.8}
-                    marker = MARKERS[others.index(_rest(labels, axis)) % len(MARKERS)]
-                    axes.errorbar(x.mean, y.mean, fmt=marker, color=colours[labels[axis]], markersize=5, **bars)
+            for rest, marker in zip(others, itertools.cycle(MARKERS), strict=False):
+                here = [row for row in rows if _rest(row.labels, axis) == rest]
+                places = zip(settings_of(here), within_seeds(here, across), within_seeds(here, alignment), strict=True)
+                for labels, x, y in places:
+                    if math.isfinite(x.mean) and math.isfinite(y.mean):
+                        bars = {"xerr": _finite(x.half_width), "yerr": _finite(y.half_width), "linewidth": 0.8}
+                        colour = colours[labels[axis]]
+                        axes.errorbar(x.mean, y.mean, fmt=marker, color=colour, markersize=5, **bars)
             axes.set(xlabel=label_of(across), ylabel=label_of(alignment))
             axes.set_title(study, fontsize=9)
         handles = [_handle(colour, "s", label) for label, colour in colours.items()]
         if len(others) > 1:
-            handles += [_handle("grey", MARKERS[i % len(MARKERS)], label) for i, label in enumerate(others)]
+            handles += [_handle("grey", *pair) for pair in zip(itertools.cycle(MARKERS), others, strict=False)]
         right.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     _save(figure, path)
     return True

@@ -33,7 +33,8 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     rounds = read_run(folder).metrics
     kept = rounds[:: -(-len(rounds) // CURVE_POINTS)]
     curve = [
-        {"round": number(row, "round")} | {key: number(row, key) for key in row if key.startswith(CURVE)}
+        {"round": number(row, "round")}
+        | {key: float(f"{number(row, key):.6g}") for key in row if key.startswith(CURVE)}
         for row in kept
     ]
     shutil.rmtree(folder / "checkpoints")  # a sweep of a hundred would fill the disk; the row is what is kept
