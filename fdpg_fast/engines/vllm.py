@@ -253,10 +253,14 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
 
             # the rank that comes with each log-prob, which nobody reads: compiling it takes 20 s at the first call
             sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)  # type: ignore[assignment]
-            if not packs:
-                operations: Any = vllm._custom_ops
-                stack.callback(setattr, operations, "_supports_onednn", operations._supports_onednn)
-                operations._supports_onednn = False
+            if not packs:  # neither by oneDNN nor, on CPUs with AMX, by SGL's kernels
+                import vllm.model_executor.layers.utils as layers
+
+                never = lambda *shape_and_dtype: False  # noqa: E731
+                packers: Any = ((vllm._custom_ops, "_supports_onednn", False), (layers, "check_cpu_sgl_kernel", never))
+                for module, name, value in packers:
+                    stack.callback(setattr, module, name, getattr(module, name))
+                    setattr(module, name, value)
         try:
             return vllm.LLM(**settings)
         except (ValueError, NotImplementedError, RuntimeError) as error:
