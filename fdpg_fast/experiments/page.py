@@ -35,9 +35,7 @@ def write_page(place: Path, name: str, budget: str, experiment: Experiment, rows
     studies = {row.labels["study"]: [r for r in rows if r.labels["study"] == row.labels["study"]] for row in rows}
     pictures = []
     if draw_trade_offs(studies, place / "trade-offs.png"):
-        note = (
-            "After training; bars are 95 % intervals, over seeds of the distance from the mean of all runs of the seed."
-        )
+        note = "After training; bars are 95 % intervals, without what a seed does to all colours of one marker alike."
         pictures.append(f"![trade-offs](trade-offs.png)\n\n{note}")
     if draw_curves(studies, place / "curves.png"):
         pictures.append("![curves](curves.png)\n\nMean over seeds; shaded from the lowest to the highest.")
