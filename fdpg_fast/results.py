@@ -260,7 +260,7 @@ def divergence_keys(runs: Sequence[Run]) -> list[str]:
 
 def label_of(key: str) -> str:
     kind, _, name = key.partition("/")
-    if kind in FEATURE_LABELS:
+    if name and kind in FEATURE_LABELS:
         return FEATURE_LABELS[kind].format(name if len(name) <= 36 else name[:35] + "…")
     return LABELS.get(key, name or key)
 
