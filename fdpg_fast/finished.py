@@ -30,9 +30,7 @@ def evaluate_checkpoint(
     trainer.restore()
     known, scorer = None, trainer.scorer
     if base is not None:
-        if scorer.target.is_distributional:
-            scorer.fit(base)
-        log_phi = scorer.log_phi(base)
+        log_phi = scorer.log_phi(base, fit=scorer.target.is_distributional)
         known = log_partition(torch.zeros_like(log_phi), log_phi, base.context_index)  # P/a is φ
     samples = samples_per_context or trainer.config.evaluation.samples_per_context
     with contextlib.closing(trainer.engine):

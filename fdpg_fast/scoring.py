@@ -85,15 +85,12 @@ class Scorer:
         """Of the target's features, [B, F]."""
         return torch.stack([feature(texts) for feature in self.target.features], dim=1)
 
-    def log_phi(self, rollouts: Rollouts) -> Tensor:
-        """[B]; of samples of the base itself it is log P/q."""
-        return self.target.log_phi(self.values(self.texts(rollouts)))
-
-    def fit(self, base: Rollouts) -> tuple[float, ...]:
-        """Fit λ to samples of the base; returns it."""
-        self.target = self.target.fit(self.values(self.texts(base)), base.context_index)
-        assert self.target.exponents is not None
-        return self.target.exponents
+    def log_phi(self, base: Rollouts, fit: bool = False) -> Tensor:
+        """[B], of samples of the base, where it is log P/q; with `fit`, λ is fitted to them first."""
+        values = self.values(self.texts(base))
+        if fit:
+            self.target = self.target.fit(values, base.context_index)
+        return self.target.log_phi(values)
 
     def rows(self, scores: Scores, count: int) -> list[dict[str, Any]]:
         """A few completions, evenly from all of them, as samples.jsonl records them."""

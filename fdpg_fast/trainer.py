@@ -324,8 +324,9 @@ class Trainer:
             contexts = self.contexts[: self.config.target_fit_samples]
             per_context = self.config.target_fit_samples // len(contexts)
             base = self.engine.sample(contexts, per_context, self.seed("fit", 0))  # which the policy still is
-            self.state.exponents = self.scorer.fit(base)
-            self.say(f"target: λ = {', '.join(f'{x:.4g}' for x in self.state.exponents)}")
+            self.scorer.log_phi(base, fit=True)
+            self.state.exponents = self.scorer.target.exponents
+            self.say(f"target: λ = {', '.join(f'{x:.4g}' for x in self.state.exponents or ())}")
         if self.config.partition.kind == "oracle":
             base = self.engine.sample(self.contexts, self.config.partition.oracle_samples, self.seed("oracle", 0))
             self.state.partition.update(self.scorer.log_phi(base), base.context_index)  # P/q is φ

@@ -256,9 +256,8 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
             if not packs:  # neither by oneDNN nor, on CPUs with AMX, by SGL's kernels
                 import vllm.model_executor.layers.utils as layers
 
-                never = lambda *shape_and_dtype: False  # noqa: E731
-                packers: Any = ((vllm._custom_ops, "_supports_onednn", False), (layers, "check_cpu_sgl_kernel", never))
-                for module, name, value in packers:
+                sgl = (layers, "check_cpu_sgl_kernel", lambda *shape_and_dtype: False)
+                for module, name, value in ((vllm._custom_ops, "_supports_onednn", False), sgl):
                     stack.callback(setattr, module, name, getattr(module, name))
                     setattr(module, name, value)
         try:

@@ -26,7 +26,6 @@ COLUMNS = (
     ),
     *("divergence/forward_kl", "divergence/reverse_kl", "divergence/total_variation", "divergence/jensen_shannon"),
 )
-KNOWN = {*LABELS}
 FEATURES = tuple(f"{kind}/" for kind in FEATURE_LABELS)
 
 
@@ -65,7 +64,7 @@ def _study_table(rows: list[Row]) -> str:
     found = dict.fromkeys(key for row in rows for key in row.metrics)
     keys = [key for key in found if key.startswith(FEATURES) and not _certain(rows, key)]
     keys += [key for key in COLUMNS if key in found and not _certain(rows, key)]
-    keys += [key for key in found if key not in KNOWN and not key.startswith((*FEATURES, "divergence/"))]
+    keys += [key for key in found if key not in LABELS and not key.startswith((*FEATURES, "divergence/"))]
     # a column of nothing but infinities or unknowns says nothing
     keys = [key for key in keys if any(math.isfinite(row.metrics[key].value) for row in rows if key in row.metrics)]
     axes = [axis for axis in rows[0].labels if axis != "study"]
