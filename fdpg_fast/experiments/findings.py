@@ -162,34 +162,38 @@ class UndominatedFinding(_Finding):
 
 
 class SameOrderFinding(_Finding):
-    """The divergences come in the same order by each metric, whatever the label on another axis."""
+    """The divergences come in the same order by each metric, for each of several labels of an axis."""
 
     same_order: list[str]
-    across: str
-    """The axis."""
+    across: dict[str, Annotated[list[str], Field(min_length=2)]]
+    """Axis: labels. Without runs of one of them nothing is shown."""
 
     def _judge(self, rows: list[Row]) -> tuple[VERDICTS, str]:
+        places = [(axis, label) for axis, labels in self.across.items() for label in labels]
         names = sorted({row.labels["divergence"] for row in rows if "divergence" in row.labels})
-        places = sorted({row.labels[self.across] for row in rows if self.across in row.labels})
         reversed_, agreeing, clear = [], 0, 0
         for metric, (a, b) in itertools.product(self.same_order, itertools.combinations(names, 2)):
             strata = _strata(rows, metric, {"divergence": a}, {"divergence": b})
             signs = []
             for place in places:
-                here = {key: found for key, found in strata.items() if (self.across, place) in key}
-                interval = _interval(here, strata)
+                here = {setting: found for setting, found in strata.items() if place in setting}
+                studies = {dict(setting).get("study") for setting in here}  # seeds of another study spread otherwise
+                alike = {setting: found for setting, found in strata.items() if dict(setting).get("study") in studies}
+                interval = _interval(here, alike)
                 signs.append(1 if interval.low > 0 else -1 if interval.high < 0 else 0)
             if 1 in signs and -1 in signs:
                 reversed_.append(f"{a} against {b} by {metric}")
             clear += any(signs)
-            agreeing += bool(signs) and abs(sum(signs)) == len(places)
+            agreeing += abs(sum(signs)) == len(places)
+        missing = [label for axis, label in places if all(row.labels.get(axis) != label for row in rows)]
         evidence = (
-            f"{len(places)} labels of {self.across}; of {clear} pairs that differ clearly at one of them {agreeing} do "
-            f"so at all, reversed: {', '.join(reversed_) or 'none'}"
+            f"{len(places)} labels of {', '.join(self.across)}; of {clear} pairs that differ clearly at one of them "
+            f"{agreeing} do so at all, reversed: {', '.join(reversed_) or 'none'}"
+            + (f"; no runs of {', '.join(missing)}" if missing else "")
         )
         if reversed_:
             return "not shown", evidence
-        return ("shown" if agreeing and agreeing == clear and len(places) > 1 else "inconclusive"), evidence
+        return ("shown" if agreeing and agreeing == clear else "inconclusive"), evidence
 
 
 Finding = MoreFinding | EqualFinding | BetweenFinding | UndominatedFinding | SameOrderFinding

@@ -70,7 +70,8 @@ def draw_curves(studies: dict[str, list[Row]], path: Path) -> bool:
         for axes, key in zip(panels_here, keys, strict=False):
             for label, colour in colours.items():
                 _draw_curve(axes, key, [row.curve for row in rows if row.labels[axis] == label], colour)
-            axes.set(xlabel="round", yscale="log" if key == "policy/pseudo_reward_std" else "linear")
+            positive = any(point.get(key, 0) > 0 for row in rows for point in row.curve)
+            axes.set(xlabel="round", yscale="log" if key == "policy/pseudo_reward_std" and positive else "linear")
             axes.set_title(f"{title}: {key.partition('/')[2] or key}", fontsize=9)
         for axes in panels_here[len(keys) :]:
             axes.set_axis_off()

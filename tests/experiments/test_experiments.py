@@ -1,6 +1,7 @@
 """Every experiment end to end in miniature, and the machinery of verdicts on numbers whose answer is known."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,13 +209,27 @@ def test_domination():
 
 def test_same_order():
     low, high = [1.0, 1.01, 0.99], [2.0, 2.02, 1.99]
-    finding = SameOrderFinding(claim="c", same_order=["x"], across="size")
+    finding = SameOrderFinding(claim="c", same_order=["x"], across={"size": ["s", "l"]})
     small = rows_of(low, divergence="kl", size="s") + rows_of(high, divergence="js", size="s")
     same = rows_of(low, divergence="kl", size="l") + rows_of(high, divergence="js", size="l")
     turned = rows_of(high, divergence="kl", size="l") + rows_of(low, divergence="js", size="l")
     assert finding.judge(small + same).verdict == "shown"
     assert finding.judge(small + turned).verdict == "not shown"
-    assert finding.judge(small).verdict == "inconclusive"
+    medium = [replace(row, labels=row.labels | {"size": "m"}) for row in small]
+    missing = finding.judge(small + medium)
+    assert missing.verdict == "inconclusive" and missing.evidence.endswith("; no runs of l")
+
+
+def test_the_spread_of_another_study_does_not_widen_an_order():
+    low, high = [1.0, 1.01, 0.99], [2.0, 2.02, 1.99]
+    finding = SameOrderFinding(claim="c", same_order=["x"], across={"size": ["s", "l"]})
+    small = rows_of(low, divergence="kl", size="s", study="a") + rows_of(high, divergence="js", size="s", study="a")
+    large = rows_of([-40, 0, 40], divergence="kl", size="l", study="b")
+    large += rows_of([60, 100, 143], divergence="js", size="l", study="b")
+    assert finding.judge(small + large).verdict == "shown"
+    noisy = rows_of([60, 250, -10], divergence="js", size="l", study="b")
+    assert finding.judge(small + large[:3] + noisy).verdict == "inconclusive"
+    assert "of 1 pairs that differ clearly at one of them 0" in finding.judge(small + large[:3] + noisy).evidence
 
 
 def test_t_quantiles():
