@@ -216,9 +216,8 @@ def divergence_matrix(
                 units = units + slope * (weight - 1)
             else:
                 error_of_z = float(slope * known.relative_standard_error[usable][0])
-        all_count = known is not None and math.isfinite(
-            _f_at_zero(divergence)
-        )  # what is rare under π is known as a sum
+        # the control knows the sum of what is rare under π
+        all_count = known is not None and math.isfinite(_f_at_zero(divergence))
         behind = float(len(log_t)) if all_count else ess
         estimates[name] = Estimate(float(value), math.hypot(_standard_error(units), error_of_z), behind)
     whole = estimates["jensen_shannon"]

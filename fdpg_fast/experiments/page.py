@@ -15,15 +15,8 @@ from .rows import Row, settings_of
 
 # of the metrics that every evaluation has, those that tables show
 COLUMNS = (
-    *(
-        "kl_to_base",
-        "kl_of_target_to_base",
-        "entropy_per_token",
-        "entropy_per_sequence",
-        "distinct_2",
-        "self_bleu_5",
-        "log_z",
-    ),
+    *("kl_to_base", "kl_of_target_to_base", "entropy_per_token", "entropy_per_sequence"),
+    *("distinct_2", "self_bleu_5", "log_z"),
     *("divergence/forward_kl", "divergence/reverse_kl", "divergence/total_variation", "divergence/jensen_shannon"),
 )
 FEATURES = tuple(f"{kind}/" for kind in FEATURE_LABELS)
