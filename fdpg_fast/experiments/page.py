@@ -31,12 +31,15 @@ def write_page(place: Path, name: str, budget: str, experiment: Experiment, rows
         pictures.append(f"![trade-offs](trade-offs.png)\n\n{note}")
     if draw_curves(studies, place / "curves.png"):
         pictures.append("![curves](curves.png)\n\nMean over seeds; shaded from the lowest to the highest.")
-    verdicts = [finding.judge(rows) for finding in experiment.findings]
+    judged = [finding for finding in experiment.findings if finding.study in (None, *studies)]
+    elsewhere = {f"`{finding.study}`": None for finding in experiment.findings if finding not in judged}
+    verdicts = [finding.judge(rows) for finding in judged]
     lines = [
         f"# {name}: results ({budget})",
         experiment.claim,
         "## Findings",
         _table(["claim", "verdict", "numbers"], [[v.claim, f"**{v.verdict}**", v.evidence] for v in verdicts]),
+        *([f"Not run here, so not judged: the findings on {', '.join(elsewhere)}."] if elsewhere else []),
         *pictures,
     ]
     for study, found in studies.items():

@@ -40,8 +40,10 @@ def test_an_experiment_in_miniature(name, tmp_path):
     rows = read_rows(tmp_path / "results.jsonl")
     assert len(rows) == len(cases(experiment, "mini"))
     text = page.read_text()
-    for finding in experiment.findings:
-        assert finding.claim in text
+    studies = {row.labels["study"] for row in rows}
+    judged = [finding for finding in experiment.findings if finding.study in (None, *studies)]
+    assert all(finding.claim in text for finding in judged) and text.count("| **") == len(judged)
+    assert all(f"`{finding.study}`" in text for finding in experiment.findings if finding not in judged)
     assert all(any(math.isfinite(e.value) for e in row.metrics.values()) for row in rows)
 
 

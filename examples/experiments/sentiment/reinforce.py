@@ -39,6 +39,7 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     """A run of `settings`, those of Trainer and `algorithm`: reinforce, or reverse_kl as fdpg-fast minimises it."""
     settings = copy.deepcopy(settings)
     algorithm = settings.pop("algorithm", None)
+    settings.pop("base_samples", None)  # a budget's, for the other study: no Z is needed here
     settings |= {"run_dir": str(folder / "run"), "divergence": "reverse_kl"}
     settings["trainer"] = {**settings.get("trainer", {}), "seed": seed}
     config = parse_config(settings)
