@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from .diagnostics import complaints
+from .drawing import PALETTE, coloured, curve, legend, scatter
 from .results import (
     DOUBT,
     UNKNOWN,
@@ -41,9 +40,7 @@ CURVES = {
 }
 
 JS_NOTE = "Jensen–Shannon is KL(π‖m) + KL(p‖m), m = (π + p)/2; jensen_shannon_half is the usual ½–½ value."
-PALETTE = ("#3b82c4", "#dd7a2f", "#2f9e77", "#b8578f", "#8370c9", "#a88a1f", "#5f8f9e", "#c2504b")
-INK = "#010203"  # stands for currentColor, which matplotlib does not know
-MAX_POINTS, MAX_SAMPLES = 500, 8
+MAX_SAMPLES = 8
 CSS = """
 :root{color-scheme:light dark;--ink:#1c2128;--soft:#68717d;--line:#e1e4e8;--card:#f6f7f9;--page:#fff}
 @media(prefers-color-scheme:dark){
@@ -104,17 +101,17 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
     header, quality, matrix = comparison_rows(runs)
     names = [run.divergence for run in runs]
     names = names if len(set(names)) > 1 else header[1:]  # what tells the runs apart
-    colours = _coloured(names)
+    colours = coloured(names)
     ends = [(name, colours[name], run.after) for name, run in zip(names, runs, strict=True)]
-    scatters = [_scatter(ends, x, y) for y in feature_keys(runs) for x in ("entropy_per_token", "kl_to_base")]
+    scatters = [scatter(ends, x, y) for y in feature_keys(runs) for x in ("entropy_per_token", "kl_to_base")]
     curves = {f"target/{key[8:]}": label_of(key) for key in feature_keys(runs)} | dict(list(CURVES.items())[:2])
     lines = {key: [(run, key, colours[name]) for name, run in zip(names, runs, strict=True)] for key in curves}
     note = "Bold: best of its column."
     doubt = DOUBT if any("?" in cell for row in matrix for cell in row) else ""
     body = [
-        f"<p>{len(runs)} runs; bars and bands are 95 % intervals. {_legend(colours)}</p>",
+        f"<p>{len(runs)} runs; bars and bands are 95 % intervals. {legend(colours)}</p>",
         _section("Trade-offs after training", _grid(scatters)),
-        _section("Learning curves", _grid([_curve(title, lines[key]) for key, title in curves.items()])),
+        _section("Learning curves", _grid([curve(title, lines[key]) for key, title in curves.items()])),
         _section("After training", _html_table(zip(header, *quality, strict=True)), note),
         _section("Divergence to the target", _html_table(zip(header, *matrix, strict=True)), f"{JS_NOTE} {doubt}"),
     ]
@@ -203,10 +200,10 @@ def _time_bar(metrics: list[Json]) -> str:
         phases["other"] = whole - known
     if not phases or not (total := sum(phases.values())) > 0:
         return ""
-    colours = _coloured(phases)
+    colours = coloured(phases)
     bar = "".join(f'<span style="flex:{phases[x] / total:.4f};background:{c}"></span>' for x, c in colours.items())
-    legend = _legend({f"{x} {phases[x]:.2g} s ({phases[x] / total:.0%})": c for x, c in colours.items()})
-    return f'<p>{total:.3g} s a round on average</p><div class="bar">{bar}</div><p>{legend}</p>'
+    names = legend({f"{x} {phases[x]:.2g} s ({phases[x] / total:.0%})": c for x, c in colours.items()})
+    return f'<p>{total:.3g} s a round on average</p><div class="bar">{bar}</div><p>{names}</p>'
 
 
 def _samples(samples: list[Json]) -> str:
@@ -241,94 +238,10 @@ def _sample(sample: Json | None) -> str:
 def _run_curves(run: Run) -> list[str]:
     keys = dict.fromkeys(key for row in run.metrics for key in row)
     trained = [key[7:-3] for key in keys if key.startswith("target/") and key.endswith("_se")]
-    colours = _coloured([key.removeprefix("feature/") for key in feature_keys([run])] + trained)
+    colours = coloured([key.removeprefix("feature/") for key in feature_keys([run])] + trained)
     title = "E[φ]" if len(colours) > 1 else f"E[{''.join(colours)}]"
-    features = _curve(title, [(run, f"target/{x}", c) for x, c in colours.items()], colours)
-    return [features, *(_curve(label, [(run, key, PALETTE[0])]) for key, label in CURVES.items())]
-
-
-def _curve(title: str, lines: list[tuple[Run, str, str]], legend: dict[str, str] | None = None) -> str:
-    """Metrics over the rounds, with ±1.96·se bands where an error is known; "" without any data."""
-    figure, axes = _axes("round")
-    drawn: list[float] = []
-    for run, key, colour in lines:
-        rows = run.metrics[:: len(run.metrics) // MAX_POINTS + 1]
-        x = [row.get("round", place) for place, row in enumerate(rows)]
-        y, error = ([_finite(number(row, k)) for row in rows] for k in (key, f"{key}_se"))
-        low, high = ([v + side * e for v, e in zip(y, error, strict=True)] for side in (-1.96, 1.96))
-        axes.plot(x, y, color=colour, linewidth=1.4, marker="o" if len(rows) < 3 else None, markersize=4)
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        drawn += [value for value in y if math.isfinite(value)]
-    if not drawn:
-        return ""
-    # the wide bands of the first rounds must not flatten the rest
-    (low, high), room = axes.get_ylim(), 0.6 * (max(drawn) - min(drawn)) or math.inf
-    axes.set_ylim(max(low, min(drawn) - room), min(high, max(drawn) + room))
-    return _figure(figure, title, legend if legend and len(legend) > 1 else {})
-
-
-def _scatter(ends: list[tuple[str, str, dict[str, Estimate]]], x_key: str, y_key: str) -> str:
-    """Where runs of some name and colour end, with error bars; runs of one name share their label."""
-    figure, axes = _axes(label_of(x_key))
-    labels: dict[tuple[str, str], tuple[float, float]] = {}
-    for name, colour, estimates in ends:
-        x, y = estimates.get(x_key, UNKNOWN), estimates.get(y_key, UNKNOWN)
-        if math.isfinite(x.value) and math.isfinite(y.value):
-            bars = {"xerr": _finite(x.error, 0.0), "yerr": _finite(y.error, 0.0)}
-            axes.errorbar(x.value, y.value, **bars, fmt="o", color=colour, markersize=5, linewidth=1)
-            point = (x.value, y.value)
-            labels[name, colour] = max(labels.get((name, colour), point), point)  # at the rightmost
-    axes.margins(x=0.2, y=0.15)
-    style = {"textcoords": "offset points", "fontsize": 8, "parse_math": False}
-    lowest = -math.inf
-    for (name, colour), point in sorted(labels.items(), key=lambda item: item[1][1]):
-        height = axes.transData.transform(point)[1] * 72 / figure.dpi  # in points
-        lowest = max(height + 6, lowest + 10)  # labels of neighbours are stacked
-        axes.annotate(name, point, (6, lowest - height), color=colour, **style)
-    return _figure(figure, f"{label_of(y_key)} against {label_of(x_key)}", {}) if labels else ""
-
-
-def _finite(value: float, otherwise: float = math.nan) -> float:
-    return value if math.isfinite(value) else otherwise
-
-
-def _axes(x_label: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(4.8, 2.5), layout="constrained", facecolor="none")
-    axes = figure.subplots()
-    axes.set_facecolor("none")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set(color=INK, alpha=0.4)
-    axes.tick_params(colors=INK, labelsize=9, length=3)
-    axes.grid(color=INK, alpha=0.1, linewidth=0.6)
-    axes.ticklabel_format(useOffset=False)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "round", steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.set_xlabel(x_label, color=INK, fontsize=9)
-    return figure, axes
-
-
-def _figure(figure: Any, title: str, legend: dict[str, str]) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    # text stays text, and ids differ between the figures of a page
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = buffer.getvalue()
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])
-    svg = svg.replace("xlink:href", "href").replace(INK, "currentColor")
-    return f"<figure><figcaption>{escape(title)}{_legend(legend)}</figcaption>{svg}</figure>"
-
-
-def _coloured(names: Iterable[str]) -> dict[str, str]:
-    return dict(zip(dict.fromkeys(names), cycle(PALETTE), strict=False))
-
-
-def _legend(colours: dict[str, str]) -> str:
-    return " ".join(f'<i style="background:{colour}"></i>{escape(name)}' for name, colour in colours.items())
+    features = curve(title, [(run, f"target/{x}", c) for x, c in colours.items()], colours)
+    return [features, *(curve(label, [(run, key, PALETTE[0])]) for key, label in CURVES.items())]
 
 
 def _grid(figures: list[str]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import PALETTE
+from ..drawing import PALETTE
 from ..results import label_of
 from .findings import average, within_seeds
 from .rows import Row, settings_of
