@@ -12,6 +12,7 @@ from typing import NoReturn
 from .errors import RunError, UserError
 
 TRAIN_OPTIONS = ("--resume", "--dry-run", "--keys", "--help")
+MAX_DRAWS = 4096
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         help="keep a draw with probability min(1, p/(B·policy)): nearer to the target p the larger B is, and fewer; "
         "also prints what other values would do",
     )
-    sample.add_argument("--max-draws", type=_positive, help="with the former: give up after so many (default: 4096)")
+    sample.add_argument(
+        "--max-draws", type=_positive, help=f"with the former: give up after so many (default: {MAX_DRAWS})"
+    )
     sample.set_defaults(run=_sample)
 
     experiment = commands.add_parser(
@@ -192,7 +195,7 @@ def _sample(options: argparse.Namespace) -> int:
         for row in sample_checkpoint(trainer, options.prompt, options.count, options.seed):
             print(to_json(row))
         return 0
-    draws = draws or 4096
+    draws = draws or MAX_DRAWS
     kept = quasi_rejection_sample(trainer, options.prompt, options.count, options.seed, beta, draws)
     for row in kept.items:
         print(to_json(row))
