@@ -99,11 +99,12 @@ class MoreFinding(_Finding):
     more: Labels
     less: Labels
     margin: float = 0.0
-    """By at least so much."""
+    """By more than that."""
 
     def _judge(self, rows: list[Row]) -> tuple[VERDICTS, str]:
         found = difference(rows, self.metric, self.more, self.less)
-        return found.verdict(self.margin, math.inf), f"difference of {self.metric}: {found}"
+        least = math.nextafter(self.margin, math.inf)  # equal, as where nothing was trained, is not more
+        return found.verdict(least, math.inf), f"difference of {self.metric}: {found}"
 
 
 class EqualFinding(_Finding):

@@ -112,6 +112,11 @@ def test_more(b, verdict):
     )
 
 
+def test_equal_is_not_more():
+    rows = rows_of([0.0], error=0.0, f="a") + rows_of([0.0], error=0.0, f="b")
+    assert MoreFinding(claim="c", metric="x", more={"f": "b"}, less={"f": "a"}).judge(rows).verdict == "not shown"
+
+
 def test_without_any_error_nothing_is_shown():
     rows = rows_of([1.0], f="a") + rows_of([2.0], f="b")
     assert MoreFinding(claim="c", metric="x", more={"f": "b"}, less={"f": "a"}).judge(rows).verdict == "inconclusive"
