@@ -29,7 +29,7 @@ def curve(title: str, lines: list[tuple[Run, str, str]], colours: dict[str, str]
     for run, key, colour in lines:
         rows = run.metrics[:: len(run.metrics) // MAX_POINTS + 1]
         x = [row.get("round", place) for place, row in enumerate(rows)]
-        y, error = ([_finite(number(row, k)) for row in rows] for k in (key, f"{key}_se"))
+        y, error = ([finite(number(row, k)) for row in rows] for k in (key, f"{key}_se"))
         low, high = ([v + side * e for v, e in zip(y, error, strict=True)] for side in (-1.96, 1.96))
         axes.plot(x, y, color=colour, linewidth=1.4, marker="o" if len(rows) < 3 else None, markersize=4)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -49,7 +49,7 @@ def scatter(ends: list[tuple[str, str, dict[str, Estimate]]], x_key: str, y_key:
     for name, colour, estimates in ends:
         x, y = estimates.get(x_key, UNKNOWN), estimates.get(y_key, UNKNOWN)
         if math.isfinite(x.value) and math.isfinite(y.value):
-            bars = {"xerr": _finite(x.error, 0.0), "yerr": _finite(y.error, 0.0)}
+            bars = {"xerr": finite(x.error, 0.0), "yerr": finite(y.error, 0.0)}
             axes.errorbar(x.value, y.value, **bars, fmt="o", color=colour, markersize=5, linewidth=1)
             point = (x.value, y.value)
             labels[name, colour] = max(labels.get((name, colour), point), point)  # at the rightmost
@@ -71,7 +71,8 @@ def legend(colours: dict[str, str]) -> str:
     return " ".join(f'<i style="background:{colour}"></i>{escape(name)}' for name, colour in colours.items())
 
 
-def _finite(value: float, otherwise: float = math.nan) -> float:
+def finite(value: float, otherwise: float = math.nan) -> float:
+    """What matplotlib takes instead of an infinity."""
     return value if math.isfinite(value) else otherwise
 
 

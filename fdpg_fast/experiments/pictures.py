@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..drawing import PALETTE
+from ..drawing import PALETTE, finite
 from ..results import label_of
 from .findings import average, within_seeds
 from .rows import Row, settings_of
@@ -40,7 +40,7 @@ def draw_trade_offs(studies: dict[str, list[Row]], path: Path) -> bool:
                 places = zip(settings_of(here), within_seeds(here, across), within_seeds(here, alignment), strict=True)
                 for labels, x, y in places:
                     if math.isfinite(x.mean) and math.isfinite(y.mean):
-                        bars = {"xerr": _finite(x.half_width), "yerr": _finite(y.half_width), "linewidth": 0.8}
+                        bars = {"xerr": finite(x.half_width, 0.0), "yerr": finite(y.half_width, 0.0), "linewidth": 0.8}
                         colour = colours[labels[axis]]
                         axes.errorbar(x.mean, y.mean, fmt=marker, color=colour, markersize=5, **bars)
             axes.set(xlabel=label_of(across), ylabel=label_of(alignment))
@@ -120,10 +120,6 @@ def colour_of(label: str, otherwise: str = PALETTE[-1]) -> str:
     ends = [[int(COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)] for name in ("forward_kl", "reverse_kl")]
     mixed = [round(light * ((1 - share) * a + share * b)) for a, b in zip(*ends, strict=True)]
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
 
 
 def _curve_keys(rows: Sequence[Row]) -> list[str]:
