@@ -190,7 +190,8 @@ def test_loss_of_every_divergence(name, zeros, caps):
     arguments = single(head_batch(LENGTHS, vocab=70, width=24, zeros=zeros and name in ALLOW_ZEROS))
     spread = torch.linspace(-1, 1, len(LENGTHS))
     options = dict(divergence=name, ratio_cap=caps[0], reward_cap=caps[1])
-    power = divergences.get(name).power  # f' is t to that power: χ² doubles what log t is off by
+    # sums of 128 nats and more are rounded by up to 8e-6 in float32; f' is t to a power, pearson_chi2's doubles that
+    power = divergences.get(name).power
     options["weight_rtol"] = 2e-5 * max(1.0, abs(power[0]) if power else 1.0)
     for log_z, baseline in ((arguments["log_z"], None), (spread.masked_fill(spread > 0, -math.inf), spread)):
         out = assert_meets_the_definition(arguments | {"log_z": log_z}, baseline=baseline, **options)
