@@ -251,8 +251,9 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
             import vllm._custom_ops
             import vllm.v1.sample.sampler as sampler
 
-            # the rank that comes with each log-prob, which nobody reads: compiling it takes 20 s at the first call
-            sampler.batched_count_greater_than = lambda x, values: (x >= values).sum(-1)  # type: ignore[assignment]
+            # the rank that comes with each log-prob, which nobody reads: counting it takes longer than the log-prob
+            # itself, and compiling the count 20 s at the first call
+            sampler.batched_count_greater_than = lambda x, values: x.new_zeros(len(x), dtype=torch.int64)
             if not packs:  # neither by oneDNN nor, on CPUs with AMX, by SGL's kernels
                 import vllm.model_executor.layers.utils as layers
 
