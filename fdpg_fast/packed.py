@@ -52,13 +52,13 @@ def run(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, packed:
 
 
 class _Segments:
-    """S ragged stretches of the packed row and their padded view."""
+    """S ragged stretches that make up some rows, one behind the other, and their padded view."""
 
-    def __init__(self, starts: Tensor, lengths: Tensor):
+    def __init__(self, lengths: Tensor):
         self.longest = int(lengths.max()) if len(lengths) else 0
         offsets = torch.arange(self.longest)
         self.real = offsets < lengths[:, None]  # [S, T]
-        self.rows = (starts[:, None] + offsets).masked_fill(~self.real, 0)
+        self.rows = (_starts(lengths)[:, None] + offsets).masked_fill(~self.real, 0)
         self.flat = self.real.flatten().nonzero()[:, 0]
 
     def to(self, device: torch.device) -> _Segments:
@@ -66,14 +66,38 @@ class _Segments:
         return self
 
     def pad(self, packed: Tensor) -> Tensor:
-        """[H, N, d] → [S, H, T, d]; padding repeats row 0."""
+        """[H, n, d] → [S, H, T, d]; padding is 0."""
         by_row = packed.transpose(0, 1).reshape(packed.shape[1], -1)
-        padded = by_row.index_select(0, self.rows.flatten()).view(*self.rows.shape, *packed.shape[::2])
-        return padded.transpose(1, 2)
+        return _Pad.apply(by_row, self).view(*self.rows.shape, *packed.shape[::2]).transpose(1, 2)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[S, H, T, d] → [n, H, d], the real rows in packed order."""
-        return padded.transpose(1, 2).flatten(0, 1).index_select(0, self.flat)
+        by_row = padded.transpose(1, 2).reshape(self.rows.numel(), -1)
+        return _Unpad.apply(by_row, self).view(-1, padded.shape[1], padded.shape[3])
+
+
+class _Pad(torch.autograd.Function):
+    """[n, D] → [S·T, D]. It and `_Unpad` are each other's backward pass: index_select's own adds row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, segments: _Segments) -> Tensor:
+        ctx.segments = segments
+        return packed.index_select(0, segments.rows.flatten()).masked_fill_(~segments.real.view(-1, 1), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Unpad.apply(gradient, ctx.segments), None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, segments: _Segments) -> Tensor:
+        ctx.segments = segments
+        return padded.index_select(0, segments.flat)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Pad.apply(gradient, ctx.segments), None
 
 
 class PackedBatch:
@@ -90,9 +114,8 @@ class PackedBatch:
         inputs = rollouts.lengths.cpu() - 1  # the last token predicts nothing
         owner = rollouts.context_index.cpu()
         prompt_starts = _starts(prompt_lengths)
-        completion_starts = _starts(inputs) + int(prompt_lengths.sum())
-        self._prompts = _Segments(prompt_starts, prompt_lengths)
-        self._completions = _Segments(completion_starts, inputs)
+        self._prompts, self._completions = _Segments(prompt_lengths), _Segments(inputs)
+        self._parts = [int(prompt_lengths.sum()), int(inputs.sum())]  # of the row
         self.max_length = int((prompt_lengths[owner] + inputs).max()) + 1
 
         ends = rollouts.cu_seqlens.long().cpu()
@@ -123,10 +146,11 @@ class PackedBatch:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """[H, M, d] each (fewer heads in key and value) → [1, M, H, d]."""
-        q, k, v = (self._prompts.pad(x) for x in (query, key, value))
+        of_prompts, own = zip(*(x.split(self._parts, dim=1) for x in (query, key, value)), strict=True)
+        q, k, v = map(self._prompts.pad, of_prompts)
         rows = [self._prompts.unpad(_sdpa(q, k, v, scale, is_causal=True))]
         if self._completions.longest:
-            own_q, own_k, own_v = (self._completions.pad(x) for x in (query, key, value))
+            own_q, own_k, own_v = map(self._completions.pad, own)
             keys = torch.cat([k.index_select(0, self._owner), own_k], dim=2)
             values = torch.cat([v.index_select(0, self._owner), own_v], dim=2)
             attended = _sdpa(own_q, keys, values, scale, attn_mask=self._mask.to(query.dtype))
@@ -161,7 +185,7 @@ class DecodeCache:
 
     def __init__(self, prompts: list[tuple[int, ...]], owner: Tensor, max_new_tokens: int, device: torch.device):
         lengths = torch.tensor([len(p) for p in prompts])
-        self._prompts = _Segments(_starts(lengths), lengths).to(device)
+        self._prompts = _Segments(lengths).to(device)
         self._owner, self._steps = owner.to(device), max_new_tokens
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
