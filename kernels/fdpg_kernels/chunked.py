@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .onednn import add_matmul, matmul
 from .reference import IGNORED, SequenceWeights
 from .sequence_weights import result_dtype, sum_by_sequence, weights_from_sums
 
@@ -36,19 +37,14 @@ class _Head:
     softcap: float | None
     weight_grad: Tensor | None = None  # [V, D]
     bias_grad: Tensor | None = None  # [V]
-    _scratch: Tensor | None = None  # used again for each chunk: a new one would live beside the last
 
     @property
     def chunk_rows(self) -> int:
         return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (self.weight.element_size() * len(self.weight))))
 
     def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
-        """Logits of these rows and vocabulary entries, [C, V'], valid until the next call."""
-        weight = self.weight[columns]
-        size = len(hidden) * len(weight)
-        if self._scratch is None or len(self._scratch) < size:
-            self._scratch = hidden.new_empty(size)
-        logits = torch.mm(hidden, weight.T, out=self._scratch[:size].view(len(hidden), len(weight)))
+        """Logits of these rows and vocabulary entries, [C, V']."""
+        logits = matmul(hidden, self.weight[columns].T)
         if self.bias is not None:
             logits += self.bias[columns]
         if self.softcap is not None:
@@ -69,7 +65,7 @@ class _Head:
 
     def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, _Block]:
         """log-probs [C] and what the backward needs of these rows."""
-        logits = self.logits(hidden)  # [C, V]
+        logits = self.logits(hidden)
         slope = self.slope(logits)
         target_logit = logits.gather(1, target_ids.long()[:, None])[:, 0]
         largest = logits.amax(dim=1, keepdim=True)
@@ -87,10 +83,10 @@ class _Head:
         if block.slope is not None:
             minus_one_hot.mul_(block.slope)
         if self.weight_grad is not None:
-            self.weight_grad.addmm_(minus_one_hot.T, hidden * scale[:, None])
+            add_matmul(self.weight_grad, minus_one_hot.T, hidden * scale[:, None])
         if self.bias_grad is not None:
             self.bias_grad.addmv_(minus_one_hot.T, scale)
-        return torch.mm(minus_one_hot, self.weight).mul_(scale[:, None]) if wants_hidden else None
+        return matmul(minus_one_hot, self.weight).mul_(scale[:, None]) if wants_hidden else None
 
 
 @dataclass(frozen=True)
@@ -125,6 +121,7 @@ def linear_logprob_forward(
             target_logit += logits.gather(1, local)[:, 0].masked_fill(~inside, 0.0)
             previous, largest = largest, torch.maximum(largest, logits.amax(1))
             total = total * (previous - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
+            del logits  # or it would live beside the next one
         logprob[rows] = target_logit - largest - total.log()
         kept[0, rows], kept[1, rows] = largest, total
     return logprob, kept
@@ -160,11 +157,12 @@ def linear_logprob_backward(
             if slope is not None:
                 minus_one_hot.mul_(slope)
             if head.weight_grad is not None:
-                head.weight_grad[columns].addmm_(minus_one_hot.T, scaled)
+                add_matmul(head.weight_grad[columns], minus_one_hot.T, scaled)
             if head.bias_grad is not None:
                 head.bias_grad[columns].addmv_(minus_one_hot.T, scale)
             if hidden_grad is not None:
-                x_grad.addmm_(minus_one_hot, head.weight[columns])
+                add_matmul(x_grad, minus_one_hot, head.weight[columns])
+            del logits, minus_one_hot, slope  # or they would live beside the next ones
         if hidden_grad is not None:
             hidden_grad[rows] = x_grad.mul_(scale[:, None]).to(hidden.dtype)
     return hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias)
@@ -227,8 +225,9 @@ def fdpg_loss(
         return loss, weights, torch.zeros_like(weights.clipped), None, None, None
 
     head = _head(weight, bias, temperature, softcap)
-    _allocate_gradients(head, wants[1], wants[2])
-    if weight_grad_out is not None and wants[1] and weight_grad_out.dtype == head.weight.dtype:
+    adds_in_place = weight_grad_out is not None and weight_grad_out.dtype == head.weight.dtype
+    _allocate_gradients(head, wants[1] and not adds_in_place, wants[2])
+    if wants[1] and adds_in_place:
         head.weight_grad = weight_grad_out
     hidden_grad = torch.empty_like(hidden) if wants[0] else None
     ends, num_sequences = cu_seqlens.tolist(), len(cu_seqlens) - 1
@@ -237,6 +236,7 @@ def fdpg_loss(
     baseline = options["baseline"]
     baseline = torch.as_tensor(0.0 if baseline is None else baseline, **per_sequence).expand(num_sequences)
 
+    block: Any = None
     parts, recomputed = [], torch.zeros(num_sequences, dtype=torch.bool, device=hidden.device)
     for first, last in sequence_groups(ends, head.chunk_rows):
         group, sequences = slice(ends[first], ends[last]), slice(first, last)
@@ -244,6 +244,7 @@ def fdpg_loss(
         owner = torch.repeat_interleave(torch.arange(last - first, device=hidden.device), lengths)
         chunks, token_logprob = _chunks(group.start, group.stop, head.chunk_rows), []
         for rows in chunks:
+            block = None  # or the last one would live beside this one
             x = hidden[rows].to(head.weight.dtype)
             logprob, block = head.forward(x, target_ids[rows])
             token_logprob.append(logprob)
@@ -263,6 +264,7 @@ def fdpg_loss(
         row_gradient = (-weights.weight / total_sequences)[owner].to(head.weight.dtype)  # d loss / d log π
         for rows in chunks:
             if len(chunks) > 1:  # a sequence longer than a chunk: its weight came after its first logits went
+                block = None
                 x = hidden[rows].to(head.weight.dtype)
                 block = head.forward(x, target_ids[rows])[1]
             gradient = row_gradient[rows.start - group.start : rows.stop - group.start]

@@ -112,7 +112,10 @@ class MultiplyAdds(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
             left, right = args[-2:]
-            self.count += left.shape[0] * left.shape[1] * right.shape[1]
+            self.count += left.numel() * right.shape[1]
+        elif func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            left, right = args[:2]
+            self.count += left.numel() * len(right)
         return func(*args, **(kwargs or {}))
 
 
