@@ -12,11 +12,12 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from fdpg_kernels import linear_logprob
+from fdpg_kernels import linear_logprob, onednn
 
 from . import packed
 from .contexts import Context
 from .errors import UserError
+from .linear_layers import use_fast_products
 from .rollouts import Rollouts
 
 
@@ -36,7 +37,7 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, D] → [B, V] float32, multiplied in float32: logits of 30 in bfloat16 are off by a tenth of a nat."""
         bias = None if self.bias is None else self.bias.float()
-        logits = torch.nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        logits = onednn.linear(hidden.float(), self.weight.float(), bias)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if self.temperature == 1.0 else logits / self.temperature
@@ -210,6 +211,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model: cannot load {path!r}: {_first_line(error)}{_hint(path)}") from None
+    use_fast_products(model)
     wrapper = EncoderDecoderModel if config.is_encoder_decoder else LanguageModel
     return wrapper(model.to(device))
 
