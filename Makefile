@@ -3,7 +3,7 @@
 # make bench  the benchmarks beside a plain PyTorch pipeline (minutes)
 
 export OMP_WAIT_POLICY ?= passive
-export GOMP_SPINCOUNT ?= 0
+export GOMP_SPINCOUNT ?= 2000
 
 PYTHON ?= python3
 BIN := .venv/bin

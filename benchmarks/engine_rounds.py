@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads of a busy machine time nothing
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, and as the command line does
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 # idle OpenMP threads that spin slow small models down; before torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read where kernels are defined; "auto" stays chunked on a CPU
 
 import pytest
