@@ -11,6 +11,7 @@ follows as soon as weights are known.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .onednn import add_matmul, matmul
+from .onednn import add_matmul, add_outer, matmul, pad_rows
 from .reference import IGNORED, SequenceWeights
 from .sequence_weights import result_dtype, sum_by_sequence, weights_from_sums
 
-BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block
+BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block, without padding
 BLOCK_ROWS = 1024  # at most; a small vocabulary needs no more
 TILE_BYTES = 8 * 2**20  # of the one [C, V'] tile; smaller and larger ones were slower
 
@@ -63,37 +64,48 @@ class _Head:
         """Ranges of the vocabulary whose logits of so many rows make a tile."""
         return _chunks(0, len(self.weight), max(1, TILE_BYTES // (self.weight.element_size() * num_rows)))
 
+    def pad(self, rows: Tensor, value: float = 0.0) -> Tensor:
+        return pad_rows(rows, self.weight, value)
+
+    def rows(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a chunk [C', D] and [C'], in the dtypes that are computed with; C' ≥ C where more rows are faster."""
+        return self.pad(hidden.to(self.weight.dtype)), self.pad(target_ids.long())
+
     def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, _Block]:
         """log-probs [C] and what the backward needs of these rows."""
-        logits = self.logits(hidden)
+        x, targets = self.rows(hidden, target_ids)
+        logits = self.logits(x)
         slope = self.slope(logits)
-        target_logit = logits.gather(1, target_ids.long()[:, None])[:, 0]
+        target_logit = logits.gather(1, targets[:, None])[:, 0]
         largest = logits.amax(dim=1, keepdim=True)
         exponentials = logits.sub_(largest).exp_()
         total = exponentials.sum(dim=1)
-        return target_logit - largest[:, 0] - total.log(), _Block(exponentials, total, slope)
+        logprob = target_logit - largest[:, 0] - total.log()
+        return logprob[: len(hidden)], _Block(x, targets, exponentials, total, slope)
 
-    def backward(
-        self, block: _Block, hidden: Tensor, target_ids: Tensor, gradient: Tensor, wants_hidden: bool
-    ) -> Tensor | None:
+    def backward(self, block: _Block, gradient: Tensor, wants_hidden: bool) -> Tensor | None:
         """Add the head's gradient of Σ gradient·log π, return that of hidden [C, D]; overwrites the block."""
-        scale = -gradient / (block.total * self.temperature)  # [C]
+        scale = -self.pad(gradient) / (block.total * self.temperature)  # [C']
         minus_one_hot = block.exponentials
-        minus_one_hot.scatter_add_(1, target_ids.long()[:, None], -block.total[:, None])
+        minus_one_hot.scatter_add_(1, block.targets[:, None], -block.total[:, None])
         if block.slope is not None:
             minus_one_hot.mul_(block.slope)
         if self.weight_grad is not None:
-            add_matmul(self.weight_grad, minus_one_hot.T, hidden * scale[:, None])
+            add_outer(self.weight_grad, minus_one_hot, block.x * scale[:, None])
         if self.bias_grad is not None:
             self.bias_grad.addmv_(minus_one_hot.T, scale)
-        return matmul(minus_one_hot, self.weight).mul_(scale[:, None]) if wants_hidden else None
+        if not wants_hidden:
+            return None
+        return matmul(minus_one_hot, self.weight).mul_(scale[:, None])[: len(gradient)]
 
 
 @dataclass(frozen=True)
 class _Block:
-    exponentials: Tensor  # [C, V]
-    total: Tensor  # [C]
-    slope: Tensor | None  # [C, V], d capped logit / d logit
+    x: Tensor  # [C', D]
+    targets: Tensor  # [C']
+    exponentials: Tensor  # [C', V]
+    total: Tensor  # [C']
+    slope: Tensor | None  # [C', V], d capped logit / d logit
 
 
 def _head(weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> _Head:
@@ -112,7 +124,7 @@ def linear_logprob_forward(
     head = _head(weight, bias, temperature, softcap)
     logprob, kept = head.weight.new_zeros(len(hidden)), head.weight.new_zeros(2, len(hidden))
     for rows in _kept_chunks(target_ids, BLOCK_ROWS):
-        x, targets = hidden[rows].to(head.weight.dtype), target_ids[rows].long()
+        x, targets = head.rows(hidden[rows], target_ids[rows])
         target_logit, total = x.new_zeros(len(x)), x.new_zeros(len(x))
         largest = x.new_full((len(x),), torch.finfo(x.dtype).min)  # not −inf: a whole tile may be −inf by its bias
         for columns in head.tiles(len(x)):
@@ -122,8 +134,9 @@ def linear_logprob_forward(
             previous, largest = largest, torch.maximum(largest, logits.amax(1))
             total = total * (previous - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
             del logits  # or it would live beside the next one
-        logprob[rows] = target_logit - largest - total.log()
-        kept[0, rows], kept[1, rows] = largest, total
+        num_rows = len(target_ids[rows])
+        logprob[rows] = (target_logit - largest - total.log())[:num_rows]
+        kept[0, rows], kept[1, rows] = largest[:num_rows], total[:num_rows]
     return logprob, kept
 
 
@@ -144,9 +157,9 @@ def linear_logprob_backward(
     _allocate_gradients(head, wants[1], wants[2])
     hidden_grad = torch.zeros_like(hidden) if wants[0] else None
     for rows in _kept_chunks(target_ids, BLOCK_ROWS):
-        x, targets = hidden[rows].to(head.weight.dtype), target_ids[rows].long()
-        largest, total = kept[:, rows]
-        scale = -gradient[rows] / (total * temperature)
+        x, targets = head.rows(hidden[rows], target_ids[rows])
+        largest, total = head.pad(kept[0, rows], math.inf), head.pad(kept[1, rows])  # where padded, E = 0
+        scale = head.pad(-gradient[rows] / (kept[1, rows] * temperature))
         scaled, x_grad = x * scale[:, None], torch.zeros_like(x)
         for columns in head.tiles(len(x)):
             logits = head.logits(x, columns)
@@ -157,14 +170,14 @@ def linear_logprob_backward(
             if slope is not None:
                 minus_one_hot.mul_(slope)
             if head.weight_grad is not None:
-                add_matmul(head.weight_grad[columns], minus_one_hot.T, scaled)
+                add_outer(head.weight_grad[columns], minus_one_hot, scaled)
             if head.bias_grad is not None:
                 head.bias_grad[columns].addmv_(minus_one_hot.T, scale)
             if hidden_grad is not None:
                 add_matmul(x_grad, minus_one_hot, head.weight[columns])
             del logits, minus_one_hot, slope  # or they would live beside the next ones
         if hidden_grad is not None:
-            hidden_grad[rows] = x_grad.mul_(scale[:, None]).to(hidden.dtype)
+            hidden_grad[rows] = x_grad.mul_(scale[:, None])[: len(gradient[rows])].to(hidden.dtype)
     return hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias)
 
 
@@ -245,8 +258,7 @@ def fdpg_loss(
         chunks, token_logprob = _chunks(group.start, group.stop, head.chunk_rows), []
         for rows in chunks:
             block = None  # or the last one would live beside this one
-            x = hidden[rows].to(head.weight.dtype)
-            logprob, block = head.forward(x, target_ids[rows])
+            logprob, block = head.forward(hidden[rows], target_ids[rows])
             token_logprob.append(logprob)
         sums = torch.zeros(2, last - first, dtype=torch.float64, device=hidden.device)
         if chunks:
@@ -265,10 +277,9 @@ def fdpg_loss(
         for rows in chunks:
             if len(chunks) > 1:  # a sequence longer than a chunk: its weight came after its first logits went
                 block = None
-                x = hidden[rows].to(head.weight.dtype)
-                block = head.forward(x, target_ids[rows])[1]
+                block = head.forward(hidden[rows], target_ids[rows])[1]
             gradient = row_gradient[rows.start - group.start : rows.stop - group.start]
-            x_grad = head.backward(block, x, target_ids[rows], gradient, wants[0])
+            x_grad = head.backward(block, gradient, wants[0])
             if hidden_grad is not None and x_grad is not None:
                 hidden_grad[rows] = x_grad.to(hidden.dtype)
 

@@ -29,19 +29,28 @@ def _is_faster_here() -> bool:
 AVAILABLE = _is_faster_here()
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(rows: Tensor, b: Tensor) -> Tensor:
     """[M, K] @ [K, N]; no gradients."""
-    return _product(a, b.T, None) if _suits(a, b.T) else torch.mm(a, b)
+    return _product(rows, b.T, None) if _suits(rows, b.T) else torch.mm(rows, b)
 
 
-def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_matmul(total: Tensor, rows: Tensor, b: Tensor) -> None:
     """Add [M, K] @ [K, N] to `total` [M, N], in place; no gradients."""
-    if not _suits(a, b.T):
-        total.addmm_(a, b)
+    if _suits(rows, b.T):
+        total += _product(rows, b.T, None)
+    else:
+        total.addmm_(rows, b)
+
+
+def add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the sum over rows of their outer products, [M, N]ᵀ @ [M, K], to `total` [N, K], in place; no gradients."""
+    if not _suits(left, right.T):
+        total.addmm_(left.T, right)
         return
-    rows = max(1, TILE_BYTES // (total.element_size() * total.shape[1]))
-    for part, factor in zip(total.split(rows), a.split(rows), strict=True):
-        part += _product(factor, b.T, None)
+    size = max(1, TILE_BYTES // (total.element_size() * total.shape[1]))
+    right = _padded(right)
+    for part, columns in zip(total.split(size), left.split(size, dim=1), strict=True):
+        part += _call(_padded(columns).T, right.T, None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -51,16 +60,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def pad_rows(rows: Tensor, weight: Tensor, value: float = 0.0) -> Tensor:
+    """[M, …] and up to an eighth more, where products with this weight are oneDNN's.
+
+    It keeps code for every number of rows that it ever saw, 1 MB each. The products above pad by themselves; who
+    multiplies the same rows more than once does it before.
+    """
+    return _padded(rows, value) if AVAILABLE and _is_plain(weight) else rows
+
+
+def _padded(rows: Tensor, value: float = 0.0) -> Tensor:
+    step = max(16, 2 ** (len(rows).bit_length() - 1) // 8)
+    missing = -len(rows) % step
+    return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing), value=value) if missing else rows
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    return (
-        AVAILABLE
-        and x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() * len(weight) >= SMALLEST
-    )
+    return AVAILABLE and _is_plain(x) and _is_plain(weight) and x.numel() * len(weight) >= SMALLEST
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _call(_padded(rows), weight, bias)[: len(rows)]
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -68,16 +95,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _product(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)  # [M, N]
+        rows = _padded(gradient.flatten(0, -2))  # [M, N]
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         return (
-            matmul(rows, weight).view_as(x) if wants_x else None,
-            matmul(rows.T, x.flatten(0, -2)) if wants_weight else None,
+            _call(rows, weight.T, None)[: x[..., 0].numel()].view_as(x) if wants_x else None,
+            _call(rows.T, _padded(x.flatten(0, -2)).T, None) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fdpg_kernels import onednn
+from fdpg_kernels import fdpg_loss, linear_logprob, onednn
 
 ROWS, IN, OUT = 66, 272, 240
 GENERATOR = torch.Generator().manual_seed(0)
@@ -41,20 +41,79 @@ def assert_near(found: torch.Tensor, exact: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("b_transposed", [False, True])
 @pytest.mark.parametrize("a_transposed", [False, True])
-def test_products(monkeypatch, a_transposed, b_transposed):
+def test_products(a_transposed, b_transposed):
     a, b = drawn(ROWS, IN, transposed=a_transposed), drawn(IN, OUT, transposed=b_transposed)
-    exact = a.double() @ b.double()
+    exact, total = a.double() @ b.double(), drawn(ROWS, OUT)
     with Calls() as calls:
         assert_near(onednn.matmul(a, b), exact)
-    assert calls.count == 1
-
-    monkeypatch.setattr(onednn, "TILE_BYTES", 20 * OUT * 4)  # the last of four tiles has 6 rows
-    total = drawn(ROWS, OUT)
-    exact += total.double()
-    with Calls() as calls:
+        exact += total.double()
         onednn.add_matmul(total, a, b)
     assert_near(total, exact)
+    assert calls.count == 2
+
+
+@pytest.mark.parametrize("rows", [ROWS, 80], ids=["padded", "whole"])
+def test_sums_of_outer_products(monkeypatch, rows):
+    monkeypatch.setattr(onednn, "TILE_BYTES", 70 * IN * 4)  # the last of four tiles has 30 rows
+    left, right, total = drawn(rows, OUT), drawn(rows, IN), drawn(OUT, IN)
+    exact = total.double() + left.double().T @ right.double()
+    with Calls() as calls:
+        onednn.add_outer(total, left, right)
+    assert_near(total, exact)
     assert calls.count == 4
+
+
+def test_numbers_of_rows_are_few():
+    # oneDNN never forgets the code that it made for a shape: a thousand rounds must not fill the memory with it
+    weight = drawn(1, 1)
+    found = {m: len(onednn.pad_rows(torch.zeros(m, 1), weight)) for m in range(5000)}
+    assert all(m <= padded <= max(m + 15, 1.125 * m) for m, padded in found.items())
+    assert len(set(found.values())) < 60
+    assert all(len(onednn.pad_rows(torch.zeros(m), weight)) == m for m in found.values())  # once is enough
+    assert onednn.pad_rows(torch.zeros(17), weight.double()).shape == (17,)
+
+    shapes = []
+
+    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+                shapes.append((*args[0].shape, len(args[1])))
+            return func(*args, **(kwargs or {}))
+
+    layer = drawn(OUT, IN).requires_grad_()
+    with Shapes():
+        for m in range(130, 145):
+            onednn.linear(drawn(m, IN).requires_grad_(), layer).sum().backward()
+    assert len(shapes) == 3 * 15 and set(shapes) == {(144, IN, OUT), (144, OUT, IN), (OUT, 144, IN)}
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("num_rows", [1, 37, 80])
+def test_the_ops_are_the_same_on_padded_rows(monkeypatch, num_rows, softcap):
+    monkeypatch.setattr(onednn, "SMALLEST", 0)
+    vocabulary, lengths = 300, torch.tensor([num_rows // 2, num_rows - num_rows // 2])
+    hidden, weight, bias = drawn(num_rows, IN), 0.1 * drawn(vocabulary, IN), drawn(vocabulary)
+    bias[:2] = torch.tensor([200.0, -torch.inf])  # beside logits of 0, as padding has: exp(200) is infinite in float32
+    targets = torch.randint(2, vocabulary, (num_rows,), generator=GENERATOR)
+    upstream, behavior = drawn(num_rows), drawn(num_rows) - 200
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+
+    def run(impl):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        logprob = linear_logprob(leaves[0], leaves[1], targets, bias=leaves[2], softcap=softcap, impl=impl)
+        found = [logprob, *torch.autograd.grad(logprob, leaves, upstream.to(logprob.dtype))]
+        loss = fdpg_loss(
+            leaves[0], leaves[1], targets, cu_seqlens, behavior, torch.tensor([-9.0, -8.0]), torch.tensor(0.0),
+            bias=leaves[2], softcap=softcap, ratio_cap=2.0, impl=impl,
+        ).loss  # fmt: skip
+        return [*found, loss, *torch.autograd.grad(loss, leaves)]
+
+    with Calls() as calls:
+        found = run("chunked")
+    assert calls.count > 0
+    for ours, exact in zip(found, run("reference"), strict=True):
+        assert bool(ours.isfinite().all())
+        torch.testing.assert_close(ours.detach().double(), exact.detach().double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(ROWS, IN), (3, ROWS // 3, IN)])
