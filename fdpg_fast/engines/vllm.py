@@ -168,7 +168,7 @@ class VLLMEngine:
         else:
             seeds = [(seed + i * samples_per_context) % LARGEST_SEED for i in range(len(prompts))]
             parameters = [SamplingParams(**shared, seed=seed_of_context) for seed_of_context in seeds]
-        with _own_generators(seed):
+        with _own_generators(seed), _without_ranks():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])
 
@@ -247,20 +247,13 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quietly())
-        if device.type == "cpu":
+        stack.enter_context(_without_ranks())
+        if device.type == "cpu" and not packs:  # neither by oneDNN nor, on CPUs with AMX, by SGL's kernels
             import vllm._custom_ops
-            import vllm.v1.sample.sampler as sampler
+            import vllm.model_executor.layers.utils as layers
 
-            # the rank that comes with each log-prob, which nobody reads: counting it takes longer than the log-prob
-            # itself, and compiling the count 20 s at the first call
-            sampler.batched_count_greater_than = lambda x, values: x.new_zeros(len(x), dtype=torch.int64)
-            if not packs:  # neither by oneDNN nor, on CPUs with AMX, by SGL's kernels
-                import vllm.model_executor.layers.utils as layers
-
-                sgl = (layers, "check_cpu_sgl_kernel", lambda *shape_and_dtype: False)
-                for module, name, value in ((vllm._custom_ops, "_supports_onednn", False), sgl):
-                    stack.callback(setattr, module, name, getattr(module, name))
-                    setattr(module, name, value)
+            stack.enter_context(_replaced(vllm._custom_ops, "_supports_onednn", False))
+            stack.enter_context(_replaced(layers, "check_cpu_sgl_kernel", lambda *shape_and_dtype: False))
         try:
             return vllm.LLM(**settings)
         except (ValueError, NotImplementedError, RuntimeError) as error:
@@ -277,6 +270,27 @@ def _quietly() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    kept = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, kept)
+
+
+def _without_ranks() -> contextlib.AbstractContextManager[None]:
+    """Every log-prob comes with the rank of its token, which nobody reads here: counting it takes longer than the
+    log-prob itself, and compiling the count 20 s at the first call."""
+    import vllm.v1.sample.sampler as sampler
+
+    def zeros(logprobs: Tensor, values: Tensor) -> Tensor:
+        return logprobs.new_zeros(len(logprobs), dtype=torch.int64)
+
+    return _replaced(sampler, "batched_count_greater_than", zeros)
 
 
 @contextlib.contextmanager

@@ -117,6 +117,19 @@ def test_weights_are_not_shared_where_they_would_be_wrong(running):
         engine._llm.apply_model(lambda model: shared_views(policy.model, model))
 
 
+def test_ranks_are_neither_counted_nor_compiled_here_and_still_are_elsewhere(running):
+    from torch._dynamo.utils import counters
+    from vllm.v1.sample import sampler
+    from vllm.v1.sample.ops.logprobs import batched_count_greater_than
+
+    counters.clear()
+    policy, engine = running("tied")
+    engine.sync_weights(policy, 0)
+    engine.sample(CONTEXTS, 8, seed=1)
+    assert not counters["stats"]  # the count alone takes 20 s to compile
+    assert sampler.batched_count_greater_than is batched_count_greater_than
+
+
 def test_completions_end_as_they_say(running):
     policy, engine = running("untied")
     engine.sync_weights(policy, 0)
