@@ -2,9 +2,6 @@
 # make test   install the test extras, check style and types, run the tests
 # make bench  the benchmarks beside a plain PyTorch pipeline (minutes)
 
-export OMP_WAIT_POLICY ?= passive
-export GOMP_SPINCOUNT ?= 2000
-
 PYTHON ?= python3
 BIN := .venv/bin
 CPU_TORCH := torch==2.13.0+cpu

@@ -1,12 +1,10 @@
-"""Threads that spin as little as the command line's, the import path of this folder, and the lines printed under the benchmark table."""
+"""The command line's environment, the import path of this folder, and the lines printed under the benchmark table."""
 
 from __future__ import annotations
 
-import os
+from fdpg_fast.environment import prepare_environment
 
-# before torch: threads that spin for long time nothing but themselves on a busy machine
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+prepare_environment()  # before torch is imported
 
 import pytest
 

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, and as the command line does
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+from fdpg_fast.environment import prepare_environment
+
+prepare_environment()  # before torch is imported
 
 import torch
 

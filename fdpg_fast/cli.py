@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from .environment import prepare_environment
 from .errors import RunError, UserError
 
 TRAIN_OPTIONS = ("--resume", "--dry-run", "--keys", "--help")
@@ -17,10 +18,7 @@ MAX_DRAWS = 4096
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 failed while running, 2 bad input."""
-    # threads that wait for the next loop spin for some 20 µs: for longer, as OpenMP does by itself, a busy machine runs
-    # small models many times slower, and not at all, an idle one is a fifth slower; set before torch loads
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    prepare_environment()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM on a CPU warns of how it binds memory
     try:
         known, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# idle OpenMP threads that spin slow small models down; before torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+from fdpg_fast.environment import prepare_environment
+
+prepare_environment()  # before torch is imported
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read where kernels are defined; "auto" stays chunked on a CPU
 
 import pytest
