@@ -68,7 +68,7 @@ class _Head:
         return pad_rows(rows, self.weight, value)
 
     def rows(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a chunk [C', D] and [C'], in the dtypes that are computed with; C' ≥ C where more rows are faster."""
+        """Of a chunk [C', D] and [C'], in the dtypes that are computed with; C' ≥ C where products pad their rows."""
         return self.pad(hidden.to(self.weight.dtype)), self.pad(target_ids.long())
 
     def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, _Block]:
