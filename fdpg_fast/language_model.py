@@ -211,9 +211,9 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model: cannot load {path!r}: {_first_line(error)}{_hint(path)}") from None
+    model = model.to(device)
     use_fast_products(model)
-    wrapper = EncoderDecoderModel if config.is_encoder_decoder else LanguageModel
-    return wrapper(model.to(device))
+    return (EncoderDecoderModel if config.is_encoder_decoder else LanguageModel)(model)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fdpg_kernels import onednn
@@ -18,9 +19,9 @@ class _Conv1D(Conv1D):
         return onednn.linear(x, self.weight.T, self.bias)
 
 
-def use_fast_products(model: nn.Module) -> None:
+def use_fast_products(model: PreTrainedModel) -> None:
     """Change how layers multiply, in place; nothing else about them, and nothing where PyTorch is as fast."""
-    if not onednn.AVAILABLE:
+    if not onednn.AVAILABLE or model.device.type != "cpu":
         return
     ours: dict[type, type] = {nn.Linear: _Linear, Conv1D: _Conv1D}
     for module in model.modules():
