@@ -124,7 +124,8 @@ def linear_logprob_forward(
     head = _head(weight, bias, temperature, softcap)
     logprob, kept = head.weight.new_zeros(len(hidden)), head.weight.new_zeros(2, len(hidden))
     for rows in _kept_chunks(target_ids, BLOCK_ROWS):
-        x, targets = head.rows(hidden[rows], target_ids[rows])
+        chosen = target_ids[rows]
+        x, targets = head.rows(hidden[rows], chosen)
         target_logit, total = x.new_zeros(len(x)), x.new_zeros(len(x))
         largest = x.new_full((len(x),), torch.finfo(x.dtype).min)  # not −inf: a whole tile may be −inf by its bias
         for columns in head.tiles(len(x)):
@@ -134,9 +135,8 @@ def linear_logprob_forward(
             previous, largest = largest, torch.maximum(largest, logits.amax(1))
             total = total * (previous - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
             del logits  # or it would live beside the next one
-        num_rows = len(target_ids[rows])
-        logprob[rows] = (target_logit - largest - total.log())[:num_rows]
-        kept[0, rows], kept[1, rows] = largest[:num_rows], total[:num_rows]
+        logprob[rows] = (target_logit - largest - total.log())[: len(chosen)]
+        kept[0, rows], kept[1, rows] = largest[: len(chosen)], total[: len(chosen)]
     return logprob, kept
 
 
@@ -158,8 +158,9 @@ def linear_logprob_backward(
     hidden_grad = torch.zeros_like(hidden) if wants[0] else None
     for rows in _kept_chunks(target_ids, BLOCK_ROWS):
         x, targets = head.rows(hidden[rows], target_ids[rows])
-        largest, total = head.pad(kept[0, rows], math.inf), head.pad(kept[1, rows])  # where padded, E = 0
-        scale = head.pad(-gradient[rows] / (kept[1, rows] * temperature))
+        largest, total = kept[:, rows]
+        row_scale = -gradient[rows] / (total * temperature)
+        scale, largest, total = head.pad(row_scale), head.pad(largest, math.inf), head.pad(total)  # where padded, E = 0
         scaled, x_grad = x * scale[:, None], torch.zeros_like(x)
         for columns in head.tiles(len(x)):
             logits = head.logits(x, columns)
@@ -177,7 +178,7 @@ def linear_logprob_backward(
                 add_matmul(x_grad, minus_one_hot, head.weight[columns])
             del logits, minus_one_hot, slope  # or they would live beside the next ones
         if hidden_grad is not None:
-            hidden_grad[rows] = x_grad.mul_(scale[:, None])[: len(gradient[rows])].to(hidden.dtype)
+            hidden_grad[rows] = x_grad.mul_(scale[:, None])[: len(row_scale)].to(hidden.dtype)
     return hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias)
 
 

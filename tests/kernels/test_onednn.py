@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_kernels import fdpg_loss, linear_logprob, onednn
 
@@ -18,14 +19,21 @@ def chosen(monkeypatch):
     monkeypatch.setattr(onednn, "SMALLEST", ROWS * IN * OUT)
 
 
-class Calls(torch.utils._python_dispatch.TorchDispatchMode):
-    """Of oneDNN's product."""
+class Calls(TorchDispatchMode):
+    """Of oneDNN's product, [M, K] @ [K, N]: (M, K, N) of each."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket is torch.ops.mkldnn._linear_pointwise
+        if func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            self.shapes.append((*args[0].shape, len(args[1])))
         return func(*args, **(kwargs or {}))
+
+    @property
+    def count(self) -> int:
+        return len(self.shapes)
 
 
 def drawn(*shape: int, transposed: bool = False, **options) -> torch.Tensor:
@@ -72,19 +80,11 @@ def test_numbers_of_rows_are_few():
     assert all(len(onednn.pad_rows(torch.zeros(m), weight)) == m for m in found.values())  # once is enough
     assert onednn.pad_rows(torch.zeros(17), weight.double()).shape == (17,)
 
-    shapes = []
-
-    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket is torch.ops.mkldnn._linear_pointwise:
-                shapes.append((*args[0].shape, len(args[1])))
-            return func(*args, **(kwargs or {}))
-
     layer = drawn(OUT, IN).requires_grad_()
-    with Shapes():
+    with Calls() as calls:
         for m in range(130, 145):
             onednn.linear(drawn(m, IN).requires_grad_(), layer).sum().backward()
-    assert len(shapes) == 3 * 15 and set(shapes) == {(144, IN, OUT), (144, OUT, IN), (OUT, 144, IN)}
+    assert calls.count == 3 * 15 and set(calls.shapes) == {(144, IN, OUT), (144, OUT, IN), (OUT, 144, IN)}
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
