@@ -21,7 +21,7 @@ class _Conv1D(Conv1D):
 
 def use_fast_products(model: PreTrainedModel) -> None:
     """Change how layers multiply, in place; nothing else about them, and nothing where PyTorch is as fast."""
-    if not onednn.AVAILABLE or model.device.type != "cpu":
+    if not onednn.SUITS_LAYERS or model.device.type != "cpu":
         return
     ours: dict[type, type] = {nn.Linear: _Linear, Conv1D: _Conv1D}
     for module in model.modules():

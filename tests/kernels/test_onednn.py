@@ -157,9 +157,9 @@ def test_everything_else_is_left_to_pytorch(rows, dtype, autocast):
 
 def test_another_processor_uses_pytorch(monkeypatch):
     for name in ("Intel(R) Xeon(R)", "AMD EPYC"):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"cpu_name": name, "avx512_f": True})
-        assert onednn._is_faster_here() == name.startswith("AMD")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC", "avx512_f": False})
-    assert not onednn._is_faster_here()
+        found = {"cpu_name": name, "avx2": True, "avx512_f": False}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert onednn._is_faster_here("avx2") == name.startswith("AMD")
+        assert not onednn._is_faster_here("avx512_f")
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not onednn._is_faster_here()
+    assert not onednn._is_faster_here("avx2")
