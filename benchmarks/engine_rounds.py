@@ -80,9 +80,9 @@ def measure(setting_name: str, folder: Path) -> Measured:
     gaps = {name: engine_turns.check(trainer) for name, trainer in trainers.items()}
 
     engines = [trainer.engine for trainer in trainers.values()]
-    samplers = engine_turns.samplers_of(trainers["vllm"].engine, seeds=True)
+    samplers = engine_turns.samplers_of(trainers["vllm"].engine)
     samplers |= {"VLLMEngine, shared weights": engine_turns.through(trainers[SHARED].engine)}
-    samplers |= engine_turns.samplers_of(trainers["transformers"].engine, seeds=True)
+    samplers |= engine_turns.samplers_of(trainers["transformers"].engine)
     sampling = engine_turns.take_turns(
         samplers, trainers["vllm"], repeats.samplings, lambda: engine_turns.forget_prefixes(*engines)
     )

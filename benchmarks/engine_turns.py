@@ -40,11 +40,10 @@ class Turns:
     load_average: list[float] = field(default_factory=list)
 
 
-def bare_vllm(engine: VLLMEngine, *, seeds: bool = False, **settings: Any) -> Sampler:
+def bare_vllm(engine: VLLMEngine, **settings: Any) -> Sampler:
     """`LLM.generate` on the engine's own LLM, as somebody calls it who wants tokens: the same ends, no log-probs.
 
     Args:
-        seeds: one a prompt, as the engine draws on the CPU.
         settings: further ones of `SamplingParams`.
     """
     from vllm import SamplingParams
@@ -53,10 +52,7 @@ def bare_vllm(engine: VLLMEngine, *, seeds: bool = False, **settings: Any) -> Sa
 
     def sample(contexts: Sequence[Context], samples: int, seed: int) -> int:
         prompts = [{"prompt_token_ids": list(context.token_ids)} for context in contexts]
-        parameters = [
-            SamplingParams(**kept, n=samples, seed=seed + i * samples if seeds else None) for i in range(len(prompts))
-        ]
-        outputs = engine._llm.generate(prompts, parameters, use_tqdm=False)
+        outputs = engine._llm.generate(prompts, SamplingParams(**kept, n=samples), use_tqdm=False)
         return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
 
     return sample
@@ -67,15 +63,15 @@ def through(engine: Engine) -> Sampler:
     return lambda contexts, samples, seed: engine.sample(contexts, samples, seed).num_tokens
 
 
-def samplers_of(engine: Engine, *, seeds: bool) -> dict[str, Sampler]:
+def samplers_of(engine: Engine) -> dict[str, Sampler]:
     """An engine's own way to sample and, for vLLM, the barer ones that show where its time goes."""
     if not isinstance(engine, VLLMEngine):
         return {"TransformersEngine": through(engine)}
-    logprobs: dict[str, Any] = {"logprobs": 0, "flat_logprobs": True}
-    found = {"bare vLLM": bare_vllm(engine), "bare vLLM, log-probs": bare_vllm(engine, **logprobs)}
-    if seeds:
-        found["bare vLLM, log-probs, seeds"] = bare_vllm(engine, seeds=True, **logprobs)
-    return {**found, "VLLMEngine": through(engine)}
+    return {
+        "bare vLLM": bare_vllm(engine),
+        "bare vLLM, log-probs": bare_vllm(engine, logprobs=0, flat_logprobs=True),
+        "VLLMEngine": through(engine),
+    }
 
 
 def take_turns(samplers: dict[str, Sampler], trainer: Trainer, repeats: int, before: Callable[[], Any]) -> Turns:

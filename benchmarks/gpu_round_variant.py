@@ -88,7 +88,7 @@ def measure(job: Job, save: Callable[..., None]) -> None:
     save(gaps=engine_turns.check(trainer))
 
     turns = engine_turns.take_turns(
-        engine_turns.samplers_of(engine, seeds=False),
+        engine_turns.samplers_of(engine),
         trainer,
         job.repeats,
         lambda: engine_turns.forget_prefixes(engine),

@@ -14,7 +14,6 @@ from test_round import Replay
 SAMPLERS = (
     "bare vLLM",
     "bare vLLM, log-probs",
-    "bare vLLM, log-probs, seeds",
     "VLLMEngine",
     "VLLMEngine, shared weights",
     "TransformersEngine",

@@ -20,8 +20,6 @@ from ..errors import RunError, UserError
 from ..language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
 
-LARGEST_SEED = 2**62  # of a request; vLLM numbers the n samples of a request from its seed on
-
 
 class VLLMEngine:
     """Samples with vLLM's own copy of the policy's weights, or with the policy's own where they can be shared.
@@ -162,13 +160,9 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         prompts = [{"prompt_token_ids": list(context.token_ids)} for context in contexts]
-        shared = dict(self._sampling, n=samples_per_context, output_kind=RequestOutputKind.FINAL_ONLY)
-        if self._policy.device.type == "cuda":  # one seed for all: with one a request vLLM would draw row by row
-            parameters = [SamplingParams(**shared)] * len(prompts)
-        else:
-            seeds = [(seed + i * samples_per_context) % LARGEST_SEED for i in range(len(prompts))]
-            parameters = [SamplingParams(**shared, seed=seed_of_context) for seed_of_context in seeds]
-        with _own_generators(seed), _without_ranks():
+        parameters = SamplingParams(**self._sampling, n=samples_per_context, output_kind=RequestOutputKind.FINAL_ONLY)
+        # one seed for all: with one a request vLLM would draw row by row
+        with _own_generators(seed), _sampled_logprobs_only():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])
 
@@ -247,7 +241,7 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quietly())
-        stack.enter_context(_without_ranks())
+        stack.enter_context(_sampled_logprobs_only())
         if device.type == "cpu" and not packs:  # neither by oneDNN nor, on CPUs with AMX, by SGL's kernels
             import vllm._custom_ops
             import vllm.model_executor.layers.utils as layers
@@ -273,24 +267,33 @@ def _quietly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    kept = getattr(module, name)
-    setattr(module, name, value)
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, kept)
+        setattr(owner, name, kept)
 
 
-def _without_ranks() -> contextlib.AbstractContextManager[None]:
-    """Every log-prob comes with the rank of its token, which nobody reads here: counting it takes longer than the
-    log-prob itself, and compiling the count 20 s at the first call."""
+@contextlib.contextmanager
+def _sampled_logprobs_only() -> Iterator[None]:
+    """Leave out what comes with every log-prob and nobody reads here: the rank of its token, which takes longer to
+    count than the log-prob itself, and 20 s to compile at the first call; and six lists beside that of log-probs."""
+    import vllm.v1.engine.logprobs as lists
     import vllm.v1.sample.sampler as sampler
 
     def zeros(logprobs: Tensor, values: Tensor) -> Tensor:
         return logprobs.new_zeros(len(logprobs), dtype=torch.int64)
 
-    return _replaced(sampler, "batched_count_greater_than", zeros)
+    def append(self: Any, found: Any) -> None:
+        self.logprobs.logprobs.extend(found.logprobs[:, 0].tolist())
+
+    with (
+        _replaced(sampler, "batched_count_greater_than", zeros),
+        _replaced(lists.LogprobsProcessor, "_update_sample_logprobs", append),
+    ):
+        yield
 
 
 @contextlib.contextmanager
