@@ -1,4 +1,4 @@
-"""From config to features, target and engine."""
+"""From config to device, features, target and engine."""
 
 from __future__ import annotations
 
@@ -20,6 +20,21 @@ from .language_model import LanguageModel, load_model
 from .memory import machine_memory
 from .metrics import RESERVED
 from .targets import Target, distributional, pointwise, rlhf
+
+
+def choose_device(name: str) -> str:
+    """The name of the device that `device:` asks for.
+
+    Raises:
+        UserError: there is none of this name here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} is not usable here: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def build_feature(config: c.FeatureConfig, device: str) -> Feature:
@@ -228,6 +243,7 @@ def build_engine(
                 kv_cache_bytes=memory.kv_cache,
                 share_weights=settings.share_weights if sharing.share_weights else False,
                 sleeps=sharing.sleeps,
+                beside_learner=config.trainer.pipeline_depth > 0,
                 trust_remote_code=config.trust_remote_code,
                 say=say,
             )

@@ -113,6 +113,7 @@ def test_vllm_samples_from_the_merged_weights_after_a_sync_and_only_then(folders
         kv_cache_bytes=2**26,
         share_weights=False,
         sleeps=False,
+        beside_learner=False,
         trust_remote_code=False,
         say=print,
     )

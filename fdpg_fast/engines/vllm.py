@@ -20,6 +20,8 @@ from ..errors import RunError, UserError
 from ..language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
 
+LARGEST_SEED = 2**62  # of a request; vLLM numbers the n samples of a request from its seed on
+
 
 class VLLMEngine:
     """Samples with vLLM's own copy of the policy's weights, or with the policy's own where they can be shared.
@@ -35,6 +37,7 @@ class VLLMEngine:
         share_weights: make the policy's parameters views of vLLM's, so that a sync moves nothing and the second set
             of weights does not exist; None where that is valid and costs no speed.
         sleeps: give back weights and cache during the update (one GPU for both).
+        beside_learner: rounds are sampled ahead, while other threads may draw from the global generators or seed them.
         trust_remote_code: run Python code that comes with the model's repository.
         say: takes the lines that tell a person how it goes.
 
@@ -54,11 +57,14 @@ class VLLMEngine:
         kv_cache_bytes: int,
         share_weights: bool | None,
         sleeps: bool,
+        beside_learner: bool,
         trust_remote_code: bool,
         say: Callable[[str], None],
     ):
         self._policy, self._say, self._sleeps = policy, say, sleeps
         self._share = share_weights
+        # a generator for each of them; not on a GPU, where vLLM would draw row by row then
+        self._seeds_requests = beside_learner and policy.device.type == "cpu"
         self._settings: dict[str, Any] = dict(
             model=path,
             dtype=policy.model.dtype,
@@ -160,8 +166,11 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         prompts = [{"prompt_token_ids": list(context.token_ids)} for context in contexts]
-        parameters = SamplingParams(**self._sampling, n=samples_per_context, output_kind=RequestOutputKind.FINAL_ONLY)
-        # one seed for all: with one a request vLLM would draw row by row
+        shared = dict(self._sampling, n=samples_per_context, output_kind=RequestOutputKind.FINAL_ONLY)
+        parameters: Any = SamplingParams(**shared)
+        if self._seeds_requests:
+            seeds = [(seed + i * samples_per_context) % LARGEST_SEED for i in range(len(prompts))]
+            parameters = [SamplingParams(**shared, seed=seed_of_context) for seed_of_context in seeds]
         with _own_generators(seed), _sampled_logprobs_only():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])

@@ -279,6 +279,7 @@ def test_vllm_makes_of_the_planned_bytes_the_planned_blocks(tmp_path):
             kv_cache_bytes=kv_cache_bytes,
             share_weights=False,
             sleeps=False,
+            beside_learner=False,
             trust_remote_code=False,
             say=lambda line: None,
         )

@@ -2,7 +2,9 @@
 
 import math
 import random
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -22,7 +24,9 @@ def folders(tmp_path_factory):
     return {tied: save_model(root / f"tied-{tied}", tied=tied) for tied in (True, False)}
 
 
-def make_engine(folder, *, said=None, dtype="float32", share_weights=False, max_length=256, policy=None):
+def make_engine(
+    folder, *, said=None, dtype="float32", share_weights=False, max_length=256, policy=None, beside_learner=False
+):
     policy = policy or load_model(str(folder), dtype, "cpu", trust_remote_code=False)
     engine = VLLMEngine(
         policy,
@@ -34,6 +38,7 @@ def make_engine(folder, *, said=None, dtype="float32", share_weights=False, max_
         kv_cache_bytes=2**26,
         share_weights=share_weights,
         sleeps=False,  # a CPU build cannot
+        beside_learner=beside_learner,
         trust_remote_code=False,
         say=(said if said is not None else []).append,
     )
@@ -50,6 +55,7 @@ def running(folders):
             settings = {
                 "tied": dict(),
                 "untied": dict(),
+                "ahead": dict(beside_learner=True),
                 "bfloat16": dict(dtype="bfloat16"),
                 "shared": dict(share_weights=True),
             }
@@ -161,8 +167,10 @@ def test_first_tokens_follow_the_policy(running):
     assert float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), statistic / 2)) > 1e-3
 
 
-def test_equal_seeds_give_equal_samples_and_nothing_else_does(running):
-    _, engine = running("untied")
+@pytest.mark.parametrize("name", ["untied", "ahead"])
+def test_equal_seeds_give_equal_samples_and_nothing_else_does(running, name):
+    policy, engine = running(name)
+    engine.sync_weights(policy, 0)
     first, other, again = (engine.sample(CONTEXTS, 4, seed=seed) for seed in (5, 6, 5))
     assert torch.equal(first.token_ids, again.token_ids)
     assert torch.equal(first.behavior_logprob, again.behavior_logprob)
@@ -170,6 +178,25 @@ def test_equal_seeds_give_equal_samples_and_nothing_else_does(running):
     texts = [tuple(ids) for ids in first.completion_ids()]
     assert texts[4:8] != texts[8:12]  # two contexts of one prompt
     assert max(Counter(texts).values()) < 4  # nor are the samples of one context copies
+
+
+def test_rounds_ahead_are_the_same_whatever_features_draw_meanwhile(running):
+    policy, engine = running("ahead")
+    engine.sync_weights(policy, 0)
+    expected = engine.sample(CONTEXTS, 16, seed=5)
+    done = threading.Event()
+
+    def feature():
+        while not done.is_set():
+            torch.manual_seed(0)
+
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(feature)
+        try:
+            found = engine.sample(CONTEXTS, 16, seed=5)
+        finally:
+            done.set()
+    assert torch.equal(found.token_ids, expected.token_ids)
 
 
 def test_stale_weights_are_not_sampled_from(running):
