@@ -8,11 +8,9 @@ Writes DIR/<chip>-<date>.json (every single repeat) and a Markdown table after e
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -30,6 +28,7 @@ import torch
 from benchmarks import gpu_cases, gpu_report
 from benchmarks.gpu_cases import Case, Method, Shape
 from benchmarks.gpu_methods import EAGER, PEERS, own_methods
+from benchmarks.gpu_options import make_parser, result_path, why_not, write
 
 SECONDS_PER_METHOD = 0.6  # of timed repeats in one mode: slow methods get fewer
 
@@ -202,30 +201,18 @@ def measure_case(shape: Shape, methods: list[Method], result: dict[str, Any], ti
 
 
 def main(argv: list[str] | None = None, peers: dict[str, Callable[[], Method]] = PEERS) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON, table and figure")
-    parser.add_argument("--minutes", type=float, default=7, help="no new case starts that would end after this; 7")
-    parser.add_argument(
-        "--repeats", type=int, choices=range(1, 101), metavar="N", default=10, help="of each timing; 10"
-    )
+    parser = make_parser("benchmarks.gpu", str(__doc__), minutes=7, repeats=10)
     parser.add_argument("--without", action="append", default=[], metavar="METHOD", help="leave this one out")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes: does it run?")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options, started = parser.parse_args(argv), time.monotonic()
-    if options.device == "cpu" and not options.smoke:
-        print("--device cpu runs tiny shapes only: add --smoke", file=sys.stderr)
-        return 2
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("this benchmark needs an NVIDIA GPU; --device cpu --smoke only shows that it runs", file=sys.stderr)
+    if reason := why_not(options):
+        print(reason, file=sys.stderr)
         return 2
 
     timer = Timer(torch.device(options.device))
     methods, skipped = collect(own_methods(timer.device), peers, options.without, timer)
     result: dict[str, Any] = {"ceilings": ceilings(timer, 5 * options.repeats), "limits": gpu_cases.LIMITS}
     result |= {"machine": gpu_report.machine(timer.device), "skipped": skipped, "left_out": [], "cases": []}
-    chip = re.sub(r"[^a-z0-9]+", "-", result["machine"]["chip"].lower()).strip("-")
-    path = options.out / f"{chip}-{result['machine']['date'][:10]}.json"
-    options.out.mkdir(parents=True, exist_ok=True)
+    path = result_path(options.out, result["machine"])
     longest, ours = 0.0, {method.name for method in methods if method.ours}
     for shape in gpu_cases.SMOKE_SHAPES if options.smoke else gpu_cases.SHAPES:
         begun = time.monotonic()
@@ -235,9 +222,9 @@ def main(argv: list[str] | None = None, peers: dict[str, Callable[[], Method]] =
         try:
             measure_case(shape, methods, result, timer, options.repeats)
         finally:
-            gpu_report.write(result, path)
+            write(result, gpu_report.markdown(result), path)
         longest = max(longest, time.monotonic() - begun)
-    gpu_report.write(result, path)
+    write(result, gpu_report.markdown(result), path)
     for left_out in result["left_out"]:
         print(f"LEFT OUT {left_out['name']}, {left_out['tokens']} tokens: {left_out['reason']}")
     print(gpu_report.plot(result, path.with_suffix(".png")))

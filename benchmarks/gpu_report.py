@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import platform
 import statistics
 import subprocess
@@ -106,19 +105,12 @@ def _cells(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """The JSON, whole or not at all, and the Markdown beside it."""
-    unfinished = path.with_suffix(".json.part")
-    unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    unfinished.replace(path)
-    path.with_suffix(".md").write_text("\n".join(_markdown(result)) + "\n")
-
-
 def _title(case: dict[str, Any]) -> str:
     return f"{case['name']}: N={case['tokens']:,} D={case['width']:,} V={case['vocabulary']:,}"
 
 
-def _markdown(result: dict[str, Any]) -> Iterator[str]:
+def markdown(result: dict[str, Any]) -> Iterator[str]:
+    """The tables, line by line."""
     found, ceilings = result["machine"], result["ceilings"]
     yield f"# {found['chip']}, {found['date'][:10]}\n"
     yield f"torch {found['torch']}, triton {found['triton']}, CUDA {found['cuda']}, commit {found['commit']}. Measured"

@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))  # last: a
 import torch
 
 from benchmarks import gpu_report, gpu_round_report
+from benchmarks.gpu_options import make_parser, result_path, why_not, write
 from benchmarks.gpu_round_cases import CASES, SMOKE_CASES, VARIANTS, Case, Variant, make_model
 from benchmarks.gpu_round_variant import Job, Record, run
 
@@ -99,18 +100,10 @@ def attempt(case: Case, variant: Variant, scratch: Path, options: argparse.Names
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_round", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON, table and figure")
-    parser.add_argument("--minutes", type=float, default=7.5, help="all engines together take no longer; 7.5")
-    parser.add_argument("--repeats", type=int, choices=range(1, 101), metavar="N", default=3, help="of all timings; 3")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: does it run?")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser = make_parser("benchmarks.gpu_round", str(__doc__), minutes=7.5, repeats=3)
     options, started = parser.parse_args(argv), time.monotonic()
-    if options.device == "cpu" and not options.smoke:
-        print("--device cpu runs a tiny model only: add --smoke", file=sys.stderr)
-        return 2
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("this benchmark needs an NVIDIA GPU; --device cpu --smoke only shows that it runs", file=sys.stderr)
+    if reason := why_not(options):
+        print(reason, file=sys.stderr)
         return 2
 
     cases = SMOKE_CASES if options.smoke else CASES
@@ -120,9 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     PROCESSES.set_forkserver_preload(CPU_PRELOAD if options.device == "cpu" else [])
     result: dict[str, Any] = {"machine": gpu_report.machine(torch.device(options.device)) | {"vllm": None}}
     result |= {"smoke": options.smoke, "cases": [{**asdict(case), "results": []} for case in cases]}
-    chip = re.sub(r"[^a-z0-9]+", "-", result["machine"]["chip"].lower()).strip("-")
-    path = options.out / f"round-{chip}-{result['machine']['date'][:10]}.json"
-    options.out.mkdir(parents=True, exist_ok=True)
+    path = result_path(options.out, result["machine"], prefix="round-")
     with tempfile.TemporaryDirectory() as scratch:
         for variant, (case, entry) in itertools.product(VARIANTS, zip(cases, result["cases"], strict=True)):
             print(f"{case.name}: {variant.name}", flush=True)
@@ -132,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"    {gpu_round_report.line(record)}", flush=True)
             entry["results"].append(record)
             result["machine"]["vllm"] = result["machine"]["vllm"] or record.get("vllm")
-            gpu_round_report.write(result, path)
+            write(result, gpu_round_report.markdown(result), path)
     print(gpu_round_report.plot(result, path.with_suffix(".png")))
     print(f"wrote {path} and {path.with_suffix('.md').name} in {time.monotonic() - started:.0f} s")
     return int(any(r["status"] in ("failed", "wrong") for case in result["cases"] for r in case["results"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,14 +60,6 @@ def line(record: Record) -> str:
     )
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """The JSON, whole or not at all, and the Markdown beside it."""
-    unfinished = path.with_suffix(".json.part")
-    unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    unfinished.replace(path)
-    path.with_suffix(".md").write_text("\n".join(_markdown(result)) + "\n")
-
-
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
@@ -102,7 +93,8 @@ def _round_cells(record: Record) -> list[str]:
     ]
 
 
-def _markdown(result: dict[str, Any]) -> Iterator[str]:
+def markdown(result: dict[str, Any]) -> Iterator[str]:
+    """The tables, line by line."""
     found = result["machine"]
     yield f"# Rounds on {found['chip']}, {found['date'][:10]}{', smoke' if result['smoke'] else ''}\n"
     yield f"torch {found['torch']}, CUDA {found['cuda']}, vLLM {found['vllm'] or 'none'}, commit {found['commit']}.\n"

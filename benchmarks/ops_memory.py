@@ -43,6 +43,11 @@ class Storages(TorchDispatchMode):
         self.sizes.append(storage.nbytes())
         self.events.append((index, 1))
 
+    @property
+    def alive(self) -> int:
+        """Bytes alive now."""
+        return sum(sign * self.sizes[index] for index, sign in self.events)
+
     def peak(self, *without: torch.Tensor) -> int:
         """Most bytes alive at once, the storages of these tensors left out."""
         left_out = {self._alive.get(x.untyped_storage()._cdata) for x in without}

@@ -8,8 +8,8 @@ import pytest
 
 from engine_rounds import ROUNDS, SHARED, Measured, measure_alone
 from engine_turns import PHASES
+from replay import Replay
 from rounds import SETTINGS
-from test_round import Replay
 
 SAMPLERS = (
     "bare vLLM",

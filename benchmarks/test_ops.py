@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fdpg_kernels import fdpg_loss, linear_logprob
 from ops_memory import extra_memory
+from replay import Replay
 
 SHAPES = {"smollm2": (1024, 576, 49152), "tiny": (8192, 256, 2048)}  # N tokens, D hidden, V vocabulary
 REPEATS = {"smollm2": 5, "tiny": 9}
@@ -137,23 +138,6 @@ def measure(inputs: Inputs, work: str) -> Measured:
                 seconds[name].append(time.perf_counter() - started)
         inputs.measured[work] = Measured(seconds, memory, round(os.getloadavg()[0], 2))
     return inputs.measured[work]
-
-
-class Replay:
-    """A clock for pytest-benchmark that is set forward by what was measured turn by turn."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def run(self, benchmark, seconds: list[float]) -> None:
-        durations = iter(seconds)
-
-        def advance() -> None:
-            self.now += next(durations)
-
-        benchmark.pedantic(advance, rounds=len(seconds))
 
 
 REPLAY = Replay()

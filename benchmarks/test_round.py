@@ -14,6 +14,7 @@ from fdpg_fast.rollouts import Rollouts
 from fdpg_fast.trainer import Trainer
 from fdpg_kernels.sequence_weights import sum_by_sequence
 from plain_pipeline import PaddedBatch, PlainPipeline, jensen_shannon_loss, sequence_logprob
+from replay import Replay
 from rounds import PIPELINES, SETTINGS, Measurements, make_config, make_model, measure, peak_memory_alone
 
 PHASES = {
@@ -25,26 +26,6 @@ PHASES = {
     "optimizer": ("ours", "plain"),
     "sync": ("ours",),
 }
-
-
-class Replay:
-    """A clock for pytest-benchmark that is set forward by durations measured elsewhere.
-
-    The two pipelines take turns round by round, which pytest-benchmark by itself cannot do.
-    """
-
-    def __init__(self) -> None:
-        self.now, self._durations = 0.0, iter(())
-
-    def __call__(self) -> float:
-        return self.now
-
-    def run(self, benchmark, durations: list[float]) -> None:
-        self._durations = iter(durations)
-        benchmark.pedantic(self._advance, rounds=len(durations))
-
-    def _advance(self) -> None:
-        self.now += next(self._durations)
 
 
 REPLAY = Replay()

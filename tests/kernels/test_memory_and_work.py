@@ -1,50 +1,17 @@
 """No [N, V] tensor is ever formed, and none twice: storages and matrix products are watched while an op runs."""
 
-import weakref
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_kernels import chunked, fdpg_loss, linear_logprob
 from kernel_cases import packing
+from ops_memory import Storages
 
 N, D, V = 2048, 8, 4096
 ROWS = 64  # which needs no padding
 BLOCK = ROWS * V * 4  # bytes; [N, V] is 32 of them
 HEAD, HIDDEN = V * D * 4, N * D * 4  # bytes of the gradients
-
-
-class Storages(TorchDispatchMode):
-    """Sizes in bytes of the storages created under it, and how much of them was alive at once."""
-
-    def __init__(self, *callers: torch.Tensor):
-        super().__init__()
-        self.not_ours = {x.untyped_storage()._cdata for x in callers}
-        self.sizes: set[int] = set()
-        self.alive = self.peak = 0
-        self.watched: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self._watch(x.untyped_storage())
-        return out
-
-    def _watch(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.not_ours or key in self.watched:
-            return
-
-        def freed(_):
-            self.alive -= size
-            del self.watched[key]
-
-        self.watched[key] = weakref.ref(storage, freed)
-        self.sizes.add(size)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
 
 
 @pytest.fixture
@@ -65,7 +32,7 @@ def sequences(length):
 def test_the_watch_sees_a_full_logit_matrix(inputs):
     with Storages(*inputs) as seen:
         linear_logprob(*inputs, impl="reference")
-    assert max(seen.sizes) == N * V * 8 and seen.peak >= 2 * N * V * 8 > seen.alive
+    assert max(seen.sizes) == N * V * 8 and seen.peak() >= 2 * N * V * 8 > seen.alive
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -78,7 +45,7 @@ def test_linear_logprob(inputs, softcap):
         logprob.sum().backward()
     assert max(seen.sizes) == BLOCK
     # the tile; a soft cap adds its slope and that of the tile before
-    assert seen.peak <= (1 if softcap is None else 3) * BLOCK + HEAD + 3 * HIDDEN + 100 * N
+    assert seen.peak() <= (1 if softcap is None else 3) * BLOCK + HEAD + 3 * HIDDEN + 100 * N
 
 
 @pytest.mark.parametrize("length", [ROWS // 2, N // 2], ids=["short sequences", "sequences of many chunks"])
@@ -87,7 +54,7 @@ def test_fdpg_loss(inputs, length):
     with Storages(*inputs, *others) as seen:
         loss = fdpg_loss(*inputs, *others, impl="chunked").loss
     assert max(seen.sizes) == BLOCK
-    assert seen.peak <= 2 * BLOCK + HEAD + HIDDEN + 100 * N
+    assert seen.peak() <= 2 * BLOCK + HEAD + HIDDEN + 100 * N
     assert seen.alive <= HEAD + HIDDEN + 100 * N  # the gradients, waiting for backward to scale them
     loss.backward()
     assert inputs[0].grad.shape == (N, D) and inputs[1].grad.shape == (V, D)
@@ -97,10 +64,10 @@ def test_no_gradient_is_formed_under_no_grad(inputs):
     others = sequences(ROWS // 2)
     with torch.no_grad(), Storages(*inputs, *others) as seen:
         quiet = fdpg_loss(*inputs, *others, impl="chunked").loss
-    assert not quiet.requires_grad and not {HEAD, HIDDEN} & seen.sizes
+    assert not quiet.requires_grad and not {HEAD, HIDDEN} & {*seen.sizes}
     with Storages(*inputs, *others) as seen:
         learning = fdpg_loss(*inputs, *others, impl="chunked").loss
-    assert learning.requires_grad and {HEAD, HIDDEN} <= seen.sizes
+    assert learning.requires_grad and {HEAD, HIDDEN} <= {*seen.sizes}
     torch.testing.assert_close(quiet, learning.detach())
 
 
