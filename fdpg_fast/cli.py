@@ -138,12 +138,13 @@ def _train(options: argparse.Namespace) -> int:
     else:
         config = load_config(options.config, options.overrides)
 
+    from .dry_run import describe
     from .results import before_after_table
     from .trainer import Trainer
 
     trainer = Trainer(config, resume=options.resume is not None)
     if options.dry_run:
-        print(trainer.describe())
+        print(describe(trainer))
         return 0
     result = trainer.train()
     print(f"\n{before_after_table(result.run_dir)}\n\nreport: {result.report}")

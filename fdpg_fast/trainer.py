@@ -20,11 +20,10 @@ from fdpg_kernels.sequence_weights import refusal
 
 from .agreement import compare_with_learner
 from .alpha_path import divergence_at, last_divergence
-from .assemble import build_engine, build_target, describe_engine
+from .assemble import build_engine, build_target, choose_device, describe_engine
 from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .clock import Clock
 from .config import TrainConfig
-from .config_file import dump_config
 from .contexts import Context, derived_seed, load_contexts, schedule
 from .diagnostics import Watch
 from .engines import Engine
@@ -72,7 +71,7 @@ class Trainer:
         self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         if not resume:
             RunFolder.refuse_taken(config)
-        device = _device(config.device)
+        device = choose_device(config.device)
         check_installed(config.tracking)
         self.divergence = last_divergence(config.divergence)
         target = build_target(config, device)
@@ -285,28 +284,6 @@ class Trainer:
                 say=self.say,
             )
 
-    def describe(self) -> str:
-        """What a run of this config will do, for --dry-run."""
-        config, settings = self.config, self.config.trainer
-        parameters = list(self.state.learner.policy.model.parameters())
-        size = f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters"
-        if config.lora is not None:
-            size += f", of which {sum(p.numel() for p in parameters if p.requires_grad) / 1e6:.3g} M are trained"
-        per_round = min(settings.contexts_per_round, len(self.contexts))
-        samples = per_round * settings.samples_per_context
-        left = settings.rounds - (0 if self.checkpoint is None else round_of(self.checkpoint))
-        return (
-            f"{dump_config(config)}\n"
-            f"{config.model}: {size}, {config.dtype}, on {self.base.device}\n"
-            f"{len(self.contexts)} contexts to train on, {len(self.eval_contexts)} to evaluate on; "
-            f"features: {', '.join(self.scorer.feature_names)}\n"
-            f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
-            f"of at most {config.engine.max_new_tokens} tokens, minimising {self.divergence.name} to the target; "
-            f"{self.micro_batch_tokens} tokens a forward and backward pass\n"
-            f"{describe_engine(config, self.base)}\n"
-            f"writes to {config.run_dir}; nothing was done yet"
-        )
-
     def _start(self, folder: RunFolder, evaluate: bool) -> Evaluation | None:
         """Resume, or do what precedes the first round: λ, oracle Z, and the evaluation of the base model."""
         transformers.set_seed(self.config.trainer.seed)  # for features that draw from the global generators
@@ -361,13 +338,3 @@ class Trainer:
     def seed(self, purpose: str, round_index: int) -> int:
         """Of one of the run's draws."""
         return derived_seed(self.config.trainer.seed, purpose, round_index)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} is not usable here: {str(error).splitlines()[0]}") from None
-    return name
