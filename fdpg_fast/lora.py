@@ -52,7 +52,7 @@ class LoRAPolicy(LanguageModel):
             task_type="CAUSAL_LM",
             base_model_name_or_path=model.name_or_path,
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             peft.inject_adapter_in_model(settings, model, ADAPTER)
         for parameter in model.parameters():

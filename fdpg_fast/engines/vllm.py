@@ -63,8 +63,7 @@ class VLLMEngine:
     ):
         self._policy, self._say, self._sleeps = policy, say, sleeps
         self._share = share_weights
-        # a generator for each of them; not on a GPU, where vLLM would draw row by row then
-        self._seeds_requests = beside_learner and policy.device.type == "cpu"
+        self._beside_learner = beside_learner
         self._settings: dict[str, Any] = dict(
             model=path,
             dtype=policy.model.dtype,
@@ -97,6 +96,16 @@ class VLLMEngine:
     def _packs(self) -> bool:
         """Whether vLLM rearranges the weights that it is given: a CPU's matrix product is faster so."""
         return self._policy.device.type == "cpu" and self._share is not True
+
+    @property
+    def _seeds_requests(self) -> bool:
+        """Whether each request has a seed of its own, so that no other request and no thread changes its samples.
+
+        That costs nothing in vLLM's second model runner, a few percent on a CPU, and row by row a kernel in the first.
+        """
+        if self._policy.device.type == "cpu":
+            return self._beside_learner
+        return bool(getattr(self._llm.llm_engine.vllm_config, "use_v2_model_runner", False))
 
     @property
     def _labels(self) -> bool:
@@ -157,7 +166,7 @@ class VLLMEngine:
         cleanup_dist_env_and_memory()
 
     def _start(self) -> None:
-        with _own_generators():
+        with _own_generators(self._policy.device):
             self._llm = _make_llm(self._settings, self._policy.device, self._packs)
         self._asleep = self.shares_weights = False
 
@@ -171,7 +180,7 @@ class VLLMEngine:
         if self._seeds_requests:
             seeds = [(seed + i * samples_per_context) % LARGEST_SEED for i in range(len(prompts))]
             parameters = [SamplingParams(**shared, seed=seed_of_context) for seed_of_context in seeds]
-        with _own_generators(seed), _sampled_logprobs_only():
+        with _own_generators(self._policy.device, seed), _sampled_logprobs_only():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])
 
@@ -306,11 +315,16 @@ def _sampled_logprobs_only() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_generators(seed: int = 0) -> Iterator[None]:
-    """Leave the global generators as they were, which vLLM draws from; torch's starts from a seed."""
+def _own_generators(device: torch.device, seed: int = 0) -> Iterator[None]:
+    """Leave the global generators as they were, which vLLM draws from; all start from a seed.
+
+    NumPy's too: from it come the seeds of requests without one in vLLM's second model runner.
+    """
     state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from fdpg_fast.engines.vllm import VLLMEngine, shared_views
+from fdpg_fast.engines.vllm import VLLMEngine, _own_generators, shared_views
 from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.language_model import load_model
 from vllm_cases import CONFIG_EOS, CONTEXTS, EOS, TOLERANCE, VOCABULARY, gap, perturb, save_model
@@ -197,6 +197,15 @@ def test_rounds_ahead_are_the_same_whatever_features_draw_meanwhile(running):
         finally:
             done.set()
     assert torch.equal(found.token_ids, expected.token_ids)
+
+
+def test_whichever_generator_vllm_draws_from_starts_from_the_seed():
+    def draws(seed):
+        with _own_generators(torch.device("cpu"), seed):
+            return torch.rand(4).tolist(), numpy.random.randint(2**62), random.random()
+
+    first, other, again = (draws(seed) for seed in (5, 2**62 - 6, 5))
+    assert first == again and all(ours != theirs for ours, theirs in zip(first, other, strict=True))
 
 
 def test_stale_weights_are_not_sampled_from(running):
