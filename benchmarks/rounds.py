@@ -1,6 +1,6 @@
 """The two settings, both pipelines behind one method, and the measuring of their rounds and peak memory.
 
-python benchmarks/rounds.py SETTING ours|plain     one pipeline alone: prints its peak memory as JSON
+python benchmarks/rounds.py SETTING ours|plain|ours-mkl [ROUNDS]     one pipeline alone: peak memory and seconds as JSON
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from fdpg_fast.contexts import load_contexts, schedule
 from fdpg_fast.memory import peak_memory
 from fdpg_fast.run_folder import RunFolder
 from fdpg_fast.trainer import Trainer
+from fdpg_kernels import onednn
 from plain_pipeline import PlainPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMORY_ROUNDS = 2  # the second is the first with AdamW's moments in place
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,14 @@ class Plain:
         return self.pipeline.round([self.contexts[i].text for i in chosen])
 
 
+class OursWithMKL(Ours):
+    """Ours with PyTorch's own matrix products, also where oneDNN's are faster."""
+
+    def __init__(self, config: TrainConfig):
+        onednn.AVAILABLE = onednn.SUITS_LAYERS = False
+        super().__init__(config)
+
+
 PIPELINES = {"ours": Ours, "plain": Plain}
 
 
@@ -194,18 +202,22 @@ def peak_memory_alone(setting_name: str, pipeline: str) -> dict[str, int]:
     make_model(SETTINGS[setting_name])
     command = [sys.executable, str(Path(__file__)), setting_name, pipeline]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])["peak"]
 
 
-def main(setting_name: str, pipeline: str) -> None:
+def main(setting_name: str, pipeline: str, rounds: str = "2") -> None:
+    """Two rounds show the peak: the second is the first with AdamW's moments in place."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as run_dir:
-        running = PIPELINES[pipeline](make_config(SETTINGS[setting_name], Path(run_dir)))
-        found = {"loaded": peak_memory()}
-        for index in range(MEMORY_ROUNDS):
+        make = {**PIPELINES, "ours-mkl": OursWithMKL}[pipeline]
+        running = make(make_config(SETTINGS[setting_name], Path(run_dir)))
+        peak, seconds = {"loaded": peak_memory()}, []
+        for index in range(int(rounds)):
+            start = time.perf_counter()
             running.round(index)
-            found[f"round {index}"] = peak_memory()
-    print(json.dumps(found))
+            seconds.append(time.perf_counter() - start)
+            peak[f"round {index}"] = peak_memory()
+    print(json.dumps({"peak": peak, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _sampled_logprobs_only() -> Iterator[None]:
     """Leave out what comes with every log-prob and nobody reads here: the rank of its token, which takes longer to
-    count than the log-prob itself, and 20 s to compile at the first call; and six lists beside that of log-probs."""
+    count than the log-prob itself, and 20 s to compile at the first call; and five lists beside that of log-probs."""
     import vllm.v1.engine.logprobs as lists
     import vllm.v1.sample.sampler as sampler
 
