@@ -62,6 +62,7 @@ class Compiled:
     stack: int
     local: int
     shared: int
+    barrier_before_ticket: bool | None  # None: it draws none
     instructions: Counter
 
     def per_logit(self, case: Case) -> float:
@@ -119,13 +120,13 @@ def _row_kernels(chip: int) -> Iterator[Case]:
     for family, exponent in (("power", -0.5), ("jensen_shannon", 0.0), ("reverse_kl", 0.0), ("total_variation", 0.0)):
         at_infinity = math.inf if family == "reverse_kl" else 1.0
         law = dict(FAMILY=family, EXPONENT=exponent, FACTOR=-1.0, AT_INFINITY=at_infinity, BT=128) | caps
-        tail = law | dict(HAS_SUMS=True, BS=8)
+        tail = law | dict(HAS_SUMS=True, BS=32)
         for kernel, constants in ((weights.weigh_sequences, law), (rows.finish_sequences, tail)):
             yield Case(f"{kernel.__name__} {family}", chip, kernel, types, constants, dict(num_warps=4))
     for kernel, constants in (
         (rows.target_logits, both | dict(ANCHORED=True, BT=16, BD=128)),
-        (rows.find_unsafe_rows, dict(BT=128, BS=8)),
-        (rows.finish_statistics, dict(GUARDED=True, BT=128, BS=8)),
+        (rows.find_unsafe_rows, dict(BT=128, BS=32)),
+        (rows.finish_statistics, dict(GUARDED=True, BT=128, BS=32)),
         (rows.prepare_gradients, dict(HAS_SOFTCAP=True, PER_SEQUENCE=True, BT=32, BD=128)),
         (rows.prepare_gradients, dict(HAS_SOFTCAP=False, PER_SEQUENCE=False, BT=32, BD=128)),
     ):
@@ -157,7 +158,14 @@ def build(case: Case) -> Compiled:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
     instructions = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code, re.M)
-    return Compiled(*map(int, found.groups()), binary.metadata.shared, Counter(instructions))
+    ordered = _has_barrier_before_ticket(binary.asm["ptx"])
+    return Compiled(*map(int, found.groups()), binary.metadata.shared, ordered, Counter(instructions))
+
+
+def _has_barrier_before_ticket(ptx: str) -> bool | None:
+    """Whether all warps' stores are waited for before one thread draws a ticket for them."""
+    before, ticket, _ = ptx.partition("atom.global.gpu.acq_rel")
+    return "bar.sync" in before[before.rindex("st.global") :] if ticket else None
 
 
 def build_all() -> Iterator[tuple[Case, Compiled]]:

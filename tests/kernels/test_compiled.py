@@ -57,3 +57,9 @@ def test_products_run_on_tensor_cores(compiled):
 
 def test_bulk_loads_where_the_chip_has_them(compiled):
     assert not offenders(compiled, lambda made: made["loads"] == "TMA" and not made["instructions"].get("UTMALDG"))
+
+
+def test_a_ticket_is_drawn_after_the_stores_of_all_warps(compiled):
+    tickets = [made for made in compiled if made["barrier_before_ticket"] is not None]
+    assert {made["name"].split()[0] for made in tickets} == {"finish_sequences"} and len(tickets) == 12
+    assert not offenders(tickets, lambda made: not made["barrier_before_ticket"])

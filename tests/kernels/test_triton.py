@@ -157,6 +157,20 @@ def test_a_target_outside_the_vocabulary_is_nan_where_nobody_may_look():
     assert logprob.isnan().tolist() == [False, False, True, False, False, False]
 
 
+@pytest.mark.parametrize("outside", [11, 40, -1])
+def test_a_target_outside_the_vocabulary_spoils_its_own_row_alone(outside):
+    leaves, target_ids = head(6, 8, 11, torch.float32)
+    leaves, hidden_grads = [x.detach() for x in leaves], []
+    for target_ids[2] in (-100, outside):
+        inputs = (*leaves[:2], target_ids, None)
+        kept = launch.linear_logprob_forward(*inputs, 1.0, None)
+        found = launch.linear_logprob_backward(torch.ones(6), *inputs, *kept, 1.0, None, (True, True, False))
+        hidden_grads.append(found[0])
+    assert bool(hidden_grads[1][2].isnan().all()) and bool(found[1].isnan().all())
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(hidden_grads[1][others], hidden_grads[0][others])
+
+
 def single(arguments):
     """float32 where the trainer has float32; the inputs of both sides are the rounded ones."""
     return {k: x.detach().float() if x.is_floating_point() else x for k, x in arguments.items()}

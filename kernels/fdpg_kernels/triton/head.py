@@ -19,7 +19,7 @@ LOG2_E = 1 / math.log(2)
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 2**30  # of E [chunk, V]; 4,096 rows of a 131,072-entry vocabulary in bfloat16
 STATISTICS_BYTES = 2**26  # of the partials of an online softmax
-SLICE = 16 if INTERPRETED else 8  # partials that a program adds at a time
+SLICE = 16 if INTERPRETED else 32  # partials that a program adds at a time
 
 
 @dataclass
@@ -159,6 +159,7 @@ class Head:
             chunk.start,
             height,
             self.width,
+            self.vocabulary,
             self.width,
             self.pitch,
             self.temperature,
@@ -179,8 +180,9 @@ class Head:
             self.bias_grad += _product(scale.to(f.dtype)[None], f)[0]
 
     def _buffer(self, height: int) -> Tensor:
-        if self._e is None or len(self._e) < height:
-            self._e = torch.empty(height, self.pitch, dtype=self.hidden.dtype, device=self.hidden.device)
+        if self._e is None:  # at once as high as a chunk can be: one that grows lies beside the one before
+            rows = min(self.chunk_rows, self.num_tokens)
+            self._e = torch.empty(rows, self.pitch, dtype=self.hidden.dtype, device=self.hidden.device)
         return self._e[:height]
 
     def _partials(self, chunk: slice, count: int) -> Tensor:

@@ -129,8 +129,10 @@ def finish_sequences(
 ):  # fmt: skip
     """Row sums → log π of every token; whoever finishes a sequence last makes its weight of it, in the same launch.
 
-    A program takes one block of one sequence. The ticket orders its stores before the last one's loads, which bypass
-    L1; the sum over the sequence is taken by one program in token order, so results do not depend on who was last.
+    A program takes one block of one sequence. One thread draws the ticket, after a barrier, for without it the other
+    warps' stores may still be on their way (Triton 3.6 sets none of its own). So the ticket orders all stores of a
+    program before the last one's loads, which bypass L1; the sum over the sequence is taken by one program in token
+    order, so results do not depend on who was last.
     """
     block = first_block + tl.program_id(0)
     sequence, start, end = rows_of_block(block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, block, BT)
@@ -145,6 +147,7 @@ def finish_sequences(
     tl.store(total_ptr + tokens, total, mask=inside)
 
     blocks = tl.load(first_block_ptr + sequence + 1) - tl.load(first_block_ptr + sequence)
+    tl.debug_barrier()
     ticket = tl.atomic_add(counter_ptr + sequence, 1, sem="acq_rel")
     if ticket == blocks - 1:
         weigh_sequence(
@@ -158,26 +161,28 @@ def finish_sequences(
 @triton.jit(do_not_specialize=["offset", "height"])
 def prepare_gradients(
     x_ptr, scaled_ptr, e_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, gradient_ptr, owner_ptr, scale_ptr,
-    offset, height, D, stride_x, stride_e, temperature, softcap, divisor,
+    offset, height, D, V, stride_x, stride_e, temperature, softcap, divisor,
     HAS_SOFTCAP: tl.constexpr, PER_SEQUENCE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Turn E into F = E − s·1[y] and x into c·x, so that ∇hidden = c·(F·W) and ∇head = Fᵀ·(c·x).
 
     c = −g/(s·temperature), g the gradient of the loss in log π: given for each token, or −weight/divisor of its
-    sequence. F's entry at the target is formed in float32 from `top`, not from the rounded E: no cancellation.
+    sequence. F's entry at the target is formed in float32 from `top`, not from the rounded E: no cancellation. A target
+    outside the vocabulary has no entry: its row is NaN.
     """
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     inside = rows < height
     tokens = offset + rows
     target = tl.load(target_ids_ptr + tokens, mask=inside, other=-100).to(tl.int64)
     live = target != IGNORED
+    valid = (target >= 0) & (target < V)
     total = tl.load(total_ptr + tokens, mask=inside & live, other=1.0)
     if PER_SEQUENCE:
         owner = tl.load(owner_ptr + tokens, mask=inside, other=0)
         g = (tl.load(gradient_ptr + owner, mask=inside & live, other=0.0) * (-1 / divisor)).to(tl.float32)
     else:
         g = tl.load(gradient_ptr + tokens, mask=inside & live, other=0.0).to(tl.float32)
-    scale = -g / (total * temperature)
+    scale = tl.where(live & (valid == 0), float("nan"), -g / (total * temperature))
     depth = tl.program_id(1) * BD + tl.arange(0, BD)
     mask = inside[:, None] & (depth < D)[None, :]
     x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * stride_x + depth[None, :], mask=mask, other=0.0)
@@ -190,5 +195,5 @@ def prepare_gradients(
         if HAS_SOFTCAP:
             capped = tl.load(target_ptr + tokens, mask=inside, other=0.0) * temperature / softcap
             entry = entry * (1 - capped * capped)
-        at_target = rows.to(tl.int64) * stride_e + tl.where(live, target, 0)
-        tl.store(e_ptr + at_target, entry.to(e_ptr.dtype.element_ty), mask=inside & live)
+        at_target = rows.to(tl.int64) * stride_e + tl.where(valid, target, 0)
+        tl.store(e_ptr + at_target, entry.to(e_ptr.dtype.element_ty), mask=inside & valid)
