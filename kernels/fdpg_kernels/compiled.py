@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import divergences
+from .divergences import Divergence
 from .reference import SequenceWeights
 
 
@@ -28,12 +29,17 @@ class Nodes:
         *rest, wants = arguments
         return _wanted(_logprob_backward(*rest, list(wants), self.impl), wants)
 
+    def sequence_weights(
+        self, *arguments: Any, divergence: Divergence, baseline: Any, **options: Any
+    ) -> SequenceWeights:
+        arguments = tuple(x.detach() for x in arguments)
+        sums, clipped = _weights(*arguments, divergence.name, _tensor(baseline), *options.values(), self.impl)
+        return SequenceWeights(*sums.unbind(0), clipped)  # type: ignore[call-arg]
+
     def fdpg_loss(self, *arguments: Any) -> tuple[Any, ...]:
         *rest, wants, options = arguments
         options = dict(options)
-        divergence, baseline = options.pop("divergence"), options.pop("baseline")
-        if baseline is not None:
-            baseline = torch.as_tensor(baseline, dtype=torch.float64)
+        divergence, baseline = options.pop("divergence"), _tensor(options.pop("baseline"))
         loss, sums, clipped, recomputed, *gradients = _loss(
             *rest, list(wants), divergence.name, baseline, *options.values(), self.impl
         )
@@ -45,6 +51,10 @@ def _run(impl: str) -> Any:
     from .dispatch import load
 
     return load(impl)
+
+
+def _tensor(baseline: Tensor | float | None) -> Tensor | None:
+    return None if baseline is None else torch.as_tensor(baseline, dtype=torch.float64)
 
 
 def _wanted(gradients: Any, wants: Any) -> tuple[Tensor | None, ...]:
@@ -98,7 +108,48 @@ def _(gradient, hidden, weight, target_ids, bias, logprob, kept, temperature, so
     return _fake_gradients(hidden, weight, bias, wants)
 
 
-@torch.library.custom_op("fdpg_kernels::fdpg_loss", mutates_args=("weight_grad_out",))
+@torch.library.custom_op("fdpg_kernels::sequence_weights", mutates_args=())
+def _weights(
+    policy: Tensor,
+    behavior: Tensor,
+    cu_seqlens: Tensor,
+    score: Tensor,
+    log_z: Tensor,
+    divergence: str,
+    baseline: Tensor | None,
+    ratio: str,
+    ratio_cap: float | None,
+    reward_cap: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    from .sequence_weights import sequence_weights
+
+    weights = sequence_weights(
+        policy,
+        behavior,
+        cu_seqlens,
+        score,
+        log_z,
+        divergence=divergence,
+        baseline=None if baseline is None else baseline.to(policy.device),
+        ratio=ratio,
+        ratio_cap=ratio_cap,
+        reward_cap=reward_cap,
+        impl=impl,
+    )
+    return torch.stack(weights[:6]), weights.clipped.clone()
+
+
+@_weights.register_fake
+def _(policy, behavior, cu_seqlens, score, log_z, *rest):
+    dtype = torch.float64 if rest[-1] == "reference" else _wide(policy)
+    return policy.new_empty(6, len(score), dtype=dtype), policy.new_empty(len(score), dtype=torch.bool)
+
+
+# unsafe in a CUDA graph: chunks are cut on the values of cu_seqlens, and small tables are copied from the host
+@torch.library.custom_op(
+    "fdpg_kernels::fdpg_loss", mutates_args=("weight_grad_out",), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _loss(
     hidden: Tensor,
     weight: Tensor,

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
-from fdpg_kernels import fdpg_loss, linear_logprob
+from fdpg_kernels import fdpg_loss, linear_logprob, sequence_weights
 from kernel_cases import head_batch
 
 LEAVES = ("hidden", "weight", "bias")
@@ -73,6 +73,21 @@ def test_fdpg_loss(graphs, divergence, in_place):
         torch.testing.assert_close(compiled, mine)
     assert ours(graphs[0]) == ["fdpg_kernels.fdpg_loss.default"]
     assert not ours(graphs[1])  # the gradients were made in the forward pass
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton", "reference"])
+def test_sequence_weights(graphs, impl):
+    arguments = head_batch([3, 0, 9, 4], zeros=True)
+    names = ("behavior_logprob", "cu_seqlens", "target_log_score", "log_z")
+    policy = arguments["behavior_logprob"].detach() - 0.1
+
+    def weights(policy):
+        return sequence_weights(policy, *(arguments[k] for k in names), baseline=0.1, ratio_cap=2.0, impl=impl)
+
+    compiled = torch.compile(weights, backend=backend(graphs), fullgraph=True)(policy)
+    for mine, theirs in zip(compiled, weights(policy), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert ours(graphs[0]) == ["fdpg_kernels.sequence_weights.default"]
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
