@@ -72,7 +72,7 @@ class Case:
     hidden: Tensor  # [N, D] bfloat16
     weight: Tensor  # [V, D] bfloat16
     target_ids: Tensor  # [N]
-    cu_seqlens: Tensor  # [B+1] int32
+    cu_seqlens: Tensor  # [B+1] int32, on the CPU: on the GPU `fdpg_loss` would wait for it
     owner: Tensor  # sequence of each row, [N]
     behavior: Tensor  # log q of each token, [N] float32
     score: Tensor  # log P of each sequence, [B] float32
@@ -113,8 +113,8 @@ def make_case(shape: Shape, device: torch.device) -> Case:
     lengths = torch.randint(*SEQUENCE_TOKENS, (shape.tokens,), generator=torch.Generator().manual_seed(0))
     while ends[-1] < shape.tokens:
         ends.append(min(ends[-1] + int(lengths[len(ends)]), shape.tokens))
-    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
-    owner = torch.repeat_interleave(torch.arange(len(ends) - 1, device=device), cu_seqlens.diff().long())
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    owner = torch.repeat_interleave(torch.arange(len(ends) - 1), cu_seqlens.diff().long()).to(device)
 
     exact_weight = weight.double()
     target_ids, logprob, total = [], [], []
