@@ -142,7 +142,8 @@ def build(case: Case) -> Compiled:
         return case.types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
 
     types = {name: kind(name) for name in place}
-    multiple = [name for name in place if types[name].startswith("*") or types[name] == "i32:16"]
+    unaligned = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize_on_alignment}
+    multiple = [n for n in place if (types[n].startswith("*") and n not in unaligned) or types[n] == "i32:16"]
     source = ASTSource(
         fn=case.kernel,
         signature={name: kind.removesuffix(":16") for name, kind in types.items()},

@@ -131,7 +131,7 @@ def _weights(
         score,
         log_z,
         divergence=divergence,
-        baseline=None if baseline is None else baseline.to(policy.device),
+        baseline=baseline,
         ratio=ratio,
         ratio_cap=ratio_cap,
         reward_cap=reward_cap,
@@ -173,7 +173,7 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = dict(
         divergence=divergences.get(divergence),
-        baseline=None if baseline is None else baseline.to(hidden.device),
+        baseline=baseline,
         ratio=ratio,
         ratio_cap=ratio_cap,
         reward_cap=reward_cap,

@@ -186,6 +186,9 @@ def check_packing(
             raise ValueError(f"cu_seqlens must rise from 0 to N={num_tokens}; it runs from {ends[0]} to {ends[-1]}")
     if target_log_score.shape != (num_sequences,):
         raise ValueError(f"target_log_score must be [B]=[{num_sequences}]; got {tuple(target_log_score.shape)}")
+    devices = {str(x.device) for x in (policy_logprob, behavior_logprob, target_log_score)}
+    if len(devices) > 1:
+        raise ValueError(f"log-probs and target_log_score must be on one device; got {', '.join(sorted(devices))}")
     for name, value in (("log_z", log_z), ("baseline", baseline)):
         if isinstance(value, Tensor) and value.shape not in ((), (num_sequences,)):
             raise ValueError(f"{name} must be a scalar or [B]=[{num_sequences}]; got {tuple(value.shape)}")

@@ -30,6 +30,8 @@ SEQUENCES = {
     "reward_cap": (dict(reward_cap=-2.0), "reward_cap=-2.0; a cap must be a positive number"),
     "impl": (dict(impl="nonsense"), "impl='nonsense'; choose auto.*chunked.*reference"),
     "behavior short": (dict(behavior_logprob=torch.zeros(5)), r"\(6,\) and \(5,\)"),
+    "behavior elsewhere": (dict(behavior_logprob=torch.zeros(6, device="meta")), "on one device; got cpu, meta"),
+    "score elsewhere": (dict(target_log_score=torch.zeros(2, device="meta")), "on one device; got cpu, meta"),
     "not from 0": (dict(cu_seqlens=torch.tensor([1, 3, 6])), "must rise from 0 to N=6; it runs from 1 to 6"),
     "not to N": (dict(cu_seqlens=torch.tensor([0, 3, 5])), "must rise from 0 to N=6; it runs from 0 to 5"),
     "falls": (dict(cu_seqlens=torch.tensor([0, 7, 6])), "must rise from 0 to N=6"),

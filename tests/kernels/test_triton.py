@@ -312,6 +312,17 @@ def test_sequence_weights(name, caps, ratio):
     torch.testing.assert_close(found.weight.double(), expected.weight, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+def test_no_cap_hides_a_nan(impl):
+    arguments = batch([3, 2, 4])
+    arguments["policy_logprob"][4] = math.nan
+    found = sequence_weights(**arguments, ratio_cap=2.0, reward_cap=0.3, impl=impl)
+    expected = sequence_weights(**arguments, ratio_cap=2.0, reward_cap=0.3, impl="reference")
+    for mine, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, exact.to(mine.dtype), equal_nan=True)
+    assert found.weight.isnan().tolist() == [False, True, False]
+
+
 def test_results_do_not_depend_on_the_run():
     arguments = single(head_batch(LENGTHS, vocab=70, width=24))
     first, second = (run(arguments, "triton") for _ in range(2))

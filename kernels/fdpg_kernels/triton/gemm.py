@@ -96,7 +96,10 @@ def one_tile(
         tl.store(sum_ptr + at, tl.sum(tl.exp2(z * scale2 - largest[:, None]), 1), mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["N"])  # chunks differ in height: one binary for all of them
+# chunks differ in height and where they begin: one binary for all of them
+@triton.jit(
+    do_not_specialize=["N"], do_not_specialize_on_alignment=["anchor_ptr", "maximum_ptr", "sum_ptr", "flag_ptr"]
+)
 def head_gemm(
     x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr, flag_ptr,
     N, D, V, stride_x, stride_w, stride_e, scale2, softcap,

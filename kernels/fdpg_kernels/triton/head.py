@@ -203,9 +203,10 @@ class Head:
         e = self._buffer(height) if anchored else None
         operands: tuple[Any, ...] = (x, w, e)
         if config.tma:
+            # a single row may have any stride
             operands = (
-                TensorDescriptor.from_tensor(x, [config.BM, config.BD]),
-                TensorDescriptor.from_tensor(w, [config.BV, config.BD]),
+                TensorDescriptor(x, [height, self.width], [self.width, 1], [config.BM, config.BD]),
+                TensorDescriptor(w, [self.vocabulary, self.width], [self.width, 1], [config.BV, config.BD]),
                 None
                 if e is None
                 else TensorDescriptor(e, [height, self.vocabulary], [self.pitch, 1], [config.BM, config.BV]),

@@ -62,7 +62,7 @@ def row_sums(sum_ptr, rows, inside, height, num_columns, BT: tl.constexpr, BS: t
     return total
 
 
-@triton.jit(do_not_specialize=["offset", "height"])
+@triton.jit(do_not_specialize=["offset", "height"], do_not_specialize_on_alignment=["sum_ptr"])
 def find_unsafe_rows(
     sum_ptr, target_ids_ptr, flag_ptr, offset, height, num_columns, BT: tl.constexpr, BS: tl.constexpr
 ):
@@ -75,7 +75,7 @@ def find_unsafe_rows(
     tl.store(flag_ptr + tl.program_id(0), tl.max((live & (safe == 0)).to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["offset", "height"])
+@triton.jit(do_not_specialize=["offset", "height"], do_not_specialize_on_alignment=["maximum_ptr", "sum_ptr"])
 def finish_statistics(
     maximum_ptr, sum_ptr, target_ids_ptr, target_ptr, anchor_ptr, top_ptr, flag_ptr,
     offset, height, num_columns, GUARDED: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
@@ -117,7 +117,9 @@ def rows_of_block(block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, block, BT
     return sequence, start, tl.load(cu_seqlens_ptr + sequence + 1)
 
 
-@triton.jit(do_not_specialize=["first_block", "offset", "height", "num_sequences"])
+@triton.jit(
+    do_not_specialize=["first_block", "offset", "height", "num_sequences"], do_not_specialize_on_alignment=["sum_ptr"]
+)
 def finish_sequences(
     sum_ptr, top_ptr, target_ids_ptr, behavior_ptr, logprob_ptr, total_ptr,
     block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, counter_ptr,

@@ -59,13 +59,15 @@ def weigh_sequence(
         log_ratio = log_pi - log_q
     clipped = log_t != log_t  # False
     if LOG_RATIO_CAP is not None:
-        clipped = log_ratio > LOG_RATIO_CAP
-        log_ratio = tl.minimum(log_ratio, LOG_RATIO_CAP)
+        limit = tl.full((), LOG_RATIO_CAP, tl.float64)
+        clipped = log_ratio > limit
+        log_ratio = tl.where(clipped, limit, log_ratio)  # NaN stays, which tl.minimum would drop
     reward = -slope_of(finite, FAMILY, EXPONENT, FACTOR)
     reward = tl.where(off_support, -AT_INFINITY, reward)
     capped = reward
     if REWARD_CAP is not None:
-        capped = tl.minimum(tl.maximum(reward, -REWARD_CAP), REWARD_CAP)
+        bound = tl.full((), REWARD_CAP, tl.float64)
+        capped = tl.where(reward > bound, bound, tl.where(reward < -bound, -bound, reward))
         clipped = clipped | (capped != reward)
     offset = log_pi * 0
     if HAS_BASELINE:
