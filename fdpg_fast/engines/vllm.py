@@ -79,6 +79,8 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             disable_log_stats=True,
         )
+        if policy.device.type == "cuda":  # vLLM wants this share free at start, though the cache is planned in bytes
+            self._settings["gpu_memory_utilization"] = 0.01
         self._sampling: dict[str, Any] = dict(
             temperature=1.0,
             max_tokens=max_new_tokens,
@@ -240,6 +242,11 @@ def shared_views(policy: nn.Module, engine_model: nn.Module) -> list[tuple[nn.Pa
 
 
 def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> Any:
+    if device.index:
+        raise UserError(
+            f"engine.kind: vLLM in this process takes the first GPU, not {device}; "
+            f"set CUDA_VISIBLE_DEVICES={device.index} and device: cuda"
+        )
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -268,7 +275,7 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
             stack.enter_context(_replaced(layers, "check_cpu_sgl_kernel", lambda *shape_and_dtype: False))
         try:
             return vllm.LLM(**settings)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
+        except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
             raise UserError(f"engine.kind: vLLM cannot run {settings['model']!r}: {_reason(error)}") from error
 
 

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from fdpg_fast.engines.vllm import VLLMEngine, _own_generators, shared_views
+from fdpg_fast.engines.vllm import VLLMEngine, _make_llm, _own_generators, shared_views
 from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.language_model import load_model
 from vllm_cases import CONFIG_EOS, CONTEXTS, EOS, TOLERANCE, VOCABULARY, gap, perturb, save_model
@@ -258,6 +258,11 @@ def test_nothing_is_sampled_before_the_first_sync(folders):
     with pytest.raises(RunError, match="without the weights that a sync brings"):
         engine.sample(CONTEXTS, 1, 0)
     engine.close()
+
+
+def test_another_gpu_than_the_first_is_refused_with_what_to_do():
+    with pytest.raises(UserError, match="first GPU, not cuda:1; set CUDA_VISIBLE_DEVICES=1 and device: cuda"):
+        _make_llm({}, torch.device("cuda:1"), False)
 
 
 def test_a_model_that_vllm_cannot_run(folders):
