@@ -150,6 +150,8 @@ class VLLMEngine:
             raise RunError("vLLM keeps a prefix cache of older weights: it has unfinished requests")
         if self._labels:
             self._llm.update_weight_version(str(version))
+        if self._beside_learner and policy.device.type == "cuda":
+            torch.cuda.synchronize(policy.device)  # the thread that samples next may have a stream of its own
         self.version = version
 
     def sleep(self) -> None:
@@ -206,7 +208,9 @@ class VLLMEngine:
         except ValueError as error:
             if self._share:
                 raise UserError(f"engine.share_weights: {error}") from None
-            self._say(f"engine: vLLM holds weights of its own ({error})")
+            self._say(
+                f"engine: vLLM holds weights of its own ({error}); engine.share_weights: false plans memory for them"
+            )
             self._share = False
             return False
 
@@ -273,10 +277,14 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
 
             stack.enter_context(_replaced(vllm._custom_ops, "_supports_onednn", False))
             stack.enter_context(_replaced(layers, "check_cpu_sgl_kernel", lambda *shape_and_dtype: False))
+        threads = torch.get_num_threads()
         try:
             return vllm.LLM(**settings)
         except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
             raise UserError(f"engine.kind: vLLM cannot run {settings['model']!r}: {_reason(error)}") from error
+        finally:
+            if device.type == "cuda":
+                torch.set_num_threads(threads)  # vLLM takes one for all; the learner scores and packs on the CPU
 
 
 @contextlib.contextmanager
