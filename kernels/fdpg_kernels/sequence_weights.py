@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from . import divergences, reference
-from .compiled import Nodes
-from .dispatch import choose_impl, load
+from .dispatch import choose_impl, implementation
 from .divergences import Divergence
 from .reference import SequenceWeights
 
@@ -67,12 +66,11 @@ def sequence_weights(
     cu_seqlens = cu_seqlens.to(policy_logprob.device, non_blocking=True)
     arguments = (policy_logprob, behavior_logprob, cu_seqlens, target_log_score, log_z)
     impl = choose_impl(impl, policy_logprob)
-    if torch.compiler.is_compiling():
-        return Nodes(impl).sequence_weights(*arguments, divergence=law, **options)
+    # a user's own f is a PyTorch function
+    if torch.compiler.is_compiling() or (impl == "triton" and law.is_built_in):
+        return implementation(impl).sequence_weights(*arguments, divergence=law, **options)
     if impl == "reference":
         return reference.sequence_weights(*arguments, divergence=law, **options)
-    if impl == "triton" and law.is_built_in:  # a user's own f is a PyTorch function
-        return load(impl).sequence_weights(*arguments, divergence=law, **options)
     policy, behavior = (sum_by_sequence(x.detach(), cu_seqlens) for x in (policy_logprob, behavior_logprob))
     weights = weights_from_sums(policy, behavior, target_log_score, log_z, divergence=law, **options)
     return cast(weights, result_dtype(policy_logprob))

@@ -155,11 +155,12 @@ def test_everything_else_is_left_to_pytorch(rows, dtype, autocast):
     assert calls.count == 0
 
 
-def test_another_processor_uses_pytorch(monkeypatch):
+@pytest.mark.parametrize("instructions", ["avx2", "avx512_f"])
+def test_another_processor_uses_pytorch(instructions, monkeypatch):
     for name in ("Intel(R) Xeon(R)", "AMD EPYC"):
-        found = {"cpu_name": name, "avx2": True, "avx512_f": False}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        assert onednn._is_faster_here("avx2") == name.startswith("AMD")
-        assert not onednn._is_faster_here("avx512_f")
+        for there in (True, False):
+            found = {"cpu_name": name, instructions: there}
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+            assert onednn._is_faster_here(instructions) == (there and name.startswith("AMD"))
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not onednn._is_faster_here("avx2")
+    assert not onednn._is_faster_here(instructions)
