@@ -25,8 +25,8 @@ prepare_environment()  # before torch is imported
 import torch
 
 import engine_turns
-from fdpg_fast.config import TrainConfig
-from fdpg_fast.run_folder import RunFolder
+from fdpg_fast.config.schema import TrainConfig
+from fdpg_fast.runs.folder import RunFolder
 from fdpg_fast.trainer import Trainer
 from rounds import SETTINGS, Setting, make_config, make_model
 

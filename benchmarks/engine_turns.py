@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from fdpg_fast.agreement import GAP_LIMITS, agreement
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines import Engine, VLLMEngine
-from fdpg_fast.language_model import LanguageModel
-from fdpg_fast.run_folder import RunFolder
+from fdpg_fast.measure.agreement import GAP_LIMITS, agreement
+from fdpg_fast.models.language_model import LanguageModel
+from fdpg_fast.runs.folder import RunFolder
 from fdpg_fast.trainer import Trainer
 
 PHASES = ("sample", "features", "base", "compare", "update", "sync")  # of a round; what is left is bookkeeping

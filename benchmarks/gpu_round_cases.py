@@ -11,8 +11,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from fdpg_fast.config import TrainConfig
-from fdpg_fast.config_file import parse_config
+from fdpg_fast.config.load import parse_config
+from fdpg_fast.config.schema import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 END = "<|end|>"

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import engine_turns
 from benchmarks.gpu_round_cases import Case, Variant, make_config
 from fdpg_fast.engines import VLLMEngine
-from fdpg_fast.run_folder import RunFolder
+from fdpg_fast.runs.folder import RunFolder
 from fdpg_fast.trainer import Trainer
 
 Record = dict[str, Any]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from fdpg_fast.config import LoRAConfig
+from fdpg_fast.config.schema import LoRAConfig
 from fdpg_fast.doctor import adapter_size
 from fdpg_fast.engines.plan import MemoryPlan, plan_memory
 from fdpg_fast.errors import UserError

@@ -25,8 +25,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdpg_kernels.triton import configs, gemm, rows, weights
-from fdpg_kernels.triton.configs import Config
+from fdpg_kernels.triton import gemm, rows
+from fdpg_kernels.triton import tiles as configs
+from fdpg_kernels.triton import weigh as weights
+from fdpg_kernels.triton.tiles import Config
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TABLE = Path(__file__).resolve().parents[1] / "docs/kernels-compiled.md"

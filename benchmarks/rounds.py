@@ -21,12 +21,12 @@ prepare_environment()  # before torch is imported
 
 import torch
 
-from fdpg_fast.assemble import build_feature
-from fdpg_fast.config import TrainConfig
-from fdpg_fast.config_file import parse_config
+from fdpg_fast.config.load import parse_config
+from fdpg_fast.config.schema import TrainConfig
 from fdpg_fast.contexts import load_contexts, schedule
-from fdpg_fast.memory import peak_memory
-from fdpg_fast.run_folder import RunFolder
+from fdpg_fast.engines.memory import peak_memory
+from fdpg_fast.runs.folder import RunFolder
+from fdpg_fast.session import build_feature
 from fdpg_fast.trainer import Trainer
 from fdpg_kernels import onednn
 from plain_pipeline import PlainPipeline

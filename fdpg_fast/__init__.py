@@ -7,12 +7,17 @@ Trainer(load_config("examples/quickstart.yaml")).train()
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import TrainConfig as TrainConfig
-    from .config_file import load_config as load_config
+    from .config.load import load_config as load_config
+    from .config.schema import TrainConfig as TrainConfig
     from .trainer import RunResult as RunResult
     from .trainer import Trainer as Trainer
 
-_HOME = {"TrainConfig": "config", "load_config": "config_file", "RunResult": "trainer", "Trainer": "trainer"}
+_HOME = {
+    "TrainConfig": "config.schema",
+    "load_config": "config.load",
+    "RunResult": "trainer",
+    "Trainer": "trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

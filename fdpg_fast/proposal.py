@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .language_model import LanguageModel
+from .models.language_model import LanguageModel
 
 _COLUMNS = ("log_weight", "log_ratio", "contexts")
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from fdpg_kernels.sequence_weights import sum_by_sequence
 
 from .clock import Clock
+from .engines.memory import FrozenPages
 from .errors import RunError
 from .features import Completions
-from .language_model import LanguageModel
-from .memory import FrozenPages
+from .models.language_model import LanguageModel
 from .rollouts import Rollouts
 from .targets import Target
 

@@ -18,30 +18,30 @@ from torch import Tensor
 
 from fdpg_kernels.sequence_weights import refusal
 
-from .agreement import compare_with_learner
-from .alpha_path import divergence_at, last_divergence
-from .assemble import build_engine, build_target, choose_device, describe_engine
-from .checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
 from .clock import Clock
-from .config import TrainConfig
+from .config.schema import TrainConfig
 from .contexts import Context, derived_seed, load_contexts, schedule
-from .diagnostics import Watch
+from .divergence import divergence_at, last_divergence
 from .engines import Engine
+from .engines.memory import FrozenPages, plan_micro_batch_tokens, trim
 from .errors import RunError, UserError
-from .estimators import LogPartition
-from .evaluate import Evaluation, evaluate
-from .language_model import LanguageModel, eos_token_ids, load_model, load_tokenizer
 from .learner import Learner, Update
-from .lora import LoRAPolicy
-from .memory import FrozenPages, plan_micro_batch_tokens, trim
-from .metrics import progress_line, round_metrics
+from .measure.agreement import compare_with_learner
+from .measure.diagnostics import Watch
+from .measure.estimators import LogPartition
+from .measure.evaluate import Evaluation, evaluate
+from .models.language_model import LanguageModel, eos_token_ids, load_model, load_tokenizer
+from .models.lora import LoRAPolicy
 from .partition import Baseline, PartitionFunction, pseudo_rewards
 from .proposal import AdaptiveProposal
-from .report import write_report
 from .rollouts import Rollouts
-from .run_folder import RunFolder
+from .runs.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of, save_checkpoint
+from .runs.folder import RunFolder
+from .runs.metrics import progress_line, round_metrics
+from .runs.report import write_report
+from .runs.tracking import Tracking, check_installed
 from .scoring import Scorer, Scores
-from .tracking import Tracking, check_installed
+from .session import build_engine, build_target, choose_device, describe_engine
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import runs
+from support import runs
 
 WORD = "{kind: pointwise, feature: {kind: word, word: tea}}"
 # a .jsonl or .txt file for each bad set of contexts

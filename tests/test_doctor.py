@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-import runs
-from fdpg_fast import assemble, doctor
+from fdpg_fast import doctor
+from fdpg_fast import session as assemble
+from support import runs
 
 GPU = {"device": "cuda", "sleeps": True, "attention": "FLASH_ATTN"}
 

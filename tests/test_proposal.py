@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import runs
 from fdpg_fast.proposal import kl_gain
+from support import runs
 
 CASES = {  # texts of two contexts: how often q says them in 100, and p and π of each
     0: ([70, 20, 10], [0.2, 0.5, 0.3], [0.3, 0.4, 0.3]),

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import runs
 from fdpg_fast import Trainer, load_config
-from fdpg_fast.comparison import frozen_base_sample, measure_runs
-from fdpg_fast.config import LossConfig, OptimizerConfig
-from fdpg_fast.config_file import parse_config
+from fdpg_fast.config.load import parse_config
+from fdpg_fast.config.schema import LossConfig, OptimizerConfig
 from fdpg_fast.errors import RunError
-from fdpg_fast.language_model import load_model
 from fdpg_fast.learner import Learner
-from fdpg_fast.run_folder import read_config
+from fdpg_fast.models.language_model import load_model
+from fdpg_fast.runs.comparison import frozen_base_sample, measure_runs
+from fdpg_fast.runs.folder import read_config
 from fdpg_kernels import divergences
+from support import runs
 
 ALL = 1000  # more samples than a round has: samples.jsonl holds every one
 SOFT = {"kind": "rlhf", "beta": 0.5, "feature": runs.LETTERS["feature"]}

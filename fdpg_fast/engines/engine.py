@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..contexts import Context
-from ..language_model import LanguageModel
+from ..models.language_model import LanguageModel
 from ..rollouts import Rollouts
 
 

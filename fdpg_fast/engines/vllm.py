@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..contexts import Context
 from ..errors import RunError, UserError
-from ..language_model import LanguageModel
+from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
 
 LARGEST_SEED = 2**62  # of a request; vLLM numbers the n samples of a request from its seed on

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdpg_kernels import divergences
 
-from ..estimators import Estimate
+from ..measure.estimators import Estimate
 from ..partition import Baseline, PartitionFunction, pseudo_rewards
 from .enumerable import (
     D_F,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..config_file import set_key
+from ..config.load import set_key
 from ..errors import UserError
 from .findings import Finding
 

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..estimators import Estimate
+from ..measure.estimators import Estimate
 from .rows import Row, settings_of
 
 Labels = dict[str, str]

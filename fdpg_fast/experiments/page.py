@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..results import DOUBT, FEATURE_LABELS, LABELS, Estimate, doubtful, label_of
-from ..run_folder import write_whole
+from ..runs.folder import write_whole
+from ..runs.tables import DOUBT, FEATURE_LABELS, LABELS, Estimate, doubtful, label_of
 from .experiment import Experiment
 from .findings import average
 from .pictures import draw_curves, draw_trade_offs

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..drawing import PALETTE, finite
-from ..results import label_of
+from ..runs.plots import PALETTE, finite
+from ..runs.tables import label_of
 from .findings import average, within_seeds
 from .rows import Row, settings_of
 

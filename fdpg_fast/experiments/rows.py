@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..estimators import Estimate
-from ..run_folder import disk_errors, to_json, write_whole
+from ..measure.estimators import Estimate
+from ..runs.folder import disk_errors, to_json, write_whole
 
 
 @dataclass(frozen=True)

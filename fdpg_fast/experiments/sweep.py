@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import RunError, UserError
 from ..features.feature import import_object
-from ..run_folder import RunFolder
+from ..runs.folder import RunFolder
 from .experiment import Case, cases, find_folder, load_experiment
 from .page import write_page
 from .rows import Row, append_row, forget_torn_line, read_rows

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..comparison import measure
-from ..config_file import parse_config
-from ..results import number, read_run
+from ..config.load import parse_config
+from ..runs.comparison import measure
+from ..runs.tables import number, read_run
 from ..trainer import Trainer
 from .rows import Row
 

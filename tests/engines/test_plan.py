@@ -8,20 +8,20 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import memory_table
-from fdpg_fast.assemble import Sharing, plan_on_gpu
-from fdpg_fast.config import LoRAConfig, LossConfig, OptimizerConfig
-from fdpg_fast.config_file import parse_config
+from fdpg_fast.config.load import parse_config
+from fdpg_fast.config.schema import LoRAConfig, LossConfig, OptimizerConfig
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines import VLLMEngine, plan
 from fdpg_fast.engines.plan import kv_bytes_per_token, plan_cpu_cache, plan_memory
 from fdpg_fast.errors import UserError
-from fdpg_fast.language_model import LanguageModel, load_model
 from fdpg_fast.learner import Learner
-from fdpg_fast.lora import LoRAPolicy
+from fdpg_fast.models.language_model import LanguageModel, load_model
+from fdpg_fast.models.lora import LoRAPolicy
 from fdpg_fast.rollouts import Rollouts
+from fdpg_fast.session import Sharing, plan_on_gpu
 from fdpg_kernels import chunked, divergences
 from ops_memory import Storages
-from vllm_cases import EOS, save_model
+from support.vllm_cases import EOS, save_model
 
 GIB = 2**30
 SMOLLM2 = LlamaConfig(

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from exact_bed import HARD, NAMES, divergence, exact_gradient, gradient_per_text, leave_one_out, packed_loss
 from fdpg_fast.experiments.enumerable import Tabular, hard_target, make_bed, soft_target
 from fdpg_kernels import sequence_weights
+from support.exact_bed import HARD, NAMES, divergence, exact_gradient, gradient_per_text, leave_one_out, packed_loss
 
 BED = make_bed()
 BASE, POLICY, OTHER = (Tabular(BED, seed) for seed in (0, 1, 7))

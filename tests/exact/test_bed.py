@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from exact_bed import D_F, HARD, NAMES, exact_divergence, exact_gradient
 from fdpg_fast.experiments.enumerable import EOS, Tabular, Transformer, hard_target, make_bed, soft_target
+from support.exact_bed import D_F, HARD, NAMES, exact_divergence, exact_gradient
 
 BED = make_bed()
 

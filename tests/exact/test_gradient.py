@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from exact_bed import HARD, NAMES, exact_gradient, gradient_per_text, packed_loss
 from fdpg_fast.experiments.enumerable import Tabular, Transformer, hard_target, make_bed, soft_target, uniform_sampler
+from support.exact_bed import HARD, NAMES, exact_gradient, gradient_per_text, packed_loss
 
 BED = make_bed()
 BASE = Tabular(BED, 0)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from exact_bed import leave_one_out, packed_loss
 from fdpg_fast.experiments.enumerable import Tabular, Transformer, make_bed, soft_target
+from support.exact_bed import leave_one_out, packed_loss
 
 BED = make_bed()
 BASE = Tabular(BED, 0)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from exact_bed import HARD, NAMES, divergence, exact_divergence, leave_one_out, packed_loss
 from fdpg_fast.experiments.enumerable import Tabular, hard_target, make_bed, soft_target
 from fdpg_kernels import sequence_weights
+from support.exact_bed import HARD, NAMES, divergence, exact_divergence, leave_one_out, packed_loss
 
 BED = make_bed()
 BASE = Tabular(BED, 0)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from exact_bed import D_F, divergence, exact_divergence, gradient_per_text, leave_one_out, packed_loss
 from fdpg_fast.experiments.enumerable import Tabular, hard_target, make_bed, soft_target
 from fdpg_kernels import sequence_weights
+from support.exact_bed import D_F, divergence, exact_divergence, gradient_per_text, leave_one_out, packed_loss
 
 BED = make_bed()
 BASE, POLICY = Tabular(BED, 0), Tabular(BED, 1)

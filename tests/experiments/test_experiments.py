@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fdpg_fast.errors import UserError
-from fdpg_fast.estimators import Estimate
 from fdpg_fast.experiments.experiment import FOLDER, cases, find_folder, load_experiment
 from fdpg_fast.experiments.findings import (
     BetweenFinding,
@@ -23,6 +22,7 @@ from fdpg_fast.experiments.findings import (
 )
 from fdpg_fast.experiments.rows import Row, append_row, read_rows
 from fdpg_fast.experiments.sweep import run_experiment
+from fdpg_fast.measure.estimators import Estimate
 
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/experiment.yaml"))
 
@@ -60,7 +60,7 @@ def test_a_stopped_experiment_goes_on_and_other_settings_are_refused(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "runner.py").write_text(
-        "from fdpg_fast.estimators import Estimate\nfrom fdpg_fast.experiments.rows import Row\n"
+        "from fdpg_fast.measure.estimators import Estimate\nfrom fdpg_fast.experiments.rows import Row\n"
         "def run_case(settings, seed, folder):\n"
         "    folder.parent.joinpath('calls').open('a').write('x')\n"
         "    if settings['a'] == settings.get('fails'):\n        raise SystemExit\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fdpg_kernels import fdpg_loss, linear_logprob, sequence_weights
-from kernel_cases import batch, head_batch
+from support.kernel_cases import batch, head_batch
 
 HEAD = {  # changed argument → what the message must say
     "hidden [N]": (dict(hidden=torch.zeros(6).double()), r"hidden must be \[N, D\].*\(6,\)"),

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json
 from benchmarks.offline import build_all
-from fdpg_kernels.triton.configs import SHARED_MEMORY
+from fdpg_kernels.triton.tiles import SHARED_MEMORY
 for case, made in build_all():
     kind = case.config and ("TMA" if case.config.tma else "pointers")
     print(json.dumps(dict(vars(made), name=case.name, chip=case.chip, loads=kind, limit=SHARED_MEMORY[case.chip])))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fdpg_kernels import Divergence, divergences
-from kernel_cases import ALLOW_ZEROS, NAMES
+from support.kernel_cases import ALLOW_ZEROS, NAMES
 
 F_PRIME = {  # f'(t), textbook f shifted by c·(t−1) so that f'(1) = 0
     "forward_kl": lambda t: 1 - 1 / t,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdpg_kernels import sequence_weights
-from kernel_cases import NAMES, packing
+from support.kernel_cases import NAMES, packing
 
 
 def one_token(log_pi, log_q, log_p, dtype=torch.float64, **options):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdpg_kernels import chunked, fdpg_loss, linear_logprob, sequence_weights
-from kernel_cases import ALLOW_ZEROS, NAMES, head_batch
+from support.kernel_cases import ALLOW_ZEROS, NAMES, head_batch
 
 LENGTHS = [3, 0, 1, 9, 2, 0, 5, 4]  # with 4 rows a chunk: groups, empty sequences, and two that span chunks
 LEAVES = ("hidden", "weight", "bias")

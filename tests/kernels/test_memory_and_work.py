@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_kernels import chunked, fdpg_loss, linear_logprob
-from kernel_cases import packing
 from ops_memory import Storages
+from support.kernel_cases import packing
 
 N, D, V = 2048, 8, 4096
 ROWS = 64  # which needs no padding

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdpg_kernels import SequenceWeights, sequence_weights
-from kernel_cases import ALLOW_ZEROS, NAMES, batch, packing
+from support.kernel_cases import ALLOW_ZEROS, NAMES, batch, packing
 
 LENGTHS = [3, 0, 1, 7, 2, 0, 5, 4]
 RATIOS = ["sequence", "none"]

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_kernels import fdpg_loss, linear_logprob, sequence_weights
 from fdpg_kernels.tensor_parallel import sharded_linear_logprob
-from kernel_cases import head_batch
+from support.kernel_cases import head_batch
 
 RANKS, VOCAB = 2, 11
 LENGTHS = [3, 1, 5, 2]

@@ -6,7 +6,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
 from fdpg_kernels import fdpg_loss, linear_logprob, sequence_weights
-from kernel_cases import head_batch
+from support.kernel_cases import head_batch
 
 LEAVES = ("hidden", "weight", "bias")
 

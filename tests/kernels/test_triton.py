@@ -19,9 +19,10 @@ import torch
 import triton.runtime.interpreter as interpreter
 
 from fdpg_kernels import Divergence, divergences, fdpg_loss, linear_logprob, sequence_weights
-from fdpg_kernels.triton import configs, launch, tune
 from fdpg_kernels.triton import head as head_module
-from kernel_cases import ALLOW_ZEROS, NAMES, batch, head_batch
+from fdpg_kernels.triton import launch, tune
+from fdpg_kernels.triton import tiles as configs
+from support.kernel_cases import ALLOW_ZEROS, NAMES, batch, head_batch
 
 LENGTHS = [3, 0, 20, 9, 2, 0, 40, 4]  # with chunks of 32 rows: groups, empty sequences, one that spans chunks
 LEAVES = ("hidden", "weight", "bias")

@@ -15,7 +15,7 @@ import torch
 
 from fdpg_fast import Trainer, load_config
 from fdpg_fast.features import Completions, python_parses
-from fdpg_fast.finished import sample_base
+from fdpg_fast.runs.finished import sample_base
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "tiny-python-lm"

@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fdpg_fast import Trainer
-from fdpg_fast.assemble import build_feature
-from fdpg_fast.config import RLHFTerm, TrainConfig
-from fdpg_fast.config_file import parse_config
+from fdpg_fast.config.load import parse_config
+from fdpg_fast.config.schema import RLHFTerm, TrainConfig
 from fdpg_fast.contexts import derived_seed, load_contexts, schedule
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
-from fdpg_fast.estimators import Estimate, mean
-from fdpg_fast.evaluate import evaluate
 from fdpg_fast.experiments.rows import Row
 from fdpg_fast.features import Completions
-from fdpg_fast.language_model import eos_token_ids, load_model, load_tokenizer
-from fdpg_fast.results import number, read_run
+from fdpg_fast.measure.estimators import Estimate, mean
+from fdpg_fast.measure.evaluate import evaluate
+from fdpg_fast.models.language_model import eos_token_ids, load_model, load_tokenizer
 from fdpg_fast.rollouts import Rollouts
+from fdpg_fast.runs.tables import number, read_run
 from fdpg_fast.scoring import Scores
+from fdpg_fast.session import build_feature
 from fdpg_fast.targets import rlhf
 
 ROWS = 16  # sequences a forward pass

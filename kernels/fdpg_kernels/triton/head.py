@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs, gemm, rows
+from . import gemm, rows, tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = 1 / math.log(2)
@@ -35,7 +35,7 @@ class Head:
     weight_grad: Tensor | None = None  # [V, D] float32, accumulated
     bias_grad: Tensor | None = None  # [V] float32, accumulated
     weight_grad_is_empty: bool = False  # the first chunk writes instead of adding
-    tile: configs.Config | None = None  # left out, the tuned one or what the rule gives
+    tile: tiles.Config | None = None  # left out, the tuned one or what the rule gives
     _e: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,9 +53,9 @@ class Head:
             self.capability, chip = 10 * properties.major + properties.minor, properties.name
             self.processors = properties.multi_processor_count
         plain = self.bias is None and self.softcap is None
-        tuned = configs.tuned(chip).get(self.width) if self.aligned and plain else None
-        rule = configs.choose(self.capability, self.width, aligned=self.aligned, plain=plain)
-        self.config: configs.Config = self.tile or tuned or rule
+        tuned = tiles.tuned(chip).get(self.width) if self.aligned and plain else None
+        rule = tiles.choose(self.capability, self.width, aligned=self.aligned, plain=plain)
+        self.config: tiles.Config = self.tile or tuned or rule
         limit = max(1, CHUNK_BYTES // (self.pitch * item))
         self.chunk_rows = min(CHUNK_ROWS, max(self.config.BM, limit // self.config.BM * self.config.BM))
         self.columns = triton.cdiv(self.vocabulary, self.config.BV)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..chunked import sequence_groups
 from ..divergences import Divergence
 from ..reference import SequenceWeights
-from . import weights
+from . import weigh
 from .head import Head
 from .sequences import BLOCK, Law, Packing, to_device
 
@@ -73,7 +73,7 @@ def sequence_weights(
     dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
     law = Law(divergence, len(score), score, log_z, baseline, ratio, ratio_cap, reward_cap, dtype)
     with _on(policy):
-        weights.weigh_sequences[(len(score),)](
+        weigh.weigh_sequences[(len(score),)](
             policy.contiguous(),
             behavior.contiguous(),
             cu_seqlens.contiguous(),

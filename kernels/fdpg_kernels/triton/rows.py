@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .gemm import tanh
-from .weights import weigh_sequence
+from .weigh import weigh_sequence
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

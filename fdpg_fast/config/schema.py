@@ -1,0 +1,326 @@
+"""What a run is made of, as frozen models; every key is documented here and nowhere else.
+
+Paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..divergence import divergence_at
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ContextsConfig(_Section):
+    train: str | None = None
+    """.jsonl file with "prompt" and other columns, or a text file with one prompt a line; none: start from BOS."""
+    eval: str | None = None
+    """Prompts that are never trained on, for the evaluation; none: those of `train`."""
+
+
+class _Feature(_Section):
+    name: str | None = None
+    """Name in metrics and tables; none: made from the kind."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds that one call may take; none: 60, or 600 for a classifier."""
+
+
+class WordFeature(_Feature):
+    kind: Literal["word"]
+    """1 where the completion contains the word."""
+    word: str
+    """The word: whole, in upper or lower case."""
+
+
+class RegexFeature(_Feature):
+    kind: Literal["regex"]
+    """1 where the pattern is found in the completion."""
+    pattern: str
+    """A Python regular expression."""
+
+
+class PythonParsesFeature(_Feature):
+    kind: Literal["python_parses"]
+    """1 where prompt + completion is finished and parses as Python; nothing is executed."""
+
+
+class Pep8Feature(_Feature):
+    kind: Literal["pep8"]
+    """1 where prompt + completion is finished, parses, and pycodestyle has nothing to say about it."""
+
+
+class SentimentFeature(_Feature):
+    kind: Literal["sentiment"]
+    """How positive the completion is by the VADER lexicon: (1 + compound)/2, in [0, 1]; neutral is ½."""
+
+
+class EntitiesFeature(_Feature):
+    kind: Literal["entities"]
+    """1 where the completion is finished and names something, and only what its prompt names."""
+    min_entities: int = Field(default=1, ge=1)
+    """Names, numbers and words in code font that it must hold at least."""
+
+
+class ClassifierFeature(_Feature):
+    kind: Literal["classifier"]
+    """Probability of a label under a Hugging Face sequence classifier."""
+    model: str
+    """Folder or hub name of the classifier; safetensors only."""
+    label: str
+    """One of the classifier's labels."""
+    batch_size: int = Field(default=32, ge=1)
+    """Texts per forward pass."""
+    with_prompt: bool = False
+    """Classify prompt + completion instead of the completion alone."""
+
+
+class ImportedFeature(_Feature):
+    kind: Literal["import"]
+    """Your own function with the signature of a TRL reward function."""
+    path: str
+    """package.module:function or file.py:function."""
+
+
+FeatureConfig = Annotated[
+    WordFeature
+    | RegexFeature
+    | PythonParsesFeature
+    | Pep8Feature
+    | SentimentFeature
+    | EntitiesFeature
+    | ClassifierFeature
+    | ImportedFeature,
+    Field(discriminator="kind"),
+]
+
+
+class PointwiseTerm(_Section):
+    kind: Literal["pointwise"]
+    """φ = the feature: a hard constraint where it is 0 or 1."""
+    feature: FeatureConfig
+    """What is asked of a text."""
+
+
+class RLHFTerm(_Section):
+    kind: Literal["rlhf"]
+    """φ = exp(reward/beta)."""
+    feature: FeatureConfig
+    """The reward."""
+    beta: float = Field(gt=0)
+    """Weight of the KL penalty of the equivalent reinforcement learning problem."""
+
+
+class DistributionalTerm(_Section):
+    kind: Literal["distributional"]
+    """φ = exp(λ·features) with λ such that the features have the given means."""
+    features: list[FeatureConfig] = Field(min_length=1)
+    """Features whose means are prescribed."""
+    moments: list[float] = Field(min_length=1)
+    """Their means under the target, one a feature."""
+
+
+class ImportedTarget(_Section):
+    kind: Literal["import"]
+    """Your own `fdpg_fast.targets.Target`, or a function without arguments that makes one."""
+    path: str
+    """package.module:name or file.py:name."""
+
+
+TermConfig = Annotated[PointwiseTerm | RLHFTerm | DistributionalTerm | ImportedTarget, Field(discriminator="kind")]
+
+
+class EngineConfig(_Section):
+    kind: Literal["auto", "transformers", "vllm", "vllm_server"] = "auto"
+    """What samples: the learner's own module, vLLM in this process, or vLLM servers; auto: vLLM where it has a GPU."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Completions are cut off there; a cut completion is a text without EOS."""
+    max_sequences: int = Field(default=256, ge=1)
+    """Completions decoded side by side; bounds the memory of the key-value cache."""
+    share_weights: bool | None = None
+    """vllm: the policy's parameters are views of vLLM's; left out, where that is valid and costs no speed."""
+    urls: list[str] = []
+    """vllm_server: addresses of the servers, such as http://gpu-box:8000."""
+    weight_transfer: Literal["nccl", "ipc", "disk"] = "nccl"
+    """vllm_server: from GPU to GPU, within one GPU, or through a folder that both sides see."""
+    weights_dir: str | None = None
+    """vllm_server: the folder of weight_transfer disk."""
+    request_timeout: float = Field(default=600.0, gt=0)
+    """vllm_server: seconds that one request, or sending the weights, may take."""
+    gap_warning: float | None = Field(default=None, gt=0)
+    """Mean |log q − log π| a token, in nats, above which a round warns; left out, 1e-4, or 0.1 in bfloat16."""
+    gap_limit: float | None = Field(default=None, gt=0)
+    """The same, above which the run stops: the engine has other weights; left out, 0.01, or 0.3 in bfloat16."""
+
+
+class PartitionConfig(_Section):
+    kind: Literal["running", "batch", "oracle"] = "running"
+    """Z from all samples so far, from the round's own, or from one frozen sample of the base model."""
+    per_context: bool = True
+    """One Z for each context; false: one for all."""
+    floor: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Smallest value that Z is given; at 0 a context waits until a sample with P > 0 turns up."""
+    oracle_samples: int = Field(default=64, ge=1)
+    """Samples of the base for each context, for `oracle`."""
+
+
+class LossConfig(_Section):
+    baseline: Literal["leave_one_out", "running", "none"] = "leave_one_out"
+    """Subtracted from the pseudo-reward: the mean of the context's other samples, of all earlier ones, or nothing."""
+    ratio: Literal["sequence", "none"] = "sequence"
+    """Importance ratio policy/sampler of the whole sequence, which makes off-policy samples exact, or 1."""
+    ratio_cap: float | None = Field(default=None, gt=0)
+    """Upper limit of the ratio; how often it bites is reported."""
+    reward_cap: float | None = Field(default=None, gt=0)
+    """Limit of |pseudo-reward|; how often it bites is reported."""
+
+
+class OptimizerConfig(_Section):
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: stay, or fall to 0 at the last round."""
+    warmup_rounds: int = Field(default=0, ge=0)
+    """Rounds over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """AdamW's averaging of gradient and squared gradient."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients of larger norm are scaled down to it."""
+
+
+class ProposalConfig(_Section):
+    kind: Literal["policy", "adaptive"] = "policy"
+    """What is sampled from: the policy, or older weights of it until the policy is nearer to the target."""
+    every: int = Field(default=10, ge=1)
+    """adaptive: rounds from one estimate of KL(p‖q) − KL(p‖π) to the next; the policy is taken where it is positive."""
+
+
+class LoRAConfig(_Section):
+    rank: int = Field(ge=1)
+    """Of the trained matrices B·A that are added to each adapted layer; everything else stays frozen."""
+    alpha: float | None = Field(default=None, gt=0)
+    """B·A counts alpha/rank times, as in peft; left out, once."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the linear layers to adapt, such as [q_proj, v_proj]; all-linear: all but the head."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if value != "all-linear" and not (isinstance(value, list) and value and all(isinstance(n, str) for n in value)):
+            raise ValueError("write all-linear, or a list of names such as [q_proj, v_proj]")
+        return value
+
+
+class RoundsConfig(_Section):
+    rounds: int = Field(default=100, ge=1)
+    """How many times to sample, score, update and sync."""
+    seed: int = Field(default=0, ge=0)
+    """Of everything random; equal seeds give equal runs on the CPU."""
+    contexts_per_round: int = Field(default=16, ge=1)
+    """Contexts sampled from in a round (fewer where the data set is smaller)."""
+    samples_per_context: int = Field(default=16, ge=1)
+    """Completions of each."""
+    pipeline_depth: int = Field(default=0, ge=0)
+    """n: sample n rounds ahead, while the learner trains, with weights n rounds old (the ratio keeps it exact)."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in one forward and backward pass; bounds memory, changes nothing else. Left out, planned for the model."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Rounds between checkpoints; the last round always writes one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Older ones are deleted once a newer one is complete."""
+    samples_logged: int = Field(default=8, ge=0)
+    """Completions of each round kept in samples.jsonl."""
+
+
+class EvaluationConfig(_Section):
+    contexts: int = Field(default=64, ge=1)
+    """Contexts to evaluate on, the first ones of the file."""
+    samples_per_context: int = Field(default=32, ge=2)
+    """Completions of each; Z and divergences come from this one sample, and few samples a context bias them to 0."""
+
+
+class TrainConfig(_Section):
+    """A run."""
+
+    model: str
+    """Folder or hub name of the causal LM to align; the target's base model is its frozen copy."""
+    divergence: str = "jensen_shannon"
+    """D_f to minimise: forward_kl, jensen_shannon, …, alpha:0.5, or a path alpha:0.2..0.9 over the rounds."""
+    run_dir: str
+    """Folder of this run; made new, or continued with --resume."""
+    target: list[TermConfig] = Field(min_length=1)
+    """φ as a product of terms; the target is base·φ."""
+    target_fit_samples: int = Field(default=2048, ge=1)
+    """Samples of the base from which λ of distributional terms is fitted."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of policy and base model."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU where there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's repository."""
+    contexts: ContextsConfig = ContextsConfig()
+    engine: EngineConfig = EngineConfig()
+    partition: PartitionConfig = PartitionConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    proposal: ProposalConfig = ProposalConfig()
+    lora: LoRAConfig | None = None
+    trainer: RoundsConfig = RoundsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics go besides metrics.jsonl."""
+
+    @field_validator("divergence")
+    @classmethod
+    def _known_divergence(cls, name: str) -> str:
+        divergence_at(name, 0, 1)
+        return name
+
+    @model_validator(mode="after")
+    def _baseline_has_others(self) -> Self:
+        if self.loss.baseline == "leave_one_out" and self.trainer.samples_per_context == 1:
+            raise ValueError(
+                "loss.baseline leave_one_out needs trainer.samples_per_context ≥ 2; use running or none with 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _merged_weights_are_not_shared(self) -> Self:
+        if self.lora is not None and self.engine.share_weights:
+            raise ValueError(
+                "engine.share_weights: with lora vLLM needs the adapter merged into its weights and the learner needs "
+                "them apart; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adaptive_proposal_has_its_own_weights(self) -> Self:
+        if self.proposal.kind == "adaptive" and self.trainer.pipeline_depth:
+            raise ValueError(
+                "proposal.kind: adaptive decides itself how old its weights are; set trainer.pipeline_depth: 0"
+            )
+        if self.proposal.kind == "adaptive" and self.engine.share_weights:
+            raise ValueError("engine.share_weights: proposal.kind adaptive samples with older weights; leave it out")
+        return self
+
+
+# what a resumed run may change without becoming another run
+RESUMABLE = (
+    "trainer.rounds",
+    "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
+    "tracking",
+    "device",
+    *(f"engine.{key}" for key in EngineConfig.model_fields if key != "max_new_tokens"),
+)

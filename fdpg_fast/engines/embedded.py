@@ -1,0 +1,139 @@
+"""The embedded engine: samples with the learner's own module, or with a copy of it that waits for syncs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..contexts import Context
+from ..models.language_model import LanguageModel
+from ..rollouts import Rollouts, concatenate
+
+
+class TransformersEngine:
+    """Samples at temperature 1 from the full distribution, and reports the log-prob of each token that it drew.
+
+    Args:
+        language_model: the module to sample from; the learner keeps updating it in place.
+        eos_token_ids: tokens that end a completion.
+        max_new_tokens: completions are cut off there.
+        max_sequences: completions decoded side by side; bounds the key-value cache.
+        copy: a module for a copy of the weights, to sample from while the learner moves on from them.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        eos_token_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        max_sequences: int = 256,
+        copy: LanguageModel | None = None,
+    ):
+        self.version = -1
+        self.language_model, self._copy = language_model, copy
+        self.eos_token_ids = torch.tensor(sorted(eos_token_ids))
+        self.max_new_tokens = max_new_tokens
+        self.max_sequences = max_sequences
+
+    @torch.no_grad()
+    def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
+        """As `Engine.sample`."""
+        generator = torch.Generator().manual_seed(seed)
+        per_call = max(1, self.max_sequences // samples_per_context)
+        parts = []
+        for first in range(0, len(contexts), per_call):
+            group = contexts[first : first + per_call]
+            counts = [samples_per_context] * len(group)
+            while counts[0] > 0:  # one context may want more samples than fit side by side
+                batch = [min(count, self.max_sequences) for count in counts]
+                part = self._decode(group, batch, generator)
+                parts.append(replace(part, contexts=tuple(contexts), context_index=part.context_index + first))
+                counts = [count - taken for count, taken in zip(counts, batch, strict=True)]
+        return concatenate(parts)
+
+    def sync_weights(self, policy: LanguageModel, version: int) -> None:
+        """Sample from this very module: nothing to move, unless there is to be a copy."""
+        self.language_model = policy
+        if self._copy is not None:
+            self._copy.take_weights(policy)
+            self.language_model = self._copy
+        self.version = version
+
+    def sleep(self) -> None:
+        """Nothing is held between two calls."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _decode(self, contexts: Sequence[Context], counts: list[int], generator: torch.Generator) -> Rollouts:
+        head, device = self.language_model.head, self.language_model.device
+        owner = torch.repeat_interleave(torch.arange(len(contexts)), torch.tensor(counts))
+        total, eos = len(owner), self.eos_token_ids.to(device)
+        # drawn up front, so that a completion does not depend on how many others are still growing
+        uniform = torch.rand(self.max_new_tokens, total, generator=generator, dtype=torch.float64).to(device)
+        decoding = self.language_model.start(contexts, owner, self.max_new_tokens)
+        states = decoding.first
+
+        tokens = torch.zeros(total, self.max_new_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(total, self.max_new_tokens, device=device)
+        lengths = torch.zeros(total, dtype=torch.long, device=device)
+        growing = torch.arange(total, device=device)  # rows of `decoding` → completions
+        finished = torch.zeros(total, dtype=torch.bool, device=device)
+        for step in range(self.max_new_tokens):
+            drawn, logprob = draw(head.logits(states), uniform[step, growing])
+            alive = ~finished[growing]
+            rows = growing[alive]
+            tokens[rows, step], logprobs[rows, step] = drawn[alive], logprob[alive]
+            lengths[rows] += 1
+            finished[rows] = torch.isin(drawn[alive], eos)
+            still = ~finished[growing]
+            left = int(still.sum())
+            if left == 0 or step == self.max_new_tokens - 1:
+                break
+            if left <= 0.8 * len(growing):  # drop the finished once that pays for copying the cache
+                (kept,) = still.nonzero(as_tuple=True)
+                growing, drawn = growing[kept], drawn[kept]
+                decoding.select(kept)
+            states = decoding.advance(drawn)
+
+        real = torch.arange(self.max_new_tokens, device=device) < lengths[:, None]
+        return Rollouts(
+            contexts=tuple(contexts),
+            context_index=owner,
+            token_ids=tokens[real].cpu(),
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cpu(),
+            behavior_logprob=logprobs[real].cpu(),
+            finished=finished.cpu(),
+        )
+
+
+def draw(logits: Tensor, uniform: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse CDF, searched first among blocks of the vocabulary and then inside one.
+
+    Args:
+        logits: [B, V] float32; overwritten.
+        uniform: numbers in [0, 1), [B] float64.
+
+    Returns:
+        token ids [B] and their log-probs [B] float32 under softmax(logits).
+    """
+    largest = logits.amax(dim=1, keepdim=True)
+    weights = logits.sub_(largest).exp()  # [B, V]; logits stays: log-probs of rare tokens come from there
+    padding = -weights.shape[1] % block
+    blocks = torch.nn.functional.pad(weights, (0, padding)).view(len(weights), -1, block)
+    cumulative = blocks.sum(2, dtype=torch.float64).cumsum(1)  # [B, V/block]
+    total = cumulative[:, -1:]
+    threshold = uniform[:, None] * total
+    chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = torch.where(chosen > 0, cumulative.gather(1, (chosen - 1).clamp(min=0)), 0.0)
+    inside = blocks.take_along_dim(chosen[:, :, None], dim=1)[:, 0].double().cumsum(1)  # [B, block]
+    offset = torch.searchsorted(inside, threshold - before, right=True).clamp_(max=block - 1)
+    token = (chosen * block + offset).clamp_(max=logits.shape[1] - 1)
+    # rounding at a block's end may point at a token of probability zero: once in 10^15 draws take the likeliest
+    token = torch.where(weights.gather(1, token) > 0, token, logits.argmax(1, keepdim=True))
+    logprob = logits.gather(1, token).double() - total.log()
+    return token[:, 0], logprob[:, 0].float()

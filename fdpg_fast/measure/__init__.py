@@ -1,0 +1,1 @@
+"""What is measured of a policy, its rounds and its engine."""

@@ -1,0 +1,66 @@
+"""Whether the engine samples from the weights that the learner has, seen from a few completions; docs/engines.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fdpg_kernels.sequence_weights import sum_by_sequence
+
+from ..config.schema import TrainConfig
+from ..errors import RunError
+from ..models.language_model import LanguageModel
+from ..rollouts import Rollouts
+
+GAP_TOKENS = 32  # of a round's completions, at least, that the learner scores to see whether the engine agrees
+GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop: mean nats a token
+
+
+def compare_with_learner(
+    rollouts: Rollouts,
+    policy: LanguageModel,
+    config: TrainConfig,
+    *,
+    seed: int,
+    micro_batch_tokens: int,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """What `agreement` finds on a few of B completions, sampled from the weights that the policy has at this moment.
+
+    Raises:
+        RunError: the gap is above the config's limit.
+    """
+    ends = rollouts.cu_seqlens
+    first = seed % len(rollouts)
+    last = int(torch.searchsorted(ends, int(ends[first]) + GAP_TOKENS).clamp(first + 1, len(rollouts)))
+    part = rollouts.part(slice(first, last))
+    found = agreement(part, policy.token_logprobs(part, micro_batch_tokens))
+    gap, settings, usual = found["logprob_gap_mean"], config.engine, GAP_LIMITS[config.dtype]
+    warning, limit = settings.gap_warning or usual[0], settings.gap_limit or usual[1]
+    if gap > limit:
+        raise RunError(
+            f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token (engine.gap_limit "
+            f"{limit:g}): it does not sample from the weights that are trained; see docs/engines.md"
+        )
+    if gap > warning:
+        say(f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token; see docs/engines.md")
+    return found
+
+
+def agreement(rollouts: Rollouts, policy_logprob: Tensor) -> dict[str, float]:
+    """|log q − log π| in nats while sampler and learner should agree, a token and a sequence: mean and largest.
+
+    Args:
+        rollouts: N tokens.
+        policy_logprob: log π of each under the learner, [N].
+    """
+    difference = policy_logprob.double() - rollouts.behavior_logprob.double()
+    tokens, sequences = difference.abs(), sum_by_sequence(difference, rollouts.cu_seqlens).abs()
+    return {
+        "logprob_gap_mean": float(tokens.mean()),
+        "logprob_gap_max": float(tokens.max()),
+        "sequence_gap_mean": float(sequences.mean()),
+        "sequence_gap_max": float(sequences.max()),
+    }

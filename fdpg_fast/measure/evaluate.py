@@ -1,0 +1,87 @@
+"""Everything that is measured of a policy, from one fresh sample of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..rollouts import Rollouts
+from ..scoring import Scores
+from ..targets import Target
+from . import estimators
+from .diversity import distinct_n, self_bleu
+from .estimators import Estimate, LogPartition
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured values by name: feature/…, divergence/…, kl_to_base, entropy_…, distinct_…, self_bleu_5, log_z, ….
+
+    feature_of_target/… is what a feature would be if the policy were the target, by reweighting its samples, and so
+    kl_of_target_to_base, the least that the preference costs in KL to the base.
+
+    `contexts_left_out` counts contexts without a sample that the target allows: log Z and divergences are averages
+    over the others, the easier ones.
+
+    Attributes:
+        num_samples, num_contexts: of the sample that all values come from.
+    """
+
+    metrics: dict[str, Estimate]
+    num_samples: int
+    num_contexts: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    rollouts: Rollouts,
+    scores: Scores,
+    target: Target,
+    divergence: str,
+    known: LogPartition | None = None,
+) -> Evaluation:
+    """Measure a policy on B on-policy rollouts and their scores.
+
+    Divergences, the trained one among them, are between policy and target and use `known`, the Z of each context, or
+    without it the Z of this very sample (see `divergence_matrix`); entropies and KL in nats; Distinct-n and Self-BLEU
+    over all completions together.
+    """
+    owner, lengths = rollouts.context_index, rollouts.lengths.double()
+    texts = scores.texts.completions
+    log_pi, log_a, log_score = scores.behavior_logprob, scores.base_logprob, scores.log_score
+    metrics = {}
+    for feature, values in zip(target.features, scores.values.T, strict=True):
+        metrics[f"feature/{feature.name}"] = estimators.mean(values, owner)
+        reweighted = estimators.mean_under_target(values, log_pi, log_score, owner)
+        metrics[f"feature_of_target/{feature.name}"] = reweighted
+    metrics |= {f"exponent/{name}": Estimate(x, math.nan, math.nan) for name, x in target.exponent_by_feature.items()}
+    metrics |= {
+        "kl_to_base": estimators.kl_to_base(log_pi, log_a, owner),
+        "entropy_per_sequence": estimators.entropy_per_sequence(log_pi, owner),
+        "entropy_per_token": estimators.entropy_per_token(log_pi, lengths, owner),
+        "length": estimators.mean(lengths, owner),
+        "perplexity_under_base": estimators.perplexity_under_base(log_a, lengths, owner),
+    }
+    for n in (1, 2, 3):
+        metrics[f"distinct_{n}"] = Estimate(distinct_n(texts, n), math.nan, len(texts))
+    metrics["self_bleu_5"] = Estimate(self_bleu(texts, 5), math.nan, len(texts))
+
+    partition = known or estimators.log_partition(log_pi, log_score, owner)
+    seen = partition.log_z.isfinite()
+    errors = partition.relative_standard_error[seen]
+    metrics["log_z"] = Estimate(
+        float(partition.log_z[seen].mean()),
+        float(errors.square().sum().sqrt()) / max(1, len(errors)),
+        float(partition.ess.sum()),
+    )
+    gain = log_score - log_a - partition.log_z[owner]  # log p/a
+    cost = estimators.mean_under_target(gain.masked_fill(~gain.isfinite(), math.nan), log_pi, log_score, owner)
+    error = math.hypot(cost.standard_error, metrics["log_z"].standard_error)
+    metrics["kl_of_target_to_base"] = replace(cost, standard_error=error)
+    matrix = estimators.divergence_matrix(log_pi, log_score, owner, known, (*estimators.MATRIX, divergence))
+    metrics["contexts_left_out"] = Estimate(matrix.contexts_left_out, math.nan, len(rollouts.contexts))
+    metrics |= {f"divergence/{name}": estimate for name, estimate in matrix.estimates.items()}
+    return Evaluation(metrics, len(rollouts), len(rollouts.contexts))

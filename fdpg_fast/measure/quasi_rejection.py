@@ -1,0 +1,199 @@
+"""Quasi-rejection sampling: nearer to the target than the policy is, paid for with draws (Eikema et al. 2022).
+
+A draw x ~ q is kept with probability min(1, p(x)/(β·q(x))). What is kept has the law p_β ∝ min(p, β·q): p itself once
+β·q covers p, and q (where p > 0) as β → 0. β is in units of Z: p is the normalised target P/Z_c, so that one β means
+the same in every context. Where a text has accept with P/(β·q), its β is ours times Z_c.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .estimators import Estimate, mean
+
+BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+MEASURED = 256  # draws, over all contexts, that measure Z_c before any is kept; at least LEAST in each context
+LEAST = 16
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a β costs and what it buys, averaged over contexts.
+
+    Attributes:
+        beta: in units of Z.
+        acceptance: the part of the draws that is kept.
+        total_variation: ½Σ|p − p_β|.
+        forward_kl: KL(p‖p_β) in nats.
+    """
+
+    beta: float
+    acceptance: Estimate
+    total_variation: Estimate
+    forward_kl: Estimate
+
+
+def estimate(log_weights: Tensor, context_index: Tensor, betas: Sequence[float] = BETAS) -> list[Quality]:
+    """Acceptance rate, TV and KL for every β, from one sample of q.
+
+    With w = p/q, m = min(w, β) and S = E_q[m]: acceptance S/β, TV = ½E_q|w − m/S|, KL = E_q[w·log(w/m)] + log S.
+    Z_c is the mean of P/q over the same sample, so w cannot exceed the number of samples of a context: a β near it is
+    not judged. The error over two or more contexts is their spread, as in `estimators.mean`; in one context it comes
+    from the influence of each sample, Z_c's part in it included (the delta method).
+
+    Args:
+        log_weights: log P/q, [B] float64; −inf where P = 0.
+        context_index: [B], values 0..C−1. Contexts without P > 0 and those of one sample are left out.
+    """
+    counts = context_index.bincount()
+    in_support = torch.zeros(len(counts)).index_add(0, context_index, (log_weights > -math.inf).float()) > 0
+    kept = ((counts > 1) & in_support)[context_index]
+    _, owner, counts = context_index[kept].unique(return_inverse=True, return_counts=True)
+    log_weights, contexts = log_weights[kept].double(), len(counts)
+    share = (1 / counts.double())[owner]  # the mass of each sample in its context's empirical q
+    weights = (log_weights - _log_z(log_weights, owner))[:, None].exp()
+    ess = float((_sums(weights, owner).square() / _sums(weights.square(), owner)).sum())
+
+    def measure(share: Tensor, beta: float) -> Tensor:
+        """[C, 3] as functions of the masses: their derivatives are the samples' influences."""
+        log_w = log_weights - _log_z(log_weights, owner, share)
+        w, m = log_w.exp(), log_w.clamp(max=math.log(beta)).exp()
+        kept_mass = _sums((share * m)[:, None], owner)[:, 0]  # S
+        distance = (w - m / kept_mass[owner]).abs() / 2
+        excess = w * (log_w - math.log(beta)).clamp(min=0)
+        total = _sums(torch.stack([share * distance, share * excess], dim=1), owner)
+        return torch.stack([kept_mass / beta, total[:, 0], total[:, 1] + kept_mass.log()], dim=1)
+
+    found = []
+    for beta in betas:
+        estimates = []
+        for column in range(3):
+            masses = share.clone().requires_grad_()
+            values = measure(masses, beta)[:, column]  # [C]
+            (influence,) = torch.autograd.grad(values.sum(), masses) if contexts else (share,)
+            influence = influence - _sums((share * influence)[:, None], owner)[owner, 0]
+            estimates.append(replace(mean(values.detach()[owner] + influence, owner), ess=ess))
+        found.append(Quality(beta, *estimates))
+    return found
+
+
+def acceptance_probability(log_weights: Tensor, log_z: Tensor, beta: float) -> Tensor:
+    """min(1, P/(β·Z·q)) from log P/q and log Z, which broadcast; 0 where P = 0."""
+    return (log_weights - log_z - math.log(beta)).clamp(max=0).exp()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `sample` found.
+
+    Attributes:
+        items: the kept ones, by context in turn.
+        draws: how many were drawn, those that measured Z_c included.
+        unreachable: indices of the contexts in which no measured draw had P > 0; nothing is kept there.
+        quality: for every β of the grid and the one asked for, from all the draws.
+    """
+
+    items: list[Any]
+    draws: int
+    unreachable: list[int]
+    quality: list[Quality]
+
+
+def sample(
+    draw: Callable[[list[int], int], tuple[list[Any], Tensor, Tensor]],
+    *,
+    contexts: int,
+    count: int,
+    beta: float,
+    max_draws: int,
+    seed: int,
+) -> Kept:
+    """Draw until `count` items are kept, as evenly over the contexts as can be, or `max_draws` are spent.
+
+    The first draws only measure Z_c and are not handed out: a draw must not move the threshold that it is judged by.
+
+    Args:
+        draw: (indices of contexts, draws of each) → the drawn items, their log P/q [B] and contexts' indices [B].
+        contexts: C; every context that can be reached gets ⌊count/C⌋ items or one more.
+
+    Raises:
+        UserError: max_draws is too small to measure Z_c.
+    """
+    if max_draws < 4 * contexts:
+        raise UserError(
+            f"--max-draws: {max_draws} is too small for {contexts} contexts: half of the draws, at least 2 of each "
+            f"context, measure Z; give {4 * contexts} or more, or a lower --count"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    first = min(max(LEAST, MEASURED // contexts), max_draws // (2 * contexts))
+    _, log_weights, owner = draw(list(range(contexts)), first)
+    spent = len(owner)
+    log_z = torch.full((contexts,), -math.inf, dtype=torch.float64)
+    log_z[owner] = _log_z(log_weights, owner)
+    reachable = log_z.isfinite().nonzero()[:, 0].tolist()
+    wanted = {c: len(range(place, count, len(reachable))) for place, c in enumerate(reachable)}
+    rate = float(acceptance_probability(log_weights, log_z[owner].nan_to_num(neginf=0.0), beta).mean())
+    items: dict[int, list[Any]] = {c: [] for c in reachable}
+    while spent < max_draws and (still := [c for c in reachable if len(items[c]) < wanted[c]]):
+        still = still[: max_draws - spent]
+        lack = max(wanted[c] - len(items[c]) for c in still)
+        each = min(math.ceil(lack / max(rate, 1e-9)), MEASURED, (max_draws - spent) // len(still))
+        drawn, more, where = draw(still, each)
+        uniform = torch.rand(len(drawn), generator=generator, dtype=torch.float64)
+        accepted = uniform < acceptance_probability(more, log_z[where], beta)
+        for item, c, yes in zip(drawn, where.tolist(), accepted.tolist(), strict=True):
+            if yes and len(items[c]) < wanted[c]:
+                items[c].append(item)
+        spent += len(drawn)
+        log_weights, owner = torch.cat([log_weights, more]), torch.cat([owner, where])
+    by_turn = [items[c][i] for i in range(max(wanted.values(), default=0)) for c in reachable if i < len(items[c])]
+    quality = estimate(log_weights, owner, sorted({*BETAS, beta}))
+    unreachable = [c for c in range(contexts) if c not in wanted]
+    return Kept(by_turn, spent, unreachable, quality)
+
+
+def table(quality: Sequence[Quality]) -> str:
+    """For a person who chooses β; 95 % intervals."""
+    lines = ["     β        acceptance     TV to target  KL(p‖p_β) nats"]
+    for q in quality:
+        cells = (
+            f"{e.value:.4f} ± {1.96 * e.standard_error:.4f}" for e in (q.acceptance, q.total_variation, q.forward_kl)
+        )
+        lines.append(f"{q.beta:>6g}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def advice(kept: Kept, count: int, beta: float, max_draws: int) -> str:
+    """Why fewer than `count` were kept, and what would change it, in a sentence."""
+    found = f"kept {len(kept.items)} of {count} completions in {kept.draws} draws"
+    usable = [q for q in kept.quality if math.isfinite(q.acceptance.value)]
+    if not usable:
+        return f"{found}: no draw satisfies the target; train longer, or towards a softer target"
+    (own,) = (q for q in usable if q.beta == beta)
+    found += f", acceptance rate {own.acceptance.value:.3g} at β {beta:g}"
+    easier = [q for q in usable if q.beta < beta and q.acceptance.value * max_draws > 2 * count]
+    if easier:
+        found += f"; β {easier[-1].beta:g} would accept {easier[-1].acceptance.value:.3g}"
+    return f"{found}; a larger --max-draws than {max_draws} gets on at this β"
+
+
+def _log_z(log_weights: Tensor, owner: Tensor, share: Tensor | None = None) -> Tensor:
+    """log Z_c of each sample's context, [B]: the mean of P/q, or its sum under masses `share` [B]; −inf where 0."""
+    if share is None:
+        share = (1 / owner.bincount().double())[owner]
+    largest = torch.full((len(owner.bincount()),), -math.inf, dtype=torch.float64)
+    largest = largest.scatter_reduce(0, owner, log_weights, "amax")
+    shift = largest.masked_fill(largest.isneginf(), 0.0)[owner]
+    return _sums((share * (log_weights - shift).exp())[:, None], owner)[owner, 0].log() + shift
+
+
+def _sums(values: Tensor, owner: Tensor) -> Tensor:
+    """By context, [B, K] → [C, K]."""
+    return torch.zeros(len(owner.bincount()), values.shape[1], dtype=torch.float64).index_add(0, owner, values)

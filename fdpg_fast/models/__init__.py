@@ -1,0 +1,1 @@
+"""Transformers models behind one scoring path."""

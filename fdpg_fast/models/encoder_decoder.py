@@ -1,0 +1,116 @@
+"""An encoder-decoder of transformers (T5, BART) behind the scoring path of `LanguageModel`.
+
+The prompt goes through the encoder, once however many completions it has; the decoder starts from its start token,
+whose hidden state predicts the completion's first token. Scoring and sampling run the same two steps: the start token
+once a prompt, which leaves the prompt's keys and values in transformers' own cache, and then the completions, a token
+or a block of them at a time. Rows of a batch are padded at their end, where causal attention never looks, and prompts
+are masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+from ..contexts import Context
+from ..errors import UserError
+from ..rollouts import Rollouts
+from .language_model import Head, LanguageModel
+
+# these shrink the decoder's states by 1/sqrt(d) before a tied head; transformers 5 says so in the config of some
+SCALED_IF_TIED = ("t5", "longt5", "umt5", "switch_transformers")
+
+
+class EncoderDecoderModel(LanguageModel):
+    """An encoder-decoder, always in eval mode.
+
+    Args:
+        model: any transformers sequence-to-sequence model of text whose decoder keeps an `EncoderDecoderCache`.
+
+    Raises:
+        UserError: it names no start token, or scoring it does not reproduce the model's own logits.
+    """
+
+    continues_prompt = False
+    _layout = "as an encoder-decoder"
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, config = model.eval(), model.config
+        if getattr(config, "decoder_start_token_id", None) is None:
+            raise UserError(f"model: the config of {type(model).__name__} names no decoder_start_token_id")
+        tied = config.model_type in SCALED_IF_TIED and config.tie_word_embeddings
+        scaled = getattr(config, "scale_decoder_outputs", tied)
+        self._temperature = config.d_model**0.5 if scaled else 1.0
+        self._check_scoring()
+
+    @property
+    def head(self) -> Head:
+        layer = self.model.get_output_embeddings()
+        bias = getattr(self.model, "final_logits_bias", None)  # BART's: a buffer [1, V], mostly zeros
+        bias = layer.bias if bias is None else bias[0]
+        return Head(layer.weight, bias, self._temperature, None)
+
+    def prompt_room(self, max_new_tokens: int) -> int:
+        """As `LanguageModel.prompt_room`; prompt and completion have positions of their own."""
+        return self.max_length if max_new_tokens <= self.max_length else 0
+
+    def start(self, contexts: Sequence[Context], owner: Tensor, max_new_tokens: int) -> _Decoding:
+        """As `LanguageModel.start`."""
+        return _Decoding(self.model, contexts, owner)
+
+    def hidden(self, rollouts: Rollouts) -> Tensor:
+        """The decoder's state that predicts each completion token, [N, D]; carries gradients where they are on."""
+        decoding = _Decoding(self.model, rollouts.contexts, rollouts.context_index)
+        lengths = rollouts.lengths.cpu()
+        states = decoding.first[:, None]  # [B, 1, D]
+        if int(lengths.max()) > 1:
+            tokens = pad_sequence(rollouts.token_ids.split(lengths.tolist()), batch_first=True)  # [B, T]
+            states = torch.cat([states, decoding.run(tokens[:, :-1].to(self.device))], dim=1)
+        real = torch.arange(states.shape[1]) < lengths[:, None]
+        return states.flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0].to(self.device))
+
+    def _own_logits(self, prompt: Tensor, completion: Tensor) -> Tensor:
+        return self.model(prompt[None], labels=completion[None]).logits[0]
+
+
+class _Decoding:
+    """B completions that grow behind the start token; see `language_model.Decoding`.
+
+    Args:
+        contexts: C prompts.
+        owner: which of them each completion has, [B].
+    """
+
+    def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], owner: Tensor):
+        self._decoder, device = model.get_decoder(), model.device
+        prompts = [torch.tensor(context.token_ids) for context in contexts]
+        self._mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True).to(device)  # [C, S]
+        input_ids = pad_sequence(prompts, batch_first=True).to(device)
+        self._encoded = model.get_encoder()(input_ids=input_ids, attention_mask=self._mask).last_hidden_state
+        self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=device)
+        states, owner = self.run(start)[:, 0], owner.to(device)
+        self.select(owner)
+        self.first = states.index_select(0, owner)
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """Append tokens [B, T] to the completions; the states that predict what follows each, [B, T, D]."""
+        output = self._decoder(
+            input_ids=tokens,
+            encoder_hidden_states=self._encoded,
+            encoder_attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        return self.run(tokens[:, None])[:, 0]
+
+    def select(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._encoded, self._mask = self._encoded.index_select(0, rows), self._mask.index_select(0, rows)

@@ -1,0 +1,186 @@
+"""Checkpoints: a Hugging Face model folder plus what the trainer needs to go on with the same numbers.
+
+    checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder), or
+                                the LoRA adapter as peft saves it (peft.AutoPeftModelForCausalLM.from_pretrained opens
+                                the folder and finds the base model under the name that the config gives it)
+                                trainer.safetensors: optimizer, Z, baseline, torch's generator, rollouts sampled ahead,
+                                an adaptive proposal
+                                trainer.json: round, λ, the other generators
+                                SHA256SUMS: of every file, as `sha256sum --check` reads it
+
+A checkpoint is written under a temporary name, flushed and renamed: a killed process leaves the older one whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..contexts import Context
+from ..errors import RunError, UserError
+from ..learner import Learner
+from ..partition import Baseline, PartitionFunction
+from ..proposal import AdaptiveProposal
+from ..rollouts import Rollouts
+from .folder import disk_errors, fsync_folder
+
+TENSORS, STATE, SUMS = "trainer.safetensors", "trainer.json", "SHA256SUMS"
+
+
+@dataclass
+class TrainerState:
+    """Everything that changes from round to round besides the policy's weights."""
+
+    learner: Learner
+    partition: PartitionFunction
+    baseline: Baseline
+    round: int = 0
+    exponents: tuple[float, ...] | None = None
+    ahead: list[Rollouts] = field(default_factory=list)  # of the next rounds, sampled already
+    proposal: AdaptiveProposal | None = None
+
+
+def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: int) -> Path:
+    """Write the checkpoint of `state.round` rounds and delete those older than the newest `keep`.
+
+    Raises:
+        RunError: the disk is full or not writable; what was there before is intact.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"round-{state.round:06d}"
+    temporary = folder / f".writing-{final.name}"
+    try:
+        with disk_errors(f"writing checkpoint {final}"):
+            for unfinished in folder.glob(".writing-*"):  # of a process that was killed
+                shutil.rmtree(unfinished)
+            temporary.mkdir(parents=True)
+            state.learner.policy.save(temporary)
+            tokenizer.save_pretrained(temporary)
+            save_file(_tensors(state), temporary / TENSORS)
+            trainer = {"round": state.round, "exponents": state.exponents, **_generators()}
+            (temporary / STATE).write_text(json.dumps(trainer))
+            sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+            (temporary / SUMS).write_text("".join(sums))
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            fsync_folder(folder)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise RunError(f"writing checkpoint {final}: {error}; free some space and continue with --resume") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(Path(run_dir).glob("checkpoints/round-*"))
+
+
+def round_of(path: Path) -> int:
+    """How many rounds precede a checkpoint."""
+    return int(path.name.split("-")[1])
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint, verified; None where the run has written none.
+
+    Raises:
+        UserError: it is damaged; the message names the next older one.
+    """
+    found = checkpoints(run_dir)
+    if not found:
+        return None
+    fault = _fault(found[-1])
+    if fault:
+        older = f"continue from {found[-2].name}" if len(found) > 1 else "start again from round 0"
+        raise UserError(f"checkpoint {found[-1]} is damaged ({fault}); delete that folder to {older}")
+    return found[-1]
+
+
+def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], list[Context]]) -> None:
+    """Restore everything but the policy's weights, which are read where it is made; contexts: of a round."""
+    tensors = load_file(path / TENSORS)
+    trainer = json.loads((path / STATE).read_text())
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _with_prefix(tensors, "optimizer.").items():
+        index, key = name.split(".")
+        moments.setdefault(int(index), {})[key] = tensor
+    optimizer = state.learner.optimizer
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for number, master in enumerate(state.learner.masters):
+        master.copy_(tensors[f"master.{number}"])
+    state.partition.load_state(_with_prefix(tensors, "partition."))
+    state.baseline.load_state(_with_prefix(tensors, "baseline."))
+    if state.proposal is not None:
+        state.proposal.load_state(_with_prefix(tensors, "proposal."))
+    state.round = trainer["round"]
+    state.ahead = []
+    while ahead := _with_prefix(tensors, f"ahead.{len(state.ahead)}."):
+        state.ahead.append(Rollouts(contexts=tuple(contexts(state.round + len(state.ahead))), **ahead))
+    state.exponents = None if trainer["exponents"] is None else tuple(trainer["exponents"])
+    version, internal, gauss = trainer["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *position = trainer["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))
+    torch.set_rng_state(tensors["torch_generator"])
+
+
+def _tensors(state: TrainerState) -> dict[str, Tensor]:
+    tensors = {"torch_generator": torch.get_rng_state()}
+    for index, moments in state.learner.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
+    tensors |= {f"master.{index}": master for index, master in enumerate(state.learner.masters)}
+    for index, rollouts in enumerate(state.ahead):
+        fields = {name: value for name, value in vars(rollouts).items() if name != "contexts"}
+        tensors |= {f"ahead.{index}.{name}": tensor for name, tensor in fields.items()}
+    if state.proposal is not None:
+        tensors |= {f"proposal.{name}": tensor for name, tensor in state.proposal.state().items()}
+    tensors |= {f"partition.{key}": tensor for key, tensor in state.partition.state().items()}
+    tensors |= {f"baseline.{key}": tensor for key, tensor in state.baseline.state().items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _generators() -> dict[str, Any]:
+    """Features may draw from the global generators; our own draws do not."""
+    name, keys, *position = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *position]}
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        expected = dict(line.split("  ")[::-1] for line in (path / SUMS).read_text().splitlines())
+    except (OSError, ValueError):
+        return f"{SUMS} is not readable"
+    for name in (STATE, TENSORS, *expected):
+        if not (path / name).is_file():
+            return f"{name} is not there"
+        if _sha256(path / name) != expected.get(name):
+            return f"{name} has changed"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

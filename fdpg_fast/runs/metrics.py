@@ -1,0 +1,87 @@
+"""The numbers of a round, under namespaced keys, and the line that shows them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..clock import Clock
+from ..engines.memory import peak_memory
+from ..learner import Update
+from ..measure.diagnostics import pareto_k
+from ..measure.estimators import mean
+from ..partition import PartitionFunction
+from ..rollouts import Rollouts
+from ..scoring import Scores
+
+RESERVED = ("in_support", "ess", "pareto_k")  # keys under target/ that no feature may take
+
+
+def round_metrics(
+    rollouts: Rollouts,
+    scores: Scores,
+    feature_names: list[str],
+    partition: PartitionFunction,
+    update: Update,
+    learning_rate: float,
+    agreement: dict[str, float],
+    proposal: dict[str, float],
+    clock: Clock,
+) -> dict[str, float]:
+    """Everything that metrics.jsonl records of a round; nats, tokens, seconds, bytes."""
+    owner, weights = rollouts.context_index, update.weights
+    metrics = {"loss": update.loss}
+    for name, values in zip(feature_names, scores.values.T, strict=True):
+        metrics |= _with_error(f"target/{name}", values, owner)
+    importance = (scores.log_score - scores.behavior_logprob).softmax(0)
+    satisfied = scores.log_score > -torch.inf
+    metrics["target/in_support"] = float(satisfied.double().mean())
+    metrics["target/ess"] = float(1 / importance.square().sum()) if bool(satisfied.any()) else 0.0
+    metrics["target/pareto_k"] = pareto_k(scores.log_score - scores.behavior_logprob)
+    metrics |= {f"z/{name}": value for name, value in partition.summary().items()}
+    metrics |= _with_error("policy/kl_to_base", scores.behavior_logprob - scores.base_logprob, owner)
+    log_ratio = weights.policy_logprob - weights.behavior_logprob
+    metrics |= {
+        "policy/entropy_per_token": -float(scores.behavior_logprob.sum()) / rollouts.num_tokens,
+        "policy/length": rollouts.num_tokens / len(rollouts),
+        "policy/finished": float(rollouts.finished.double().mean()),
+        "policy/pseudo_reward_std": float(weights.pseudo_reward.std(correction=0)),
+        "policy/clipped": float(weights.clipped.double().mean()),
+        "policy/grad_norm": update.grad_norm,
+        "policy/skipped": float(update.skipped),
+        "policy/learning_rate": learning_rate,
+        "policy/log_ratio_max": float(log_ratio.abs().max()),
+        "policy/ratio_ess": float(1 / log_ratio.double().softmax(0).square().sum()) / len(rollouts),
+    }
+    metrics |= {f"engine/{name}": value for name, value in agreement.items()}
+    metrics |= {f"proposal/{name}": value for name, value in proposal.items()}
+    total = clock.total
+    metrics |= {f"time/{phase}": seconds for phase, seconds in clock.phases.items()}
+    metrics["time/round"] = total
+    metrics["time/tokens_per_second"] = rollouts.num_tokens / total
+    metrics["memory/peak_bytes"] = float(peak_memory())
+    if torch.cuda.is_available():
+        metrics["memory/peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
+    return metrics
+
+
+def progress_line(
+    round_index: int, rounds: int, metrics: dict[str, float], feature_names: list[str], seconds_left: float
+) -> str:
+    """One line a round: it survives nohup, a pager and a log file."""
+    features = "  ".join(
+        f"E[{name}] {metrics[f'target/{name}']:.3f} ± {1.96 * metrics[f'target/{name}_se']:.3f}"
+        for name in feature_names
+    )
+    minutes, seconds = divmod(round(seconds_left), 60)
+    return (
+        f"round {round_index + 1:>{len(str(rounds))}}/{rounds}  loss {metrics['loss']:+.3f}  {features}  "
+        f"log Z {metrics['z/log_z']:.2f} ± {1.96 * metrics['z/log_z_se']:.2f}  ESS {metrics['target/ess']:.0f}  "
+        f"KL(π‖a) {metrics['policy/kl_to_base']:.2f}  {metrics['time/tokens_per_second']:,.0f} tok/s  "
+        f"{minutes}:{seconds:02d} left"
+    )
+
+
+def _with_error(key: str, values: Tensor, owner: Tensor) -> dict[str, float]:
+    estimate = mean(values, owner)
+    return {key: estimate.value, f"{key}_se": estimate.standard_error}
