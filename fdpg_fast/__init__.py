@@ -12,12 +12,9 @@ if TYPE_CHECKING:
     from .trainer import RunResult as RunResult
     from .trainer import Trainer as Trainer
 
-_HOME = {
-    "TrainConfig": "config.schema",
-    "load_config": "config.load",
-    "RunResult": "trainer",
-    "Trainer": "trainer",
-}
+__version__ = "0.1.0"
+
+_HOME = {"TrainConfig": "config.schema", "load_config": "config.load", "RunResult": "trainer", "Trainer": "trainer"}
 
 
 def __getattr__(name: str) -> Any:

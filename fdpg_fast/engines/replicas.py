@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import threading
 import uuid
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from ..errors import RunError, UserError
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
 from .vllm_replica import NO_WEIGHTS, Replica, ReplicaError, weights_folder
+
+log = logging.getLogger(__name__)
 
 SAMPLES_PER_REQUEST = 16  # few enough that the samples of a single context spread over the replicas
 REQUESTS_PER_REPLICA = 64  # in flight: about the thousand sequences that a server decodes side by side
@@ -45,7 +47,6 @@ class VLLMServerEngine:
             "disk": through a folder, for servers without GPU or out of NCCL's reach.
         weights_dir: of "disk": a folder that servers and trainer see under the same path.
         request_timeout: seconds that one request, or sending all weights to one server, may take.
-        say: takes a line for a person whenever a server is left out or returns; by default a warning.
 
     Attributes:
         version: of the weights that it samples with; -1 before the first sync.
@@ -63,7 +64,6 @@ class VLLMServerEngine:
         weight_transfer: Literal["nccl", "ipc", "disk"] = "nccl",
         weights_dir: Path | None = None,
         request_timeout: float = 600.0,
-        say: Callable[[str], None] | None = None,
     ):
         if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
             raise UserError(f"engine.urls: {list(urls)} are no addresses of servers; write [http://HOST:PORT, …]")
@@ -76,22 +76,12 @@ class VLLMServerEngine:
         self.replicas = [Replica(url, request_timeout) for url in dict.fromkeys(url.rstrip("/") for url in urls)]
         self.eos_token_ids, self.max_new_tokens = sorted(eos_token_ids), max_new_tokens
         self.weight_transfer, self.weights_dir = weight_transfer, weights_dir
-        self.say = say or (lambda line: warnings.warn(line, RuntimeWarning, stacklevel=2))
         self.version = -1
         self._run, self._label = uuid.uuid4().hex[:8], ""
         self._lock = threading.Lock()
 
     def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
-        """Draw completions; those of a context depend on the weights, the seed and its position, on no server.
-
-        Args:
-            contexts: C prompts.
-            samples_per_context: n; the result holds B = C·n completions, those of a context side by side.
-            seed: of this call alone.
-
-        Raises:
-            RunError: no server with the weights of the last sync is left.
-        """
+        """As `Engine.sample`; completions depend on weights, seed and position of their context, on no server."""
         if self.version < 0:
             raise RunError("the vLLM servers hold no weights to sample with: sync_weights comes first")
         firsts = range(0, samples_per_context, SAMPLES_PER_REQUEST)
@@ -140,9 +130,9 @@ class VLLMServerEngine:
             reasons = list(stack.enter_context(ThreadPoolExecutor(len(self.replicas))).map(update, self.replicas))
         for replica, reason in zip(self.replicas, reasons, strict=True):
             if reason is None and replica.lost not in (None, NO_WEIGHTS):
-                self.say(f"{replica.url} has the weights of version {version} and takes part again")
+                log.info("%s has the weights of version %d and takes part again", replica.url, version)
             elif reason is not None and reason != replica.lost:
-                self.say(f"{replica.url} is left out: {reason}")
+                log.warning("%s is left out: %s", replica.url, reason)
             replica.lost = reason
         self._live()
         self.version, self._label = version, label
@@ -177,7 +167,7 @@ class VLLMServerEngine:
             first, replica.lost = replica.lost is None, replica.lost or str(error)
         replica.hang_up()
         if first:
-            self.say(f"{replica.url} is left out until the next sync: {error}")
+            log.warning("%s is left out until the next sync: %s", replica.url, error)
 
     def _body(self, context: Context, count: int, place: str) -> dict[str, Any]:
         sampling_params = {

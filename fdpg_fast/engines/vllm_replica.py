@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from ..errors import disk_errors
 from ..models.language_model import LanguageModel
-from ..runs.folder import disk_errors
 
 CONNECT_SECONDS, HEALTH_SECONDS = 5.0, 15.0
 NO_WEIGHTS = "it was not given any weights yet"

