@@ -115,9 +115,7 @@ class Trainer:
                 rounds=rounds.rounds,
                 micro_batch_tokens=self.micro_batch_tokens,
             ),
-            PartitionFunction(
-                len(self.contexts), kind=partition.kind, per_context=partition.per_context, floor=partition.floor
-            ),
+            PartitionFunction(len(self.contexts), kind=partition.kind, per_context=partition.per_context),
             Baseline(config.loss.baseline),
             round=done,
             proposal=self._proposal(policy),
