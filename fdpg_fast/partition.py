@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fdpg_kernels import Divergence
 
-KINDS = ("running", "batch", "oracle")
-BASELINES = ("leave_one_out", "running", "none")
+from . import by_context
+from .rollouts import Rollouts
+from .scoring import Scores
 
 
 class PartitionFunction:
     """Z of every context from importance weights P/q, which have mean Z whatever q is.
 
     Args:
-        num_contexts: contexts of the data set; one slot each.
+        num_contexts: contexts of the data set.
         kind: "running" uses all samples so far, "batch" those of the last update, "oracle" those of the first
             (a frozen sample of the base model).
         per_context: False pools all contexts in one Z.
-        floor: smallest value that Z is given; 0 leaves an estimate of 0 as it is, and such a context waits.
     """
 
-    def __init__(self, num_contexts: int, *, kind: str = "running", per_context: bool = True, floor: float = 0.0):
-        self.kind, self.per_context, self.floor = kind, per_context, floor
-        slots = num_contexts if per_context else 1
-        self._log_sum = torch.full((slots,), -math.inf, dtype=torch.float64)  # log Σw
-        self._log_sum_squares = self._log_sum.clone()  # log Σw²
-        self._count = torch.zeros(slots, dtype=torch.float64)
+    def __init__(self, num_contexts: int, *, kind: str = "running", per_context: bool = True):
+        self.kind, self.per_context = kind, per_context
+        self._count = torch.zeros(num_contexts if per_context else 1, dtype=torch.float64)
+        self._log_sum, self._log_sum_squares = self._count.log(), self._count.log()  # log Σw, log Σw²
+        self._empty = self.state()
 
-    def update(self, log_weights: Tensor, contexts: Tensor) -> None:
+    def update(self, log_weights: Tensor, dataset_index: Tensor) -> None:
         """Add samples: log P/q [B] float64 and the data set's index of each one's context [B]."""
         if self.kind == "oracle" and bool(self._count.any()):
             return
         if self.kind == "batch":
-            self._log_sum.fill_(-math.inf)
-            self._log_sum_squares.fill_(-math.inf)
-            self._count.zero_()
-        slots = contexts if self.per_context else torch.zeros_like(contexts)
-        self._count.index_add_(0, slots, torch.ones_like(log_weights))
-        self._log_sum = _log_add(self._log_sum, log_weights, slots)
-        self._log_sum_squares = _log_add(self._log_sum_squares, 2 * log_weights, slots)
+            self.load_state(self._empty)
+        slots = dataset_index * self.per_context  # 0 for all where they are pooled
+        self._log_sum = by_context.log_add(self._log_sum, log_weights, slots)
+        self._log_sum_squares = by_context.log_add(self._log_sum_squares, 2 * log_weights, slots)
+        self._count = self._count + slots.bincount(minlength=len(self._count))
 
-    def log_z(self, contexts: Tensor) -> Tensor:
+    def log_z(self, dataset_index: Tensor) -> Tensor:
         """log Z of each sequence's context, [B] float64; −inf while nothing with P > 0 has been seen."""
-        estimate = self._log_sum - self._count.clamp(min=1).log()
-        if self.floor > 0:
-            estimate = estimate.clamp(min=math.log(self.floor))
-        return estimate[contexts if self.per_context else torch.zeros_like(contexts)]
+        return (self._log_sum - self._count.clamp(min=1).log())[dataset_index * self.per_context]
 
     def summary(self) -> dict[str, float]:
         """Mean log Z over the contexts seen, its standard error, and effective samples a context."""
@@ -59,23 +54,20 @@ class PartitionFunction:
             return {"log_z": -math.inf, "log_z_se": math.nan, "ess": 0.0, "contexts_at_zero": at_zero}
         ess = (2 * self._log_sum - self._log_sum_squares)[seen].exp()
         relative_variance = (1 / ess - 1 / self._count[seen]).clamp(min=0)  # of each Z_c
-        log_z = self._log_sum[seen] - self._count[seen].log()
         return {
-            "log_z": float(log_z.mean()),
+            "log_z": float((self._log_sum - self._count.log())[seen].mean()),
             "log_z_se": float(relative_variance.sum().sqrt() / len(ess)),
             "ess": float(ess.mean()),
             "contexts_at_zero": at_zero,
         }
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of what `load_state` takes."""
-        tensors = {"log_sum": self._log_sum, "log_sum_squares": self._log_sum_squares, "count": self._count}
-        return {name: tensor.clone() for name, tensor in tensors.items()}
+        """What `load_state` takes; later updates leave it as it is."""
+        return {"log_sum": self._log_sum, "log_sum_squares": self._log_sum_squares, "count": self._count}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self._log_sum, self._log_sum_squares, self._count = (
-            state[name].clone() for name in ("log_sum", "log_sum_squares", "count")
-        )
+        self._count = state["count"]
+        self._log_sum, self._log_sum_squares = state["log_sum"], state["log_sum_squares"]
 
 
 class Baseline:
@@ -88,44 +80,49 @@ class Baseline:
 
     def __init__(self, kind: str = "leave_one_out"):
         self.kind = kind
-        self._sum = torch.zeros((), dtype=torch.float64)
-        self._count = torch.zeros((), dtype=torch.float64)
+        self._sum, self._count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
     def __call__(self, rewards: Tensor, context_index: Tensor) -> Tensor:
         """Baselines [B] for pseudo-rewards [B] float64, estimated under the sampler; then remembers these."""
         if self.kind == "leave_one_out":
-            num_contexts = int(context_index.max()) + 1
-            totals = torch.zeros(num_contexts, dtype=torch.float64).index_add(0, context_index, rewards)
-            counts = torch.bincount(context_index, minlength=num_contexts)
-            others = (counts[context_index] - 1).clamp(min=1)
-            return (totals[context_index] - rewards) / others
-        baseline = self._sum / self._count.clamp(min=1) if self.kind == "running" else torch.zeros(())
+            counts = context_index.bincount()
+            totals = by_context.sums(rewards, context_index, len(counts))
+            return (totals[context_index] - rewards) / (counts[context_index] - 1).clamp(min=1)
+        baseline = self._sum / self._count.clamp(min=1) if self.kind == "running" else torch.zeros_like(self._sum)
         self._sum, self._count = self._sum + rewards.sum(), self._count + len(rewards)
-        return baseline.double().expand(len(rewards))
+        return baseline.expand(len(rewards))
 
     def state(self) -> dict[str, Tensor]:
         return {"sum": self._sum, "count": self._count}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self._sum, self._count = state["sum"].clone(), state["count"].clone()
+        self._sum, self._count = state["sum"], state["count"]
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """log Z and the baseline of a round: all that is known before the learner's forward pass.
+
+    Attributes:
+        reward_cap: limit of |pseudo-reward|; None: there is none.
+    """
+
+    partition: PartitionFunction
+    baseline: Baseline
+    reward_cap: float | None = None
+
+    def update(self, rollouts: Rollouts, scores: Scores, divergence: Divergence) -> tuple[Tensor, Tensor]:
+        """log Z and baseline of each of B sequences, [B] float64 each, the round's own samples included."""
+        self.partition.update(scores.log_score - scores.behavior_logprob, rollouts.dataset_index)
+        log_z = self.partition.log_z(rollouts.dataset_index)
+        rewards = pseudo_rewards(scores.behavior_logprob, scores.log_score, log_z, divergence, self.reward_cap)
+        return log_z, self.baseline(rewards, rollouts.context_index)
 
 
 def pseudo_rewards(
-    behavior_logprob: Tensor,
-    target_log_score: Tensor,
-    log_z: Tensor,
-    divergence: Divergence,
-    reward_cap: float | None,
+    behavior_logprob: Tensor, target_log_score: Tensor, log_z: Tensor, divergence: Divergence, reward_cap: float | None
 ) -> Tensor:
     """−f'(t) with the sampler in the policy's place, [B] float64: equal on-policy, known before the forward."""
     log_t = behavior_logprob - target_log_score + log_z
     rewards = -divergence.f_prime(torch.where(torch.isneginf(log_z), 0.0, log_t))
     return rewards if reward_cap is None else rewards.clamp(-reward_cap, reward_cap)
-
-
-def _log_add(totals: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-    """log(exp(totals) + Σ exp(values) by slot), exact for −inf."""
-    largest = totals.scatter_reduce(0, slots, values, "amax")
-    shift = torch.where(torch.isneginf(largest), 0.0, largest)
-    sums = (totals - shift).exp().index_add(0, slots, (values - shift[slots]).exp())
-    return sums.log() + shift

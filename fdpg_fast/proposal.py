@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import by_context
 from .models.language_model import LanguageModel
-
-_COLUMNS = ("log_weight", "log_ratio", "contexts")
 
 
 class AdaptiveProposal:
@@ -24,18 +23,19 @@ class AdaptiveProposal:
 
     def __init__(self, every: int, model: LanguageModel):
         self.every, self.model, self.version = every, model, 0
-        self._seen: list[dict[str, Tensor]] = []
+        self._samples = torch.zeros(3, 0, dtype=torch.float64)  # log P/q, log π/q, the data set's index of the context
 
-    def observe(self, log_weight: Tensor, log_ratio: Tensor, contexts: Tensor) -> None:
+    def observe(self, log_weight: Tensor, log_ratio: Tensor, dataset_index: Tensor) -> None:
         """Remember a round: log P/q and log π/q of B samples of q, and each one's context in the data set, [B]."""
-        self._seen.append({"log_weight": log_weight, "log_ratio": log_ratio.double(), "contexts": contexts})
+        samples = torch.stack([log_weight, log_ratio.double(), dataset_index.double()])
+        self._samples = torch.cat([self._samples, samples], dim=1)
 
     def decide(self, policy: LanguageModel, rounds: int) -> float | None:
         """After `rounds` rounds: take the policy's weights if `kl_gain` > 0. The gain, None where none is due."""
         if rounds % self.every:
             return None
-        gain = kl_gain(**self._joined())
-        self._seen = []
+        gain = kl_gain(*self._samples)
+        self._samples = self._samples[:, :0]
         if gain > 0:
             self.model.take_weights(policy)
             self.version = rounds
@@ -44,20 +44,15 @@ class AdaptiveProposal:
     def state(self) -> dict[str, Tensor]:
         """What `load_state` takes."""
         tensors = {f"weights.{name}": tensor.clone() for name, tensor in self.model.weights()}
-        return tensors | self._joined() | {"version": torch.tensor(self.version)}
+        return tensors | {"samples": self._samples.clone(), "version": torch.tensor(self.version)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.model.weights():
             tensor.copy_(state[f"weights.{name}"])
-        self.version = int(state["version"])
-        self._seen = [{name: state[name] for name in _COLUMNS}] if "contexts" in state else []
-
-    def _joined(self) -> dict[str, Tensor]:
-        columns = _COLUMNS if self._seen else ()
-        return {name: torch.cat([seen[name] for seen in self._seen]) for name in columns}
+        self.version, self._samples = int(state["version"]), state["samples"]
 
 
-def kl_gain(log_weight: Tensor, log_ratio: Tensor, contexts: Tensor) -> float:
+def kl_gain(log_weight: Tensor, log_ratio: Tensor, context_index: Tensor) -> float:
     """KL(p‖q) − KL(p‖π) = E_p[log π − log q] in nats, from samples of q; positive where π is nearer to p.
 
     E_p by self-normalised weights P/q within each context, averaged over the contexts that have a sample with P > 0;
@@ -66,15 +61,12 @@ def kl_gain(log_weight: Tensor, log_ratio: Tensor, contexts: Tensor) -> float:
     Args:
         log_weight: log P/q, [B] float64, −inf where P = 0.
         log_ratio: log π/q, [B] float64.
-        contexts: which context each sample continues, [B] int64.
+        context_index: which context each sample continues, [B]; any numbers.
     """
     possible = ~log_weight.isneginf()
     if not bool(possible.any()):
         return 0.0
-    log_weight, log_ratio = log_weight[possible], log_ratio[possible]
-    _, owner, counts = contexts[possible].unique(return_inverse=True, return_counts=True)
-    zeros = torch.zeros(len(counts), dtype=torch.float64)
-    largest = (zeros - torch.inf).scatter_reduce(0, owner, log_weight, "amax")
-    weight = (log_weight - largest[owner]).exp()
-    gains = zeros.index_add(0, owner, weight * log_ratio) / zeros.index_add(0, owner, weight)
-    return float(gains.mean())
+    context_index, counts = by_context.renumber(context_index[possible])
+    weight, _ = by_context.scaled_exp(log_weight[possible], context_index, len(counts))
+    gains = by_context.sums(weight * log_ratio[possible], context_index, len(counts))
+    return float((gains / by_context.sums(weight, context_index, len(counts))).mean())

@@ -39,44 +39,44 @@ class Rollouts:
         return len(self.token_ids)
 
     @property
+    def dataset_index(self) -> Tensor:
+        """The data set's index of each completion's context, [B] int64."""
+        return torch.tensor([context.index for context in self.contexts])[self.context_index]
+
+    @property
     def lengths(self) -> Tensor:
         """Tokens of each completion, [B] int64."""
         return self.cu_seqlens.diff().long()
 
     def completion_ids(self) -> list[list[int]]:
         """Each completion's tokens without its EOS: what the tokenizer may turn into text."""
-        ends = self.cu_seqlens.tolist()
-        eos = self.finished.tolist()
-        tokens = self.token_ids.tolist()
-        return [tokens[a : b - e] for a, b, e in zip(ends, ends[1:], eos, strict=False)]
+        ends, tokens = self.cu_seqlens.tolist(), self.token_ids.tolist()
+        return [tokens[a : b - eos] for a, b, eos in zip(ends, ends[1:], self.finished.tolist(), strict=False)]
 
     def part(self, rows: slice) -> Rollouts:
         """The completions of a range, with the contexts that they continue."""
-        first, last = rows.start, rows.stop
-        index = self.context_index[first:last]
-        low, high = int(index[0]), int(index[-1]) + 1
-        start, stop = int(self.cu_seqlens[first]), int(self.cu_seqlens[last])
+        context_index = self.context_index[rows]
+        start, stop = int(self.cu_seqlens[rows.start]), int(self.cu_seqlens[rows.stop])
         return Rollouts(
-            contexts=self.contexts[low:high],
-            context_index=index - low,
+            contexts=self.contexts[int(context_index[0]) : int(context_index[-1]) + 1],
+            context_index=context_index - context_index[0],
             token_ids=self.token_ids[start:stop],
-            cu_seqlens=self.cu_seqlens[first : last + 1] - start,
+            cu_seqlens=self.cu_seqlens[rows.start : rows.stop + 1] - start,
             behavior_logprob=self.behavior_logprob[start:stop],
-            finished=self.finished[first:last],
+            finished=self.finished[rows],
         )
 
     def micro_batches(self, max_tokens: int) -> Iterator[slice]:
         """Ranges of consecutive completions of at most max_tokens tokens, each context's prompt counted once."""
-        lengths, owners = self.lengths.tolist(), self.context_index.tolist()
-        first, tokens, owner = 0, 0, -1
-        for i, length in enumerate(lengths):
-            cost = length + (len(self.contexts[owners[i]].token_ids) if owners[i] != owner else 0)
+        first, tokens, previous = 0, 0, -1
+        for i, (length, context) in enumerate(zip(self.lengths.tolist(), self.context_index.tolist(), strict=True)):
+            prompt = len(self.contexts[context].token_ids)
+            cost = length + (prompt if context != previous else 0)
             if i > first and tokens + cost > max_tokens:
                 yield slice(first, i)
-                first, tokens = i, 0
-                cost = length + len(self.contexts[owners[i]].token_ids)
-            tokens, owner = tokens + cost, owners[i]
-        yield slice(first, len(lengths))
+                first, tokens, cost = i, 0, length + prompt
+            tokens, previous = tokens + cost, context
+        yield slice(first, len(self))
 
 
 Completion = tuple[Sequence[int], Sequence[float], bool]
@@ -90,12 +90,11 @@ def pack(contexts: Sequence[Context], completions: Sequence[Sequence[Completion]
         completions: of each context its completions: token ids, their log-probs in nats, and whether EOS ended it
             (and is the last of the ids).
     """
-    counts = torch.tensor([len(group) for group in completions])
     drawn = [completion for group in completions for completion in group]
     lengths = torch.tensor([0, *(len(tokens) for tokens, _, _ in drawn)])
     return Rollouts(
         contexts=tuple(contexts),
-        context_index=torch.arange(len(contexts)).repeat_interleave(counts),
+        context_index=torch.tensor([index for index, group in enumerate(completions) for _ in group]),
         token_ids=torch.tensor([token for tokens, _, _ in drawn for token in tokens]),
         cu_seqlens=lengths.cumsum(0).int(),
         behavior_logprob=torch.tensor([x for _, logprobs, _ in drawn for x in logprobs], dtype=torch.float32),
@@ -105,13 +104,7 @@ def pack(contexts: Sequence[Context], completions: Sequence[Sequence[Completion]
 
 def concatenate(parts: list[Rollouts]) -> Rollouts:
     """Rollouts of the same contexts, sampled in several batches, as one."""
-    first_tokens = torch.tensor([0, *(part.num_tokens for part in parts)]).cumsum(0)
-    ends = [part.cu_seqlens[1:] + first for part, first in zip(parts, first_tokens.tolist(), strict=False)]
-    return Rollouts(
-        contexts=parts[0].contexts,
-        context_index=torch.cat([part.context_index for part in parts]),
-        token_ids=torch.cat([part.token_ids for part in parts]),
-        cu_seqlens=torch.cat([parts[0].cu_seqlens[:1], *ends]).int(),
-        behavior_logprob=torch.cat([part.behavior_logprob for part in parts]),
-        finished=torch.cat([part.finished for part in parts]),
-    )
+    lengths = torch.cat([torch.zeros(1, dtype=torch.int64), *(part.lengths for part in parts)])
+    names = ("context_index", "token_ids", "behavior_logprob", "finished")
+    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return Rollouts(contexts=parts[0].contexts, cu_seqlens=lengths.cumsum(0).int(), **columns)

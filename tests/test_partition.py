@@ -6,7 +6,10 @@ import math
 import pytest
 import torch
 
-from fdpg_fast.partition import Baseline, PartitionFunction, pseudo_rewards
+from fdpg_fast.contexts import Context
+from fdpg_fast.partition import Baseline, Estimates, PartitionFunction, pseudo_rewards
+from fdpg_fast.rollouts import pack
+from fdpg_fast.scoring import Scores
 from fdpg_kernels import divergences
 
 F64 = torch.float64
@@ -66,15 +69,11 @@ def test_oracle_stays_frozen_where_its_sample_never_met_the_target():
     assert oracle.log_z(torch.tensor([0])).tolist() == [-INF]
 
 
-def test_z_is_zero_until_a_sample_meets_the_target_unless_there_is_a_floor():
-    everywhere = torch.tensor([0, 1, 1, 2])
-    for floor, expected in ((0.0, [-INF, 0.0, 0.0, -INF]), (1e-4, [math.log(1e-4), 0.0, 0.0, math.log(1e-4)])):
-        partition = PartitionFunction(3, floor=floor)
-        assert partition.log_z(everywhere).tolist() == [math.log(floor) if floor else -INF] * 4
-        partition.update(tensor(-INF, 0.0), torch.tensor([0, 1]))
-        assert partition.log_z(everywhere).tolist() == pytest.approx(expected)
-    partition.update(tensor(-20.0), torch.tensor([2]))  # below the floor
-    assert float(partition.log_z(torch.tensor([2]))) == pytest.approx(math.log(1e-4))
+def test_z_is_zero_until_a_sample_meets_the_target():
+    everywhere, partition = torch.tensor([0, 1, 1, 2]), PartitionFunction(3)
+    assert partition.log_z(everywhere).tolist() == [-INF] * 4
+    partition.update(tensor(-INF, 0.0), torch.tensor([0, 1]))
+    assert partition.log_z(everywhere).tolist() == pytest.approx([-INF, 0.0, 0.0, -INF])
 
 
 def test_extreme_weights_neither_overflow_nor_vanish():
@@ -226,3 +225,29 @@ def test_pseudo_rewards_wait_while_z_is_zero():
     js = divergences.get("jensen_shannon")
     rewards = pseudo_rewards(tensor(-5, -6, -5), tensor(-INF, -INF, -4), tensor(-INF, -INF, -1), js, None)
     assert rewards[:2].tolist() == [0, 0] and float(rewards[2]) > 0
+
+
+# --- both, as the loop asks for them ---
+
+
+def scores_of(log_q, log_score):
+    return Scores(None, torch.zeros(len(log_q), 0, dtype=F64), log_q, torch.zeros_like(log_q), log_score)
+
+
+def test_estimates_know_a_context_by_its_place_in_the_data_set():
+    """Contexts 3 and 1 of 5; the second round sees only context 1, and adds to what is known of it."""
+    contexts = [Context(index, "", (1,)) for index in (3, 1)]
+    text = ([5, 0], [-1.0, -1.0], True)
+    rollouts = pack(contexts, [[text, text], [text, text, text]])
+    log_q, log_score = tensor(-2, -3, -2, -4, -5), tensor(-2.5, -INF, -1, -3, -6)
+    js, estimates = divergences.get("jensen_shannon"), Estimates(PartitionFunction(5), Baseline(), reward_cap=0.4)
+    log_z, baseline = estimates.update(rollouts, scores_of(log_q, log_score), js)
+    z = {3: math.exp(-0.5) / 2, 1: (2 * math.exp(1) + math.exp(-1)) / 3}
+    assert log_z.exp().tolist() == pytest.approx([z[3]] * 2 + [z[1]] * 3)
+    rewards = pseudo_rewards(log_q, log_score, log_z, js, 0.4)
+    assert float(rewards.abs().max()) == pytest.approx(0.4)
+    assert baseline.tolist() == Baseline()(rewards, rollouts.context_index).tolist()
+
+    again = pack(contexts[1:], [[text, text]])
+    log_z, _ = estimates.update(again, scores_of(tensor(-1, -1), tensor(-INF, -1)), js)
+    assert log_z.exp().tolist() == pytest.approx([(3 * z[1] + 0 + 1) / 5] * 2)

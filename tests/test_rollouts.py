@@ -60,6 +60,11 @@ def test_sizes():
     assert SAMPLE.lengths.tolist() == [3, 1, 2, 3, 2, 1, 2]
 
 
+def test_each_completion_knows_its_context_s_place_in_the_data_set():
+    rollouts = rollouts_of((1, 1), [(0, [3]), (1, [4]), (1, [5])], first_index=7)
+    assert rollouts.dataset_index.tolist() == [7, 8, 8] and rollouts.dataset_index.dtype == torch.int64
+
+
 def test_completion_ids_lack_the_eos_that_ended_them_and_no_other():
     assert SAMPLE.completion_ids() == [[3, 4], [], [5, 6], [7, EOS, 8], [9], [10], [11]]
 

@@ -167,8 +167,6 @@ class PartitionConfig(_Section):
     """Z from all samples so far, from the round's own, or from one frozen sample of the base model."""
     per_context: bool = True
     """One Z for each context; false: one for all."""
-    floor: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Smallest value that Z is given; at 0 a context waits until a sample with P > 0 turns up."""
     oracle_samples: int = Field(default=64, ge=1)
     """Samples of the base for each context, for `oracle`."""
 

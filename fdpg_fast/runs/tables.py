@@ -12,10 +12,22 @@ from typing import Any
 
 import yaml
 
+from fdpg_kernels import divergences
+
 from ..divergence import last_divergence
 from ..errors import UserError
 
 Json = dict[str, Any]
+
+
+def _divergence_labels() -> dict[str, str]:
+    labels = {}
+    for name in divergences.NAMES:
+        labels[f"divergence/{name}"] = label = divergences.get(name).label
+        if name == "jensen_shannon":
+            labels["divergence/jensen_shannon_half"] = f"{label}, ½–½"
+    return labels
+
 
 LABELS = {  # in the order of the tables
     "kl_to_base": "KL to base (nats)",
@@ -30,15 +42,7 @@ LABELS = {  # in the order of the tables
     "perplexity_under_base": "perplexity under base",
     "log_z": "log Z",
     "contexts_left_out": "contexts without support",
-    "divergence/forward_kl": "forward KL(p‖π)",
-    "divergence/reverse_kl": "reverse KL(π‖p)",
-    "divergence/total_variation": "total variation",
-    "divergence/jensen_shannon": "Jensen–Shannon",
-    "divergence/jensen_shannon_half": "Jensen–Shannon, ½–½",
-    "divergence/squared_hellinger": "squared Hellinger",
-    "divergence/pearson_chi2": "Pearson χ²(p‖π)",
-    "divergence/neyman_chi2": "Neyman χ²(π‖p)",
-}
+} | _divergence_labels()
 # of what every feature has, in the order of the tables
 FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the target", "exponent": "λ of {}"}
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")

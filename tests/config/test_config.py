@@ -55,7 +55,6 @@ KEYS = [
     "engine.gap_limit",
     "partition.kind",
     "partition.per_context",
-    "partition.floor",
     "partition.oracle_samples",
     "loss.baseline",
     "loss.ratio",
