@@ -23,7 +23,7 @@ from .contexts import load_contexts
 from .engines.memory import machine_memory, plan_micro_batch_tokens
 from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
-from .models.language_model import load_tokenizer
+from .models.load import load_tokenizer
 
 PACKAGES = ("torch", "transformers", "triton", "peft", "tensorboard", "wandb", "trackio", "pycodestyle")
 GPUS = (24, 80, 141)  # GiB, planned for where there is no GPU

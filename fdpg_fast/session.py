@@ -17,7 +17,8 @@ from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
 from .features import Feature, classifier, entities, import_feature, pep8, python_parses, regex, sentiment, word
 from .features.feature import import_object
-from .models.language_model import LanguageModel, load_model
+from .models.language_model import LanguageModel
+from .models.load import load_model
 from .runs.metrics import RESERVED
 from .targets import Target, distributional, pointwise, rlhf
 

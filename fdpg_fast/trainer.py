@@ -30,7 +30,8 @@ from .measure.agreement import compare_with_learner
 from .measure.diagnostics import Watch
 from .measure.estimators import LogPartition
 from .measure.evaluate import Evaluation, evaluate
-from .models.language_model import LanguageModel, eos_token_ids, load_model, load_tokenizer
+from .models.language_model import LanguageModel
+from .models.load import eos_token_ids, load_model, load_tokenizer
 from .models.lora import LoRAPolicy
 from .partition import Baseline, PartitionFunction, pseudo_rewards
 from .proposal import AdaptiveProposal
