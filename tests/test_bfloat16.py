@@ -7,7 +7,7 @@ from fdpg_fast.config.schema import LossConfig, OptimizerConfig
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.learner import Learner
-from fdpg_fast.models.language_model import load_model
+from fdpg_fast.models.load import load_model
 from fdpg_kernels import divergences, sum_by_sequence
 from support import runs
 

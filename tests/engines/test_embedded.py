@@ -11,7 +11,7 @@ from fdpg_fast.contexts import Context
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.engines.embedded import draw
 from fdpg_fast.models.attention import DecodeCache
-from fdpg_fast.models.language_model import load_model
+from fdpg_fast.models.load import load_model
 from support.language import p_value, split
 
 F64 = torch.float64

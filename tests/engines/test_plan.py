@@ -15,7 +15,8 @@ from fdpg_fast.engines import VLLMEngine, plan
 from fdpg_fast.engines.plan import kv_bytes_per_token, plan_cpu_cache, plan_memory
 from fdpg_fast.errors import UserError
 from fdpg_fast.learner import Learner
-from fdpg_fast.models.language_model import LanguageModel, load_model
+from fdpg_fast.models.language_model import LanguageModel
+from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
 from fdpg_fast.rollouts import Rollouts
 from fdpg_fast.session import Sharing, plan_on_gpu

@@ -12,7 +12,7 @@ import torch
 
 from fdpg_fast.engines.vllm import VLLMEngine, _make_llm, _own_generators, shared_views
 from fdpg_fast.errors import RunError, UserError
-from fdpg_fast.models.language_model import load_model
+from fdpg_fast.models.load import load_model
 from support.vllm_cases import CONFIG_EOS, CONTEXTS, EOS, TOLERANCE, VOCABULARY, gap, perturb, save_model
 
 MAX_NEW_TOKENS = 12

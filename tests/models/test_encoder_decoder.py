@@ -19,7 +19,8 @@ from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
 from fdpg_fast.features import Completions, python_parses
 from fdpg_fast.models.encoder_decoder import EncoderDecoderModel
-from fdpg_fast.models.language_model import LanguageModel, load_model
+from fdpg_fast.models.language_model import LanguageModel
+from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
 from fdpg_fast.session import choose_engine
 from fdpg_kernels import linear_logprob

@@ -16,7 +16,7 @@ from fdpg_fast.engines.plan import plan_memory
 from fdpg_fast.engines.vllm import VLLMEngine
 from fdpg_fast.engines.vllm_replica import weight_source, weights_folder
 from fdpg_fast.errors import UserError
-from fdpg_fast.models.language_model import load_model
+from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
 from fdpg_fast.runs.finished import evaluate_checkpoint
 from support import runs

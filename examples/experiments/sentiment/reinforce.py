@@ -25,7 +25,7 @@ from fdpg_fast.experiments.rows import Row
 from fdpg_fast.features import Completions
 from fdpg_fast.measure.estimators import Estimate, mean
 from fdpg_fast.measure.evaluate import evaluate
-from fdpg_fast.models.language_model import eos_token_ids, load_model, load_tokenizer
+from fdpg_fast.models.load import eos_token_ids, load_model, load_tokenizer
 from fdpg_fast.rollouts import Rollouts
 from fdpg_fast.runs.tables import number, read_run
 from fdpg_fast.scoring import Scores
