@@ -1,69 +1,77 @@
-"""Memory: planned micro-batches, and frozen weights that leave and come back unchanged."""
-
-from pathlib import Path
+"""What vLLM's cache may have: measured beside the learner on a GPU, a quarter of the machine on a CPU."""
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig, Qwen2Config
 
-from fdpg_fast.engines.memory import FrozenPages, plan_micro_batch_tokens
+from fdpg_fast.engines import memory
+from fdpg_fast.engines.memory import ENGINE_WORK, cache_bytes, kv_bytes_per_token, room_beside_learner
+from fdpg_fast.errors import UserError
 
-MODEL = Path(__file__).resolve().parents[2] / "examples/tiny-python-lm"
-
-
-@pytest.fixture
-def model(tmp_path):
-    """In float32 in its file too, so that loading copies nothing."""
-    AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).save_pretrained(tmp_path)
-    return AutoModelForCausalLM.from_pretrained(tmp_path)
+GIB = 2**30
+LLAMA = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+TOKEN = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
 
 
-def resident(pages: FrozenPages) -> int:
-    """Bytes of these address ranges that are in memory, by the kernel's own account."""
-    mappings, held, inside = dict(pages._ranges), 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        key = line.split(maxsplit=1)[0]
-        if not key.endswith(":"):
-            first, last = (int(address, 16) for address in key.split("-"))
-            inside = any(first <= start < last for start in mappings)
-        elif key == "Rss:" and inside:
-            held += int(line.split()[1]) * 1024
-    return held
+@pytest.mark.parametrize(
+    ("config", "dtype", "expected"),
+    [
+        (LLAMA, torch.float32, TOKEN),
+        (LLAMA, torch.bfloat16, TOKEN // 2),
+        (LlamaConfig(num_hidden_layers=3, num_attention_heads=2, hidden_size=32, head_dim=6), torch.float32, 288),
+        (Qwen2Config(num_hidden_layers=1, num_attention_heads=14, num_key_value_heads=2, hidden_size=896), torch.bfloat16, 512),
+    ],
+)  # fmt: skip
+def test_keys_and_values_of_a_token(config, dtype, expected):
+    assert kv_bytes_per_token(config, dtype) == expected
 
 
-def test_frozen_weights_leave_memory_and_come_back(model):
-    pages = FrozenPages(model)
-    expected = {name: p.clone() for name, p in model.named_parameters()}  # reads every page
-    total = sum(last - first for first, last in pages._ranges)
-    assert total > 0.9 * sum(p.numel() * 4 for p in model.parameters())
-    assert resident(pages) >= total
-    pages.release()
-    assert resident(pages) < 0.1 * total
-    for name, p in model.named_parameters():
-        assert torch.equal(p, expected[name]), name
-    assert not any(p.requires_grad for p in model.parameters())
+@pytest.mark.parametrize(("device", "block"), [("cpu", 128), ("cuda", 16)])
+def test_the_cache_takes_whole_blocks_and_no_more_than_can_be_filled(device, block):
+    def cache(room, sequences=3, length=block + 1):
+        return cache_bytes(LLAMA, torch.float32, room, length, sequences, device)
+
+    one_block = block * TOKEN  # a sequence takes two of them, and vLLM keeps one for itself
+    assert cache(100 * one_block) == 7 * one_block
+    assert cache(5 * one_block + 1) == 5 * one_block
+    assert cache(3 * one_block) == 3 * one_block
+    with pytest.raises(UserError, match=r"lower engine.max_new_tokens, train a LoRA adapter .*vllm_server") as refusal:
+        cache(3 * one_block - 1)
+    assert "\n" not in str(refusal.value)
 
 
-def test_weights_that_are_not_in_a_file_are_left_alone():
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float64)  # converted, so no longer the file's
-    model.extra = nn.Linear(400, 400)
-    expected = {name: p.clone() for name, p in model.named_parameters()}
-    FrozenPages(model).release()
-    for name, p in model.named_parameters():
-        assert torch.equal(p, expected[name]), name
+class Card:
+    """A GPU of 24 GiB as torch.cuda reports it; 4 are allocated before the step, which adds 6 at its peak."""
+
+    def __init__(self, monkeypatch, total=24 * GIB, step=6 * GIB):
+        self.total, self.peak, self.allocated, self.added = total, 0, 4 * GIB, step
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.allocated)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.total - self.allocated, self.total))
+
+    def step(self):
+        self.peak = self.allocated + self.added
+        if self.peak > self.total:
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_mapping_that_was_written_to_is_left_alone(model):
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2)
-    expected = model.lm_head.weight.clone()
-    FrozenPages(model).release()
-    assert torch.equal(model.lm_head.weight, expected)
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_vllm_gets_what_is_free_beside_a_measured_step(sleeps, monkeypatch):
+    card = Card(monkeypatch)
+    room = room_beside_learner(torch.device("cuda"), card.step, 2 * GIB, 1 * GIB, sleeps)
+    assert room == (24 - 4 - 2 - 1 - (0 if sleeps else 6)) * GIB - ENGINE_WORK
 
 
-@pytest.mark.parametrize(("layers", "low", "high"), [(2, 6_000, 7_000), (8, 1_500, 1_700)])
-def test_micro_batches_are_planned_from_layers_and_width(layers, low, high, tiny_model):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model.config.num_hidden_layers, model.config.hidden_size = layers, 256
-    assert low < plan_micro_batch_tokens(model) < high
+@pytest.mark.parametrize("step", [19 * GIB, 30 * GIB], ids=["beside the optimizer", "at all"])
+def test_a_step_that_does_not_fit_is_refused_with_what_helps(step, monkeypatch):
+    card = Card(monkeypatch, step=step)
+    with pytest.raises(UserError, match="^trainer.micro_batch_tokens: .*dtype: bfloat16, or train a LoRA adapter"):
+        room_beside_learner(torch.device("cuda"), card.step, 2 * GIB, 1 * GIB, True)
+
+
+def test_peak_memory_is_that_of_this_process():
+    before = memory.peak_memory()
+    held = torch.ones(2**24)
+    assert before + held.nbytes // 2 < memory.peak_memory() < memory.machine_memory()

@@ -1,5 +1,6 @@
 """The real vLLM in this process, on the CPU: exact log-probs, weights that arrive whole, seeds, ends, failures."""
 
+import contextlib
 import math
 import random
 import threading
@@ -10,7 +11,8 @@ import numpy
 import pytest
 import torch
 
-from fdpg_fast.engines.vllm import VLLMEngine, _make_llm, _own_generators, shared_views
+from fdpg_fast.engines import vllm_patches
+from fdpg_fast.engines.vllm import VLLMEngine, _make_llm, _own_generators
 from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.models.load import load_model
 from support.vllm_cases import CONFIG_EOS, CONTEXTS, EOS, TOLERANCE, VOCABULARY, gap, perturb, save_model
@@ -24,9 +26,7 @@ def folders(tmp_path_factory):
     return {tied: save_model(root / f"tied-{tied}", tied=tied) for tied in (True, False)}
 
 
-def make_engine(
-    folder, *, said=None, dtype="float32", share_weights=False, max_length=256, policy=None, beside_learner=False
-):
+def make_engine(folder, *, dtype="float32", max_length=256, policy=None, beside_learner=False):
     policy = policy or load_model(str(folder), dtype, "cpu", trust_remote_code=False)
     engine = VLLMEngine(
         policy,
@@ -36,11 +36,9 @@ def make_engine(
         max_length=max_length,
         max_sequences=32,
         kv_cache_bytes=2**26,
-        share_weights=share_weights,
         sleeps=False,  # a CPU build cannot
         beside_learner=beside_learner,
         trust_remote_code=False,
-        say=(said if said is not None else []).append,
     )
     return policy, engine
 
@@ -57,7 +55,6 @@ def running(folders):
                 "untied": dict(),
                 "ahead": dict(beside_learner=True),
                 "bfloat16": dict(dtype="bfloat16"),
-                "shared": dict(share_weights=True),
             }
             made[name] = make_engine(folders[name != "untied"], **settings[name])
         return made[name]
@@ -105,24 +102,6 @@ def test_bfloat16_agrees_as_well_as_bfloat16_can(running):
     assert agreeing.mean() < 0.1 and again.mean() < 0.1 < stale.mean()
 
 
-def test_shared_weights_need_no_copy(running):
-    policy, engine = running("shared")
-    engine.sync_weights(policy, 0)
-    assert engine.shares_weights
-    views = engine._llm.apply_model(lambda model: shared_views(policy.model, model))[0]
-    assert all(parameter.data_ptr() == view.data_ptr() for parameter, view in views)
-    assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
-    perturb(policy, 1)  # in place, as an optimizer does: the engine has it at once, but for its cache
-    engine.sync_weights(policy, 1)
-    assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
-
-
-def test_weights_are_not_shared_where_they_would_be_wrong(running):
-    policy, engine = running("tied")
-    with pytest.raises(ValueError, match=r"holds model.layers.0.self_attn.q_proj.weight as \(0"):
-        engine._llm.apply_model(lambda model: shared_views(policy.model, model))
-
-
 def test_what_nobody_reads_of_log_probs_is_left_out_here_and_still_there_elsewhere(running):
     from torch._dynamo.utils import counters
     from vllm.v1.engine.logprobs import LogprobsProcessor
@@ -135,6 +114,35 @@ def test_what_nobody_reads_of_log_probs_is_left_out_here_and_still_there_elsewhe
     engine.sample(CONTEXTS, 8, seed=1)
     assert not counters["stats"]  # the count of ranks alone takes 20 s to compile
     assert (LogprobsProcessor._update_sample_logprobs, sampler.batched_count_greater_than) == kept
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "shown"),
+    [
+        ("vllm.v1.sample.sampler", "batched_count_greater_than", "batched_count_greater_than"),
+        ("vllm.v1.engine.logprobs", "LogprobsProcessor", "LogprobsProcessor._update_sample_logprobs"),
+    ],
+)
+def test_a_patch_whose_name_is_gone_says_so_once_and_is_done_without(module, name, shown, monkeypatch, caplog):
+    monkeypatch.setattr(vllm_patches, "_said", set())
+    monkeypatch.delattr(f"{module}.{name}")
+    for _ in range(2):
+        with vllm_patches.sampled_logprobs_only():
+            pass
+    assert [record.getMessage() for record in caplog.records] == [
+        f"this vLLM has no {module}.{shown}: sampling goes on without the patch, and slower"
+    ]
+
+
+def test_an_engine_without_its_patches_samples_the_same(running, monkeypatch):
+    policy, engine = running("tied")
+    engine.sync_weights(policy, 0)
+    expected = engine.sample(CONTEXTS, 8, seed=1)
+    for patch in ("without_ranks", "without_lists"):  # as where their names are gone
+        monkeypatch.setattr(vllm_patches, patch, contextlib.nullcontext)
+    plain = engine.sample(CONTEXTS, 8, seed=1)
+    assert torch.equal(plain.token_ids, expected.token_ids)
+    assert torch.equal(plain.behavior_logprob, expected.behavior_logprob)
 
 
 def test_completions_end_as_they_say(running):
@@ -234,9 +242,8 @@ def test_the_global_generators_are_left_alone(folders):
     assert states() == before
 
 
-def test_an_engine_that_fails_is_started_again(folders, monkeypatch):
-    said = []
-    policy, engine = make_engine(folders[True], said=said)
+def test_an_engine_that_fails_is_started_again(folders, monkeypatch, caplog):
+    policy, engine = make_engine(folders[True])
     perturb(policy, 1)
     engine.sync_weights(policy, 4)
     expected = engine.sample(CONTEXTS, 4, seed=1)
@@ -245,7 +252,8 @@ def test_an_engine_that_fails_is_started_again(folders, monkeypatch):
     monkeypatch.setattr(runner, "execute_model", lambda *_, **__: 1 / 0)
     again = engine.sample(CONTEXTS, 4, seed=1)
     assert torch.equal(again.token_ids, expected.token_ids) and engine.version == 4
-    assert len(said) == 1 and "division by zero" in said[0] and "starting it again" in said[0]
+    (said,) = (record.getMessage() for record in caplog.records if record.name.startswith("fdpg_fast"))
+    assert "division by zero" in said and "starting it again" in said
 
     monkeypatch.setattr(VLLMEngine, "_generate", lambda *_: math.sqrt(-1))
     with pytest.raises(RunError, match="failed a second time: math domain error; continue with --resume"):
@@ -262,7 +270,7 @@ def test_nothing_is_sampled_before_the_first_sync(folders):
 
 def test_another_gpu_than_the_first_is_refused_with_what_to_do():
     with pytest.raises(UserError, match="first GPU, not cuda:1; set CUDA_VISIBLE_DEVICES=1 and device: cuda"):
-        _make_llm({}, torch.device("cuda:1"), False)
+        _make_llm({}, torch.device("cuda:1"))
 
 
 def test_a_model_that_vllm_cannot_run(folders):

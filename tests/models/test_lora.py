@@ -111,11 +111,9 @@ def test_vllm_samples_from_the_merged_weights_after_a_sync_and_only_then(folders
         max_length=256,
         max_sequences=32,
         kv_cache_bytes=2**26,
-        share_weights=False,
         sleeps=False,
         beside_learner=False,
         trust_remote_code=False,
-        say=print,
     )
     engine.sync_weights(policy, 0)
     assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
