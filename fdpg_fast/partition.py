@@ -21,11 +21,10 @@ class PartitionFunction:
         kind: "running" uses all samples so far, "batch" those of the last update, "oracle" those of the first
             (a frozen sample of the base model).
         per_context: False pools all contexts in one Z.
-        floor: smallest value that Z is given; 0 leaves an estimate of 0 as it is, and such a context waits.
     """
 
-    def __init__(self, num_contexts: int, *, kind: str = "running", per_context: bool = True, floor: float = 0.0):
-        self.kind, self.per_context, self.floor = kind, per_context, floor
+    def __init__(self, num_contexts: int, *, kind: str = "running", per_context: bool = True):
+        self.kind, self.per_context = kind, per_context
         slots = num_contexts if per_context else 1
         self._log_sum = torch.full((slots,), -math.inf, dtype=torch.float64)  # log Σw
         self._log_sum_squares = self._log_sum.clone()  # log Σw²
@@ -47,8 +46,6 @@ class PartitionFunction:
     def log_z(self, contexts: Tensor) -> Tensor:
         """log Z of each sequence's context, [B] float64; −inf while nothing with P > 0 has been seen."""
         estimate = self._log_sum - self._count.clamp(min=1).log()
-        if self.floor > 0:
-            estimate = estimate.clamp(min=math.log(self.floor))
         return estimate[contexts if self.per_context else torch.zeros_like(contexts)]
 
     def summary(self) -> dict[str, float]:

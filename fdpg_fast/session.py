@@ -15,11 +15,9 @@ from .engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
 from .engines.memory import machine_memory
 from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
-from .features import Feature, classifier, entities, import_feature, pep8, python_parses, regex, sentiment, word
-from .features.feature import import_object
 from .models.language_model import LanguageModel, load_model
 from .runs.metrics import RESERVED
-from .targets import Target, distributional, pointwise, rlhf
+from .targets import Target
 
 
 def choose_device(name: str) -> str:
@@ -37,34 +35,6 @@ def choose_device(name: str) -> str:
     return name
 
 
-def build_feature(config: c.FeatureConfig, device: str) -> Feature:
-    """The feature that a config section describes."""
-    match config:
-        case c.WordFeature():
-            feature = word(config.word)
-        case c.RegexFeature():
-            feature = regex(config.pattern)
-        case c.PythonParsesFeature():
-            feature = python_parses()
-        case c.Pep8Feature():
-            feature = pep8()
-        case c.SentimentFeature():
-            feature = sentiment()
-        case c.EntitiesFeature():
-            feature = entities(config.min_entities)
-        case c.ClassifierFeature():
-            feature = classifier(
-                config.model,
-                config.label,
-                batch_size=config.batch_size,
-                with_prompt=config.with_prompt,
-                device=device,
-            )
-        case c.ImportedFeature():
-            feature = import_feature(config.path)
-    return replace(feature, name=config.name or feature.name, timeout=config.timeout or feature.timeout)
-
-
 def build_target(config: c.TrainConfig, device: str) -> Target:
     """The product of the config's terms.
 
@@ -73,15 +43,7 @@ def build_target(config: c.TrainConfig, device: str) -> Target:
     """
     target = Target(())
     for term in config.target:
-        match term:
-            case c.PointwiseTerm():
-                target *= pointwise(build_feature(term.feature, device))
-            case c.RLHFTerm():
-                target *= rlhf(build_feature(term.feature, device), term.beta)
-            case c.DistributionalTerm():
-                target *= distributional([build_feature(f, device) for f in term.features], term.moments)
-            case c.ImportedTarget():
-                target *= _imported(term.path)
+        target *= term.build(device)
     names = [feature.name for feature in target.features]
     for name in names:
         if name in RESERVED:
@@ -152,7 +114,7 @@ def ways_to_share(config: c.TrainConfig) -> list[Sharing]:
         return [Sharing(False, False)]
     if config.lora is not None:  # a merged weight is neither's
         return [sleeping]
-    return {None: [shared, sleeping], True: [shared], False: [sleeping]}[config.engine.share_weights]
+    return [shared, sleeping]
 
 
 def plan_on_gpu(run: c.TrainConfig, **model: Any) -> tuple[Sharing, MemoryPlan]:
@@ -222,8 +184,6 @@ def build_engine(
     kind, _ = choose_engine(settings, policy.device, not policy.continues_prompt)
     copy = None
     if samples_with_older(config):
-        if kind == "vllm" and settings.share_weights:
-            raise UserError(f"{_why_older(config)}, but engine.share_weights has the learner's own")
         if kind == "vllm_server" and settings.weight_transfer == "ipc":
             raise UserError(f"{_why_older(config)}, but with engine.weight_transfer ipc the servers let go of them")
         if kind == "transformers" and config.trainer.pipeline_depth:
@@ -241,7 +201,7 @@ def build_engine(
                 max_length=max_length,
                 max_sequences=settings.max_sequences,
                 kv_cache_bytes=memory.kv_cache,
-                share_weights=settings.share_weights if sharing.share_weights else False,
+                share_weights=None if sharing.share_weights else False,
                 sleeps=sharing.sleeps,
                 beside_learner=config.trainer.pipeline_depth > 0,
                 trust_remote_code=config.trust_remote_code,
@@ -265,16 +225,3 @@ def _why_older(config: c.TrainConfig) -> str:
     depth = config.trainer.pipeline_depth
     key = f"trainer.pipeline_depth: {depth}" if depth else "proposal.kind: adaptive"
     return f"{key} samples with weights that the learner had before"
-
-
-def _imported(path: str) -> Target:
-    found = import_object(path)
-    if callable(found) and not isinstance(found, Target):
-        try:
-            found = found()
-        except Exception as error:  # the user's code
-            message = " ".join(str(error).split())
-            raise UserError(f"target: {path!r} raised {type(error).__name__}: {message}") from error
-    if not isinstance(found, Target):
-        raise UserError(f"target: {path!r} is a {type(found).__name__}, not a Target or a function that makes one")
-    return found

@@ -20,10 +20,10 @@ from fdpg_kernels.sequence_weights import refusal
 
 from .clock import Clock
 from .config.schema import TrainConfig
-from .contexts import Context, derived_seed, load_contexts, schedule
+from .contexts import Context, load_contexts
 from .divergence import divergence_at, last_divergence
 from .engines import Engine
-from .engines.memory import FrozenPages, plan_micro_batch_tokens, trim
+from .engines.memory import plan_micro_batch_tokens, trim
 from .errors import RunError, UserError
 from .learner import Learner, Update
 from .measure.agreement import compare_with_learner
@@ -41,7 +41,11 @@ from .runs.metrics import progress_line, round_metrics
 from .runs.report import write_report
 from .runs.tracking import Tracking, check_installed
 from .scoring import Scorer, Scores
+from .seeds import derived_seed, schedule
 from .session import build_engine, build_target, choose_device, describe_engine
+
+SAMPLES_LOGGED = 8  # completions of each round kept in samples.jsonl
+ORACLE_SAMPLES = 64  # samples of the base for each context, from which an oracle Z is made
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,6 @@ class Trainer:
             raise UserError(f"divergence: {refusal(self.divergence)}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
-        pages: FrozenPages | None = FrozenPages(self.base.model)
         self.room = self.base.prompt_room(config.engine.max_new_tokens)
         if self.room < 1:
             raise UserError(
@@ -100,10 +103,10 @@ class Trainer:
             policy = load_model(policy_path, config.dtype, device, config.trust_remote_code)
         else:
             policy = LoRAPolicy(self.base, config.lora, self.seed("lora", 0), self.checkpoint)
-            self.base, pages = policy.base, None  # the policy needs their pages as often as the base does
+            self.base = policy.base
         self.micro_batch_tokens = config.trainer.micro_batch_tokens or plan_micro_batch_tokens(policy.model)
         # no activations are kept in scoring: larger parts fit, and waste less
-        self.scorer = Scorer(target, self.base, pages, self.tokenizer, 4 * self.micro_batch_tokens)
+        self.scorer = Scorer(target, self.base, self.tokenizer, 4 * self.micro_batch_tokens)
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         partition, rounds = config.partition, config.trainer
         self.state = TrainerState(
@@ -115,9 +118,7 @@ class Trainer:
                 rounds=rounds.rounds,
                 micro_batch_tokens=self.micro_batch_tokens,
             ),
-            PartitionFunction(
-                len(self.contexts), kind=partition.kind, per_context=partition.per_context, floor=partition.floor
-            ),
+            PartitionFunction(len(self.contexts), kind=partition.kind, per_context=partition.per_context),
             Baseline(config.loss.baseline),
             round=done,
             proposal=self._proposal(policy),
@@ -189,7 +190,7 @@ class Trainer:
                 for complaint in watch(metrics):
                     self.say(complaint)
                 if state.round % config.trainer.checkpoint_every == 0 or state.round == rounds:
-                    save_checkpoint(folder.path, state, self.tokenizer, config.trainer.keep_checkpoints)
+                    save_checkpoint(folder.path, state, self.tokenizer)
         if not evaluate:
             return RunResult(folder.path, None, None, None)
         if state.proposal is not None:
@@ -235,7 +236,7 @@ class Trainer:
         with clock("sync"):
             proposal = self._sync(scores, update, owner)
 
-        for row in self.scorer.rows(scores, settings.samples_logged):
+        for row in self.scorer.rows(scores, SAMPLES_LOGGED):
             folder.append("samples.jsonl", {"round": round_index, "split": "train", **row})
         learning_rate = state.learner.learning_rate(round_index)
         return round_metrics(
@@ -305,7 +306,7 @@ class Trainer:
             self.state.exponents = self.scorer.target.exponents
             self.say(f"target: λ = {', '.join(f'{x:.4g}' for x in self.state.exponents or ())}")
         if self.config.partition.kind == "oracle":
-            base = self.engine.sample(self.contexts, self.config.partition.oracle_samples, self.seed("oracle", 0))
+            base = self.engine.sample(self.contexts, ORACLE_SAMPLES, self.seed("oracle", 0))
             self.state.partition.update(self.scorer.log_phi(base), base.context_index)  # P/q is φ
         return self._evaluate(folder, 0) if evaluate else None
 

@@ -38,6 +38,7 @@ from ..rollouts import Rollouts
 from .folder import disk_errors, fsync_folder
 
 TENSORS, STATE, SUMS = "trainer.safetensors", "trainer.json", "SHA256SUMS"
+KEPT = 2  # checkpoints of a run; older ones go once a newer one is complete
 
 
 @dataclass
@@ -53,8 +54,8 @@ class TrainerState:
     proposal: AdaptiveProposal | None = None
 
 
-def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: int) -> Path:
-    """Write the checkpoint of `state.round` rounds and delete those older than the newest `keep`.
+def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
+    """Write the checkpoint of `state.round` rounds and delete those older than the newest KEPT.
 
     Raises:
         RunError: the disk is full or not writable; what was there before is intact.
@@ -84,7 +85,7 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any, keep: in
         raise RunError(f"writing checkpoint {final}: {error}; free some space and continue with --resume") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(run_dir)[:-keep]:
+    for old in checkpoints(run_dir)[:-KEPT]:
         shutil.rmtree(old)
     return final
 

@@ -231,8 +231,6 @@ def test_fewer_tokens_are_not_offered_where_the_weights_alone_are_too_many():
     [
         (300, {}, Sharing(True, False)),
         (180, {}, Sharing(False, True)),  # sharing would leave a fraction of the cache
-        (180, {"engine": {"share_weights": True}}, Sharing(True, False)),
-        (300, {"engine": {"share_weights": False}}, Sharing(False, True)),
         (300, {"trainer": {"pipeline_depth": 1}}, Sharing(False, False)),
         (300, {"lora": {"rank": 8}}, Sharing(False, True)),
     ],
