@@ -23,11 +23,11 @@ import torch
 
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import TrainConfig
-from fdpg_fast.contexts import load_contexts, schedule
+from fdpg_fast.contexts import load_contexts
 from fdpg_fast.engines.memory import peak_memory
 from fdpg_fast.models import onednn
 from fdpg_fast.runs.folder import RunFolder
-from fdpg_fast.session import build_feature
+from fdpg_fast.seeds import schedule
 from fdpg_fast.trainer import Trainer
 from plain_pipeline import PlainPipeline
 
@@ -156,7 +156,7 @@ class Plain:
         self.settings = config.trainer
         self.pipeline = PlainPipeline(
             config.model,
-            build_feature(config.target[0].feature, "cpu"),
+            config.target[0].feature.build("cpu"),
             max_new_tokens=config.engine.max_new_tokens,
             samples_per_context=config.trainer.samples_per_context,
             learning_rate=config.optimizer.learning_rate,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,47 +43,23 @@ def load_contexts(path: str | None, tokenizer: Any, max_tokens: int) -> list[Con
     if path is None:
         return [Context(0, "", (_start_token(tokenizer),))]
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"contexts: cannot read {path!r}: {_reason(error)}") from None
-    parse = _parse_json_line if path.endswith(".jsonl") else _parse_text_line
+        text = Path(path).read_bytes().decode("utf-8-sig")  # read_text would take a lone \r for the end of a line
+    except UnicodeDecodeError:
+        raise UserError(f"contexts: cannot read {path!r}: it is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"contexts: cannot read {path!r}: {error.strerror or error}") from None
     contexts: list[Context] = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a prompt may hold a form feed
-        line = line.removesuffix("\r")
         if line.strip():
-            prompt, columns = parse(line, f"contexts: {path}:{number}")
-            contexts.append(
-                make_context(len(contexts), prompt, columns, tokenizer, max_tokens, f"contexts: {path}:{number}")
-            )
+            where, line = f"contexts: {path}:{number}", line.removesuffix("\r")
+            prompt, columns = _parse_json(line, where) if path.endswith(".jsonl") else (line, {})
+            contexts.append(make_context(len(contexts), prompt, columns, tokenizer, max_tokens, where))
     if not contexts:
         raise UserError(f"contexts: {path!r} holds no prompt; write one a line, or leave the path out")
     return contexts
 
 
-def derived_seed(seed: int, purpose: str, round_index: int) -> int:
-    """Of one use of random numbers in a run of this seed: uses do not share theirs."""
-    text = f"{seed}/{purpose}/{round_index}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def schedule(num_contexts: int, per_round: int, round_index: int, seed: int) -> list[int]:
-    """The contexts of a round: every epoch is a fresh permutation, and any round can be recomputed alone."""
-    chosen, epoch = [], -1
-    permutation: list[int] = []
-    for position in range(round_index * per_round, (round_index + 1) * per_round):
-        if position // num_contexts != epoch:
-            epoch = position // num_contexts
-            permutation = list(range(num_contexts))
-            random.Random(f"{seed}/{epoch}").shuffle(permutation)
-        chosen.append(permutation[position % num_contexts])
-    return sorted(chosen)
-
-
-def _parse_text_line(line: str, where: str) -> tuple[str, dict[str, Any]]:
-    return line, {}
-
-
-def _parse_json_line(line: str, where: str) -> tuple[str | list, dict[str, Any]]:
+def _parse_json(line: str, where: str) -> tuple[str | list, dict[str, Any]]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -93,34 +67,37 @@ def _parse_json_line(line: str, where: str) -> tuple[str | list, dict[str, Any]]
     if not isinstance(row, dict) or "prompt" not in row:
         raise UserError(f'{where} needs an object with "prompt", a string or a list of messages')
     prompt = row.pop("prompt")
+    if isinstance(prompt, str):
+        return prompt, row
     if (
         isinstance(prompt, list)
         and prompt
         and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     ):
         return prompt, row
-    if not isinstance(prompt, str):
-        raise UserError(f'{where}: "prompt" must be a string or a list of {{"role", "content"}} messages')
-    return prompt, row
+    raise UserError(f'{where}: "prompt" must be a string or a list of {{"role", "content"}} messages')
 
 
 def make_context(
     index: int, prompt: str | list, columns: dict[str, Any], tokenizer: Any, max_tokens: int, where: str
 ) -> Context:
-    if isinstance(prompt, list):
-        if tokenizer.chat_template is None:
-            raise UserError(f"{where} has chat messages but the tokenizer has no chat template")
-        try:
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program
-            message = " ".join(str(error).split())
-            raise UserError(f"{where}: the chat template refuses these messages: {message}") from error
-    else:
-        text = prompt
+    """A context of a text or of chat messages; `where` begins the errors.
+
+    Raises:
+        UserError: as `load_contexts`.
+    """
+    is_chat = isinstance(prompt, list)
+    if is_chat and tokenizer.chat_template is None:
+        raise UserError(f"{where} has chat messages but the tokenizer has no chat template")
+    try:
+        template = {"add_generation_prompt": True, "tokenize": False}
+        text = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **template)
+    except Exception as error:  # a template is a program
+        message = " ".join(str(error).split())
+        raise UserError(f"{where}: the chat template refuses these messages: {message}") from error
     if not text.strip():
         raise UserError(f"{where} is an empty prompt; leave the path out to sample unconditionally")
-    templated = isinstance(prompt, list)  # a template writes its own BOS
-    token_ids = tuple(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+    token_ids = tuple(tokenizer(text, add_special_tokens=not is_chat)["input_ids"])  # a template writes its own BOS
     if not token_ids:
         raise UserError(f"{where}: the tokenizer makes no token of this prompt")
     if len(token_ids) > max_tokens:
@@ -136,7 +113,3 @@ def _start_token(tokenizer: Any) -> int:
         if token_id is not None:
             return token_id
     raise UserError("contexts: this tokenizer has neither BOS nor EOS to start from; give prompts in contexts.train")
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"

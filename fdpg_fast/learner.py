@@ -14,6 +14,8 @@ from .config.schema import LossConfig, OptimizerConfig
 from .models.language_model import LanguageModel
 from .rollouts import Rollouts
 
+BETAS = (0.9, 0.95)  # AdamW's averaging of gradient and squared gradient
+
 
 @dataclass(frozen=True)
 class Update:
@@ -64,7 +66,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(
             self.masters or self._parameters,
             lr=optimizer.learning_rate,
-            betas=optimizer.betas,
+            betas=BETAS,
             weight_decay=optimizer.weight_decay,
             fused=True,  # one pass over the parameters, and no temporaries of their size
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,8 @@ from torch import Tensor
 from fdpg_kernels import sum_by_sequence
 
 from .clock import Clock
-from .engines.memory import FrozenPages
 from .errors import RunError
-from .features import Completions
+from .features import Completions, started
 from .models.language_model import LanguageModel
 from .rollouts import Rollouts
 from .targets import Target
@@ -43,14 +43,12 @@ class Scorer:
 
     Attributes:
         target: replaced when λ is fitted.
-        base: frozen; `pages` are its weights, given back to the system after each use, where it has weights of its own.
+        base: frozen.
         micro_batch_tokens: in one forward pass of the base.
     """
 
-    def __init__(
-        self, target: Target, base: LanguageModel, pages: FrozenPages | None, tokenizer: Any, micro_batch_tokens: int
-    ):
-        self.target, self.base, self.pages, self.tokenizer = target, base, pages, tokenizer
+    def __init__(self, target: Target, base: LanguageModel, tokenizer: Any, micro_batch_tokens: int):
+        self.target, self.base, self.tokenizer = target, base, tokenizer
         self.micro_batch_tokens = micro_batch_tokens
 
     @property
@@ -58,17 +56,22 @@ class Scorer:
         return [feature.name for feature in self.target.features]
 
     def __call__(self, rollouts: Rollouts, clock: Clock) -> Scores:
-        """
+        """Scores, while async features and the base's forward pass run side by side.
+
+        `clock` counts under "features" the text, the sync features and what is then left to wait for the async ones;
+        under "base" the pass of the base, at the end of which async features may be done already.
+
         Raises:
-            RunError: log q is not finite: training has diverged.
+            RunError: a feature failed, or log q is not finite: training has diverged.
         """
-        with clock("features"):
-            texts = self.texts(rollouts)
-            values = self.values(texts)
-        with clock("base"):
-            base = self.base.token_logprobs(rollouts, self.micro_batch_tokens)
-            if self.pages is not None:
-                self.pages.release()
+        with contextlib.ExitStack() as until_done:
+            with clock("features"):
+                texts = self.texts(rollouts)
+                wait_for_values = until_done.enter_context(started(self.target.features, texts))
+            with clock("base"):
+                base = self.base.token_logprobs(rollouts, self.micro_batch_tokens)
+            with clock("features"):
+                values = wait_for_values()
         base_logprob = sum_by_sequence(base, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
         if not bool(behavior_logprob.isfinite().all()):
@@ -81,13 +84,10 @@ class Scorer:
     def texts(self, rollouts: Rollouts) -> Completions:
         return Completions.decode(rollouts, self.tokenizer, self.base.continues_prompt)
 
-    def values(self, texts: Completions) -> Tensor:
-        """Of the target's features, [B, F]."""
-        return torch.stack([feature(texts) for feature in self.target.features], dim=1)
-
     def log_phi(self, base: Rollouts, fit: bool = False) -> Tensor:
         """[B], of samples of the base, where it is log P/q; with `fit`, λ is fitted to them first."""
-        values = self.values(self.texts(base))
+        with started(self.target.features, self.texts(base)) as wait_for_values:
+            values = wait_for_values()
         if fit:
             self.target = self.target.fit(values, base.context_index)
         return self.target.log_phi(values)

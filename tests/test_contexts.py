@@ -7,8 +7,9 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fdpg_fast.contexts import load_contexts, schedule
+from fdpg_fast.contexts import load_contexts
 from fdpg_fast.errors import UserError
+from fdpg_fast.seeds import schedule
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<bot>{% endif %}"

@@ -84,7 +84,6 @@ def test_a_killed_run_resumes_with_its_proposal(lora, tiny_model, tmp_path):
     ("sections", "complaint"),
     [
         ({"trainer": {"pipeline_depth": 1}}, "proposal.kind: adaptive decides itself how old its weights are"),
-        ({"engine": {"share_weights": True}}, "engine.share_weights: proposal.kind adaptive samples with older"),
         (
             {"engine": {"kind": "vllm_server", "urls": ["http://localhost:1"], "weight_transfer": "ipc"}},
             "proposal.kind: adaptive samples with weights that the learner had before, but with engine.weight_transfer",

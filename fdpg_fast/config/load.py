@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -34,7 +33,13 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     if not isinstance(data, dict):
         raise UserError(f"config: {str(path)!r} must hold keys and values, e.g. 'model: examples/tiny-python-lm'")
     for key, text in (overrides or {}).items():
-        _override(data, key, text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        holds_text = any(field.annotation in (str, str | None) for field in _FIELDS.get(_generic(key), ()))
+        # text as typed: YAML would make a number of 2024, a bool of "no" and a list of "[a-z]"
+        set_key(data, key, text if holds_text and value is not None else value)
     return parse_config(data)
 
 
@@ -59,54 +64,7 @@ def dump_config(config: TrainConfig) -> str:
 
 def config_keys() -> dict[str, str]:
     """Every dotted key with its one-line documentation; list items are written `target.N`."""
-    documented: dict[str, list[str]] = {}
-    for key, field in _keys(TrainConfig, ""):
-        values = typing.get_args(field.annotation) if key.endswith("kind") else ()
-        text = (f"{values[0]}: " if len(values) == 1 else "") + (field.description or "")
-        if text not in documented.setdefault(key, []):
-            documented[key].append(text)
-    return {key: "; ".join(texts) for key, texts in documented.items()}
-
-
-def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in model.model_fields.items():
-        models, in_list = _models_in(field.annotation)
-        here = f"{prefix}{name}"
-        if field.description or not models:
-            yield here, field
-        for inner in models:
-            yield from _keys(inner, f"{here}.N." if in_list else f"{here}.")
-
-
-def _models_in(annotation: Any, in_list: bool = False) -> tuple[list[type[BaseModel]], bool]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation], in_list
-    found = []
-    if typing.get_origin(annotation) in (list, Annotated, typing.Union, types.UnionType):
-        in_list = in_list or typing.get_origin(annotation) is list
-        for argument in typing.get_args(annotation):
-            inner, deeper = _models_in(argument, in_list)
-            found += inner
-            in_list = in_list or deeper
-    return found, in_list
-
-
-def _generic(key: str) -> str:
-    """A key with N for the places in lists, as `config_keys` has it."""
-    return ".".join("N" if part.isdigit() else part for part in key.split("."))
-
-
-_TEXT_KEYS = {key for key, field in _keys(TrainConfig, "") if field.annotation in (str, str | None)}
-
-
-def _override(data: Any, key: str, text: str) -> None:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if value is not None and _generic(key) in _TEXT_KEYS:
-        value = text  # as typed: YAML would make a number of 2024, a bool of "no" and a list of "[a-z]"
-    set_key(data, key, value)
+    return {key: "; ".join(dict.fromkeys(map(_document, fields))) for key, fields in _FIELDS.items()}
 
 
 def set_key(data: Any, key: str, value: Any) -> None:
@@ -116,39 +74,66 @@ def set_key(data: Any, key: str, value: Any) -> None:
         UserError: the key leads into a plain value or past the end of a list.
     """
     *path, last = key.split(".")
-    place = data
     for part in path:
-        if isinstance(place, list):
-            place = place[_index(place, part, key)]
-        elif isinstance(place, dict):
-            place[part] = {} if place.get(part) is None else place[part]  # null: a section that was left out
-            place = place[part]
-        else:
-            raise UserError(f"--{key}: {part!r} is inside a plain value")
-    if isinstance(place, list):
-        place[_index(place, last, key)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
+        place = _place(data, part, key)
+        if isinstance(data, dict) and data.get(place) is None:
+            data[place] = {}  # a section that was left out
+        data = data[place]
+    if path and not isinstance(data, (dict, list)):
         raise UserError(f"--{key}: {path[-1]!r} holds a plain value, not keys")
+    data[_place(data, last, key)] = value
 
 
-def _index(place: Sequence[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        raise UserError(f"--{key}: {part!r} must be a number below {len(place)}, the length of the list")
-    return int(part)
+def _place(data: Any, part: str, key: str) -> Any:
+    if isinstance(data, list):
+        if not part.isdigit() or int(part) >= len(data):
+            raise UserError(f"--{key}: {part!r} must be a number below {len(data)}, the length of the list")
+        return int(part)
+    if not isinstance(data, dict):
+        raise UserError(f"--{key}: {part!r} is inside a plain value")
+    return part
 
 
-def _explain(error: Any, data: Mapping[str, Any]) -> str:
-    """pydantic's first complaint in one line; the tags of unions are not keys and are left out of the path."""
-    path, place = [], data
+def _walk(annotation: Any, key: str) -> Iterator[tuple[str, FieldInfo]]:
+    """The documented fields of all models in an annotation, and in theirs, under their keys."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            inner = f"{key}.{name}" if key else name
+            if field.description:  # a section itself has none
+                yield inner, field
+            yield from _walk(field.annotation, inner)
+        return
+    for argument in typing.get_args(annotation):
+        yield from _walk(argument, f"{key}.N" if typing.get_origin(annotation) is list else key)
+
+
+_FIELDS: dict[str, list[FieldInfo]] = {}  # by key; the members of a union share some
+for _key, _field in _walk(TrainConfig, ""):
+    _FIELDS.setdefault(_key, []).append(_field)
+
+
+def _document(field: FieldInfo) -> str:
+    kinds = typing.get_args(field.annotation)
+    of_one_kind = typing.get_origin(field.annotation) is typing.Literal and len(kinds) == 1
+    return f"{kinds[0]}: {field.description}" if of_one_kind else str(field.description)
+
+
+def _generic(key: str) -> str:
+    """A key with N for the places in lists."""
+    return ".".join("N" if part.isdigit() else part for part in key.split("."))
+
+
+def _explain(error: Any, data: Any) -> str:
+    """pydantic's complaint in one line; the tags of unions are not keys and are left out of the path."""
+    path: list[str] = []
     for position, part in enumerate(error["loc"], start=1):
-        is_key = position == len(error["loc"]) and _has(place, part)
-        if isinstance(place, Mapping) and part == place.get("kind") and not is_key:
-            place = {**place, "kind": None}
+        is_last = position == len(error["loc"])
+        here = data if isinstance(data, Mapping) else dict(enumerate(data)) if isinstance(data, list) else {}
+        if part == here.get("kind") and not (is_last and part in here):
+            data = {**here, "kind": None}  # a tag, once
             continue
         path.append(str(part))
-        place = place[part] if isinstance(place, (Mapping, list)) and _has(place, part) else {}
+        data = here.get(part)
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         if path[-1] in _DISTORTING:
@@ -156,19 +141,14 @@ def _explain(error: Any, data: Mapping[str, Any]) -> str:
                 f"{key}: samples are drawn from the policy itself; {path[-1]} would make the recorded log q a "
                 "number of another distribution and every importance ratio wrong, so it is not an option"
             )
-        near = [known for known in config_keys() if known.split(".")[-1] == path[-1] and "N" not in known]
-        near = near or difflib.get_close_matches(_generic(key), config_keys(), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{key}: there is no such key{hint}"
-    message = error["msg"].removeprefix("Value error, ")
+        near = [known for known in _FIELDS if known.split(".")[-1] == path[-1] and "N" not in known]
+        near = near or difflib.get_close_matches(_generic(key), _FIELDS, n=1, cutoff=0.5)
+        return f"{key}: there is no such key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
         return f"{key}: this key is required"
     if error["type"] == "union_tag_not_found":
-        kinds = [typing.get_args(f.annotation) for k, f in _keys(TrainConfig, "") if k == f"{_generic(key)}.kind"]
-        return f"{key}: the key kind is required; choose one of {', '.join(repr(kind) for (kind,) in kinds)}"
+        kinds = [repr(kind) for field in _FIELDS[f"{_generic(key)}.kind"] for kind in typing.get_args(field.annotation)]
+        return f"{key}: the key kind is required; choose one of {', '.join(kinds)}"
+    message = error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(error["input"], (dict, list)) else f"{error['input']!r}: "
     return f"{key}: {shown}{message}" if key else message
-
-
-def _has(place: Any, part: Any) -> bool:
-    return part in place if isinstance(place, Mapping) else isinstance(part, int) and part < len(place)

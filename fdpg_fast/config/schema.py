@@ -7,88 +7,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..divergence import divergence_at
+from ..errors import UserError
+from ..features.code import Pep8Feature, PythonParsesFeature
+from ..features.entities import EntitiesFeature
+from ..features.feature import ImportedFeature
+from ..features.text import ClassifierFeature, RegexFeature, SentimentFeature, WordFeature
+from ..imports import import_object
+from ..targets import Target, distributional, pointwise, rlhf
+from .section import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ContextsConfig(_Section):
+class ContextsConfig(Section):
     train: str | None = None
     """.jsonl file with "prompt" and other columns, or a text file with one prompt a line; none: start from BOS."""
     eval: str | None = None
     """Prompts that are never trained on, for the evaluation; none: those of `train`."""
-
-
-class _Feature(_Section):
-    name: str | None = None
-    """Name in metrics and tables; none: made from the kind."""
-    timeout: float | None = Field(default=None, gt=0)
-    """Seconds that one call may take; none: 60, or 600 for a classifier."""
-
-
-class WordFeature(_Feature):
-    kind: Literal["word"]
-    """1 where the completion contains the word."""
-    word: str
-    """The word: whole, in upper or lower case."""
-
-
-class RegexFeature(_Feature):
-    kind: Literal["regex"]
-    """1 where the pattern is found in the completion."""
-    pattern: str
-    """A Python regular expression."""
-
-
-class PythonParsesFeature(_Feature):
-    kind: Literal["python_parses"]
-    """1 where prompt + completion is finished and parses as Python; nothing is executed."""
-
-
-class Pep8Feature(_Feature):
-    kind: Literal["pep8"]
-    """1 where prompt + completion is finished, parses, and pycodestyle has nothing to say about it."""
-
-
-class SentimentFeature(_Feature):
-    kind: Literal["sentiment"]
-    """How positive the completion is by the VADER lexicon: (1 + compound)/2, in [0, 1]; neutral is ½."""
-
-
-class EntitiesFeature(_Feature):
-    kind: Literal["entities"]
-    """1 where the completion is finished and names something, and only what its prompt names."""
-    min_entities: int = Field(default=1, ge=1)
-    """Names, numbers and words in code font that it must hold at least."""
-
-
-class ClassifierFeature(_Feature):
-    kind: Literal["classifier"]
-    """Probability of a label under a Hugging Face sequence classifier."""
-    model: str
-    """Folder or hub name of the classifier; safetensors only."""
-    label: str
-    """One of the classifier's labels."""
-    batch_size: int = Field(default=32, ge=1)
-    """Texts per forward pass."""
-    with_prompt: bool = False
-    """Classify prompt + completion instead of the completion alone."""
-
-
-class ImportedFeature(_Feature):
-    kind: Literal["import"]
-    """Your own function with the signature of a TRL reward function."""
-    path: str
-    """package.module:function or file.py:function."""
 
 
 FeatureConfig = Annotated[
@@ -104,14 +40,17 @@ FeatureConfig = Annotated[
 ]
 
 
-class PointwiseTerm(_Section):
+class PointwiseTerm(Section):
     kind: Literal["pointwise"]
     """φ = the feature: a hard constraint where it is 0 or 1."""
     feature: FeatureConfig
     """What is asked of a text."""
 
+    def build(self, device: str) -> Target:
+        return pointwise(self.feature.build(device))
 
-class RLHFTerm(_Section):
+
+class RLHFTerm(Section):
     kind: Literal["rlhf"]
     """φ = exp(reward/beta)."""
     feature: FeatureConfig
@@ -119,8 +58,11 @@ class RLHFTerm(_Section):
     beta: float = Field(gt=0)
     """Weight of the KL penalty of the equivalent reinforcement learning problem."""
 
+    def build(self, device: str) -> Target:
+        return rlhf(self.feature.build(device), self.beta)
 
-class DistributionalTerm(_Section):
+
+class DistributionalTerm(Section):
     kind: Literal["distributional"]
     """φ = exp(λ·features) with λ such that the features have the given means."""
     features: list[FeatureConfig] = Field(min_length=1)
@@ -128,26 +70,40 @@ class DistributionalTerm(_Section):
     moments: list[float] = Field(min_length=1)
     """Their means under the target, one a feature."""
 
+    def build(self, device: str) -> Target:
+        return distributional([feature.build(device) for feature in self.features], self.moments)
 
-class ImportedTarget(_Section):
+
+class ImportedTarget(Section):
     kind: Literal["import"]
     """Your own `fdpg_fast.targets.Target`, or a function without arguments that makes one."""
     path: str
     """package.module:name or file.py:name."""
 
+    def build(self, device: str) -> Target:
+        target = import_object(self.path)
+        if callable(target) and not isinstance(target, Target):
+            try:
+                target = target()
+            except Exception as error:  # the user's code
+                message = " ".join(str(error).split())
+                raise UserError(f"target: {self.path!r} raised {type(error).__name__}: {message}") from error
+        if not isinstance(target, Target):
+            kind = type(target).__name__
+            raise UserError(f"target: {self.path!r} is a {kind}, not a Target or a function that makes one")
+        return target
+
 
 TermConfig = Annotated[PointwiseTerm | RLHFTerm | DistributionalTerm | ImportedTarget, Field(discriminator="kind")]
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     kind: Literal["auto", "transformers", "vllm", "vllm_server"] = "auto"
     """What samples: the learner's own module, vLLM in this process, or vLLM servers; auto: vLLM where it has a GPU."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Completions are cut off there; a cut completion is a text without EOS."""
     max_sequences: int = Field(default=256, ge=1)
     """Completions decoded side by side; bounds the memory of the key-value cache."""
-    share_weights: bool | None = None
-    """vllm: the policy's parameters are views of vLLM's; left out, where that is valid and costs no speed."""
     urls: list[str] = []
     """vllm_server: addresses of the servers, such as http://gpu-box:8000."""
     weight_transfer: Literal["nccl", "ipc", "disk"] = "nccl"
@@ -162,16 +118,14 @@ class EngineConfig(_Section):
     """The same, above which the run stops: the engine has other weights; left out, 0.01, or 0.3 in bfloat16."""
 
 
-class PartitionConfig(_Section):
+class PartitionConfig(Section):
     kind: Literal["running", "batch", "oracle"] = "running"
-    """Z from all samples so far, from the round's own, or from one frozen sample of the base model."""
+    """Z from all samples so far, from the round's own, or from one frozen sample of the base model, 64 a context."""
     per_context: bool = True
     """One Z for each context; false: one for all."""
-    oracle_samples: int = Field(default=64, ge=1)
-    """Samples of the base for each context, for `oracle`."""
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     baseline: Literal["leave_one_out", "running", "none"] = "leave_one_out"
     """Subtracted from the pseudo-reward: the mean of the context's other samples, of all earlier ones, or nothing."""
     ratio: Literal["sequence", "none"] = "sequence"
@@ -182,7 +136,7 @@ class LossConfig(_Section):
     """Limit of |pseudo-reward|; how often it bites is reported."""
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -191,20 +145,18 @@ class OptimizerConfig(_Section):
     """Rounds over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """AdamW's averaging of gradient and squared gradient."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of larger norm are scaled down to it."""
 
 
-class ProposalConfig(_Section):
+class ProposalConfig(Section):
     kind: Literal["policy", "adaptive"] = "policy"
     """What is sampled from: the policy, or older weights of it until the policy is nearer to the target."""
     every: int = Field(default=10, ge=1)
     """adaptive: rounds from one estimate of KL(p‖q) − KL(p‖π) to the next; the policy is taken where it is positive."""
 
 
-class LoRAConfig(_Section):
+class LoRAConfig(Section):
     rank: int = Field(ge=1)
     """Of the trained matrices B·A that are added to each adapted layer; everything else stays frozen."""
     alpha: float | None = Field(default=None, gt=0)
@@ -220,7 +172,7 @@ class LoRAConfig(_Section):
         return value
 
 
-class RoundsConfig(_Section):
+class RoundsConfig(Section):
     rounds: int = Field(default=100, ge=1)
     """How many times to sample, score, update and sync."""
     seed: int = Field(default=0, ge=0)
@@ -235,20 +187,16 @@ class RoundsConfig(_Section):
     """Tokens in one forward and backward pass; bounds memory, changes nothing else. Left out, planned for the model."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Rounds between checkpoints; the last round always writes one."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Older ones are deleted once a newer one is complete."""
-    samples_logged: int = Field(default=8, ge=0)
-    """Completions of each round kept in samples.jsonl."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     contexts: int = Field(default=64, ge=1)
     """Contexts to evaluate on, the first ones of the file."""
     samples_per_context: int = Field(default=32, ge=2)
     """Completions of each; Z and divergences come from this one sample, and few samples a context bias them to 0."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """A run."""
 
     model: str
@@ -294,22 +242,11 @@ class TrainConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _merged_weights_are_not_shared(self) -> Self:
-        if self.lora is not None and self.engine.share_weights:
-            raise ValueError(
-                "engine.share_weights: with lora vLLM needs the adapter merged into its weights and the learner needs "
-                "them apart; leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _adaptive_proposal_has_its_own_weights(self) -> Self:
         if self.proposal.kind == "adaptive" and self.trainer.pipeline_depth:
             raise ValueError(
                 "proposal.kind: adaptive decides itself how old its weights are; set trainer.pipeline_depth: 0"
             )
-        if self.proposal.kind == "adaptive" and self.engine.share_weights:
-            raise ValueError("engine.share_weights: proposal.kind adaptive samples with older weights; leave it out")
         return self
 
 
@@ -317,7 +254,6 @@ class TrainConfig(_Section):
 RESUMABLE = (
     "trainer.rounds",
     "trainer.checkpoint_every",
-    "trainer.keep_checkpoints",
     "tracking",
     "device",
     *(f"engine.{key}" for key in EngineConfig.model_fields if key != "max_new_tokens"),

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import RunError, UserError
-from ..features.feature import import_object
+from ..imports import import_object
 from ..runs.folder import RunFolder
 from .experiment import Case, cases, find_folder, load_experiment
 from .page import write_page

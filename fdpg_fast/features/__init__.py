@@ -11,6 +11,7 @@ from .feature import Completions as Completions
 from .feature import Feature as Feature
 from .feature import feature as feature
 from .feature import import_feature as import_feature
+from .feature import started as started
 from .text import classifier as classifier
 from .text import regex as regex
 from .text import sentiment as sentiment

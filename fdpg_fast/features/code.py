@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import ast
 import warnings
+from typing import Literal
 
 from ..errors import UserError
-from .feature import Feature
+from .feature import Feature, FeatureSection
+
+
+class PythonParsesFeature(FeatureSection):
+    kind: Literal["python_parses"]
+    """1 where prompt + completion is finished and parses as Python; nothing is executed."""
+
+    def make(self, device: str) -> Feature:
+        return python_parses()
 
 
 def python_parses() -> Feature:
@@ -15,6 +24,14 @@ def python_parses() -> Feature:
     A completion that was cut off before its EOS counts as 0, though by chance it may parse.
     """
     return Feature("python_parses", _score_parses)
+
+
+class Pep8Feature(FeatureSection):
+    kind: Literal["pep8"]
+    """1 where prompt + completion is finished, parses, and pycodestyle has nothing to say about it."""
+
+    def make(self, device: str) -> Feature:
+        return pep8()
 
 
 def pep8() -> Feature:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-from .feature import Feature
+from pydantic import Field
+
+from .feature import Feature, FeatureSection
 
 # a dotted name, a word or a number; the full stop that ends a sentence stays outside
 _WORD = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|\d+(?:\.\d+)*")
 _CODE = re.compile(r"`+([^`]+)`+")
 _SENTENCE_END = re.compile(r"[.!?:]")
+
+
+class EntitiesFeature(FeatureSection):
+    kind: Literal["entities"]
+    """1 where the completion is finished and names something, and only what its prompt names."""
+    min_entities: int = Field(default=1, ge=1)
+    """Names, numbers and words in code font that it must hold at least."""
+
+    def make(self, device: str) -> Feature:
+        return entities(self.min_entities)
 
 
 def entities(min_entities: int) -> Feature:

@@ -1,27 +1,23 @@
-"""A feature and the calling of it: arguments by name, results checked, time limited."""
+"""A feature: a named score of completions; its arguments go by name, its results are checked."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import importlib
-import importlib.util
 import inspect
 import math
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from ..config.section import Section
 from ..errors import RunError, UserError
+from ..imports import import_object
 from ..rollouts import Rollouts
+from .calling import Call, TimeUp, is_async
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,10 @@ class Feature:
         Raises:
             RunError: it raised, hung, or returned something else than B numbers.
         """
+        return self.finish(self.start(batch), batch)
+
+    def start(self, batch: Completions) -> Call:
+        """Call it on B completions; raises as `__call__`."""
         arguments = {
             **batch.columns,
             "completions": batch.completions,
@@ -95,12 +95,20 @@ class Feature:
             "completion_ids": batch.completion_ids,
             "finished": batch.finished,
         }
+        with self._named_errors(batch):
+            return Call(self.score, _accepted(self.score, arguments), self.timeout)
+
+    def finish(self, call: Call, batch: Completions) -> Tensor:
+        """The values of a call that was started, [B] float64; raises as `__call__`."""
+        with self._named_errors(batch):
+            values = call.result()
+        return self._checked(values, batch)
+
+    @contextlib.contextmanager
+    def _named_errors(self, batch: Completions) -> Iterator[None]:
         try:
-            with _time_limit(self.timeout):
-                values = self.score(**_accepted(self.score, arguments))
-                if inspect.isawaitable(values):
-                    values = _finish(values)
-        except _TimeUp:
+            yield
+        except TimeUp:
             raise RunError(
                 f"feature {self.name!r} did not return within its timeout of {self.timeout:g} s "
                 f"for {len(batch.completions)} completions; raise the feature's timeout or make it faster"
@@ -108,7 +116,6 @@ class Feature:
         except (Exception, SystemExit) as error:
             message = " ".join(str(error).split())
             raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {message}") from error
-        return self._checked(values, batch)
 
     def _checked(self, values: Any, batch: Completions) -> Tensor:
         is_array = getattr(values, "ndim", 0) > 0  # of numpy or torch
@@ -134,6 +141,23 @@ class Feature:
         return torch.tensor(numbers, dtype=torch.float64)
 
 
+@contextlib.contextmanager
+def started(features: Sequence[Feature], batch: Completions) -> Iterator[Callable[[], Tensor]]:
+    """Call F features on B completions: async ones together, and meanwhile the sync ones, one after another.
+
+    Yields a function that waits for the async ones and returns all values, [B, F] float64. Leaving the block cancels
+    what is not done. Raises as `Feature.__call__`, in the block's beginning or in that function.
+    """
+    calls: dict[int, Call] = {}
+    try:
+        for index in sorted(range(len(features)), key=lambda index: not is_async(features[index].score)):
+            calls[index] = features[index].start(batch)
+        yield lambda: torch.stack([f.finish(calls[index], batch) for index, f in enumerate(features)], dim=1)
+    finally:
+        for call in calls.values():
+            call.cancel()
+
+
 def feature(function: Callable[..., Any] | None = None, *, name: str | None = None, timeout: float = 60.0) -> Any:
     """Decorator that makes a `Feature` of a batched callable: `@feature` or `@feature(name=…, timeout=…)`."""
     if function is None:
@@ -155,37 +179,31 @@ def import_feature(path: str, *, name: str | None = None, timeout: float = 60.0)
     return feature(found, name=name, timeout=timeout)
 
 
-def import_object(path: str) -> Any:
-    """Whatever is at "package.module:name" or "some/file.py:name".
+class FeatureSection(Section):
+    """What the config of every feature has; subclasses say what it is made of."""
 
-    Raises:
-        UserError: there is no such module or name.
-    """
-    module_path, _, attribute = path.rpartition(":")
-    if not module_path or not attribute:
-        raise UserError(f"import path {path!r}: write package.module:name or file.py:name")
-    try:
-        module = _load_file(module_path) if module_path.endswith(".py") else _load_module(module_path)
-        return getattr(module, attribute)
-    except Exception as error:  # whatever the user's module does when it is imported
-        message = " ".join(str(error).split())
-        raise UserError(f"import path {path!r}: {type(error).__name__}: {message}") from error
+    name: str | None = None
+    """Name in metrics and tables; none: made from the kind."""
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds that one call may take; none: 60, or 600 for a classifier."""
 
+    def build(self, device: str) -> Feature:
+        """The feature that the section describes, under the name and with the timeout that it gives."""
+        feature = self.make(device)
+        return replace(feature, name=self.name or feature.name, timeout=self.timeout or feature.timeout)
 
-def _load_module(name: str) -> Any:
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` would: a script beside the config is importable
-    return importlib.import_module(name)
+    def make(self, device: str) -> Feature:
+        raise NotImplementedError
 
 
-def _load_file(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"fdpg_imported_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses, for one, look their module up
-    spec.loader.exec_module(module)
-    return module
+class ImportedFeature(FeatureSection):
+    kind: Literal["import"]
+    """Your own function with the signature of a TRL reward function."""
+    path: str
+    """package.module:function or file.py:function."""
+
+    def make(self, device: str) -> Feature:
+        return import_feature(self.path)
 
 
 def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -193,49 +211,3 @@ def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[s
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return arguments
     return {name: value for name, value in arguments.items() if name in parameters}
-
-
-def _finish(awaitable: Any) -> Any:
-    """The result of an async feature, also where a loop is running already, as in a notebook."""
-
-    async def wait() -> Any:
-        return await awaitable
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, wait()).result()
-
-
-class _TimeUp(BaseException):
-    """Not an Exception: a feature's own `except Exception` must not swallow it."""
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the block with SIGALRM, which reaches even a regular expression gone exponential.
-
-    Outside the main thread no signal arrives; there the limit is not enforced.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    rang = False
-
-    def ring(_signal: int, _frame: Any) -> None:
-        nonlocal rang
-        rang = True
-        raise _TimeUp
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # again and again: a bare `except:` swallows the first
-    try:
-        yield
-        if rang:
-            raise _TimeUp
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 
 from ..errors import UserError
-from .feature import Feature
+from .feature import Feature, FeatureSection
+
+
+class WordFeature(FeatureSection):
+    kind: Literal["word"]
+    """1 where the completion contains the word."""
+    word: str
+    """The word: whole, in upper or lower case."""
+
+    def make(self, device: str) -> Feature:
+        return word(self.word)
 
 
 def word(word: str) -> Feature:
@@ -19,6 +30,16 @@ def word(word: str) -> Feature:
     return Feature(f"word:{word.strip()}", _searcher(pattern))
 
 
+class RegexFeature(FeatureSection):
+    kind: Literal["regex"]
+    """1 where the pattern is found in the completion."""
+    pattern: str
+    """A Python regular expression."""
+
+    def make(self, device: str) -> Feature:
+        return regex(self.pattern)
+
+
 def regex(pattern: str) -> Feature:
     """1 where the pattern is found anywhere in the completion, else 0."""
     try:
@@ -26,6 +47,14 @@ def regex(pattern: str) -> Feature:
     except re.error as error:
         raise UserError(f"feature regex: {pattern!r} is not a regular expression: {error}") from None
     return Feature(f"regex:{pattern}", _searcher(compiled))
+
+
+class SentimentFeature(FeatureSection):
+    kind: Literal["sentiment"]
+    """How positive the completion is by the VADER lexicon: (1 + compound)/2, in [0, 1]; neutral is ½."""
+
+    def make(self, device: str) -> Feature:
+        return sentiment()
 
 
 def sentiment() -> Feature:
@@ -45,16 +74,27 @@ def sentiment() -> Feature:
     return Feature("sentiment", lambda completions: [(1 + score(text)["compound"]) / 2 for text in completions])
 
 
-def classifier(
-    model: str, label: str, *, batch_size: int = 32, with_prompt: bool = False, device: str = "cpu"
-) -> Feature:
+class ClassifierFeature(FeatureSection):
+    kind: Literal["classifier"]
+    """Probability of a label under a Hugging Face sequence classifier."""
+    model: str
+    """Folder or hub name of the classifier; safetensors only."""
+    label: str
+    """One of the classifier's labels."""
+    batch_size: int = Field(default=32, ge=1)
+    """Texts per forward pass."""
+
+    def make(self, device: str) -> Feature:
+        return classifier(self.model, self.label, batch_size=self.batch_size, device=device)
+
+
+def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "cpu") -> Feature:
     """Probability of a label under a Hugging Face sequence classifier.
 
     Args:
         model: folder or hub name; only safetensors are loaded and no code of the repository is run.
         label: one of the model's `id2label` values.
         batch_size: texts per forward pass, longest first, so that padding stays small.
-        with_prompt: classify prompt + completion instead of the completion alone.
         device: where the classifier runs.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -78,13 +118,12 @@ def classifier(
     column = int(labels[label.lower()])
 
     @torch.no_grad()
-    def score(completions: list[str], prompts: list[str]) -> list[float]:
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)] if with_prompt else completions
-        scores = [0.0] * len(texts)
-        by_length = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        for first in range(0, len(texts), batch_size):
+    def score(completions: list[str]) -> list[float]:
+        scores = [0.0] * len(completions)
+        by_length = sorted(range(len(completions)), key=lambda i: -len(completions[i]))
+        for first in range(0, len(completions), batch_size):
             rows = by_length[first : first + batch_size]
-            inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+            inputs = tokenizer([completions[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
             logits = network(**inputs.to(device)).logits.float()
             chances = logits.sigmoid() if independent else logits.softmax(-1)
             for i, chance in zip(rows, chances[:, column].tolist(), strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fdpg_fast.errors import UserError
-from fdpg_fast.features.feature import import_object
+from fdpg_fast.imports import import_object
 from support import runs
 
 RUNNER = str(Path(__file__).parents[2] / "examples/experiments/sentiment/reinforce.py") + ":run_case"

@@ -145,7 +145,7 @@ def test_servers_are_given_the_merged_weights(tied, folders, tmp_path):
 
 def settings(model, folder, **sections):
     contexts = {"train": str(runs.write_contexts(folder, *runs.PROMPTS))}
-    trainer = {"rounds": 6, "checkpoint_every": 2, "keep_checkpoints": 1}
+    trainer = {"rounds": 6, "checkpoint_every": 2}
     return runs.settings(model, folder / "run", contexts=contexts, lora=LORA, trainer=trainer, **sections)
 
 
@@ -237,10 +237,6 @@ def test_dry_run_says_how_much_is_trained(tiny_model, tmp_path, capsys):
             "lora.target_modules: write all-linear, or a list of names such as [q_proj, v_proj]",
         ),
         ("--lora.rank=0", "lora.rank: 0: Input should be greater than or equal to 1"),
-        (
-            "--engine.share_weights=true",
-            "engine.share_weights: with lora vLLM needs the adapter merged into its weights",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(override, complaint, tiny_model, tmp_path, capsys):

@@ -32,7 +32,7 @@ def config(model: Path, folder: Path, run_dir: str) -> dict:
         contexts={"train": str(runs.write_contexts(folder, "a", "tea ", "def f(", "the end"))},
         loss={"baseline": "running"},
         optimizer={"warmup_rounds": 2, "schedule": "cosine"},
-        trainer={"rounds": 6, "checkpoint_every": 2, "keep_checkpoints": 1},
+        trainer={"rounds": 8, "checkpoint_every": 2},
     )
 
 
@@ -44,8 +44,8 @@ def uninterrupted(tiny_model, tmp_path_factory):
     return runs.record(folder / "run")
 
 
-# features are called for the fit of λ, the first evaluation, six rounds and the last evaluation; rounds 2 and 4 and 6
-# write checkpoints, round 4 being the first that also deletes one
+# features are called for the fit of λ, the first evaluation, eight rounds and the last evaluation; rounds 2, 4, 6 and
+# 8 write checkpoints, round 6 being the first that also deletes one
 MOMENTS = {
     "while λ is fitted": Moment("feature", "", 1),
     "in the first evaluation": Moment("feature", "", 2),
@@ -57,7 +57,7 @@ MOMENTS = {
     "before a checkpoint's rename": Moment("os.rename", ".writing-round-000004"),
     "before the old checkpoint goes": Moment("shutil.rmtree", "checkpoints/round-000002"),
     "while the old checkpoint goes": Moment("os.remove", "safetensors"),
-    "in the last evaluation": Moment("feature", "", 9),
+    "in the last evaluation": Moment("feature", "", 11),
     "before the report": Moment("open", "report.html"),
 }
 
@@ -69,7 +69,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(moment, uninterrupte
     resumed = runs.run(tmp_path, "train", "--resume", "run")
     assert resumed.status == 0, resumed.stderr
     runs.assert_equal(runs.record(tmp_path / "run"), uninterrupted)
-    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["round-000006"]
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["round-000006", "round-000008"]
 
 
 def test_killed_twice(uninterrupted, tiny_model, tmp_path):
@@ -135,7 +135,7 @@ def test_no_row_is_lost_to_a_line_separator_in_a_text(tiny_model, tmp_path):
 
 def test_finished_run_goes_on_with_more_rounds(tiny_model, tmp_path):
     def data(run_dir: str, rounds: int) -> dict:
-        return {**runs.settings(tiny_model, tmp_path / run_dir, trainer={"rounds": rounds, "keep_checkpoints": 9})}
+        return {**runs.settings(tiny_model, tmp_path / run_dir, trainer={"rounds": rounds})}
 
     assert runs.call("train", runs.write_config(tmp_path, data("long", 4))) == 0
     assert runs.call("train", runs.write_config(tmp_path, data("short", 2))) == 0
@@ -161,7 +161,7 @@ def test_fewer_rounds_than_done_are_refused(tiny_model, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def finished(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    data = runs.settings(tiny_model, folder / "run", trainer={"rounds": 3, "keep_checkpoints": 2})
+    data = runs.settings(tiny_model, folder / "run", trainer={"rounds": 3})
     assert runs.call("train", runs.write_config(folder, data)) == 0
     return folder / "run"
 

@@ -41,7 +41,6 @@ def settings(model: Path, run_dir: Path | str, **sections: Any) -> dict[str, Any
             "contexts_per_round": 2,
             "samples_per_context": 4,
             "checkpoint_every": 1,
-            "samples_logged": 2,
         },
         "evaluation": {"contexts": 3, "samples_per_context": 3},
     }

@@ -18,18 +18,19 @@ from torch.nn.utils.rnn import pad_sequence
 from fdpg_fast import Trainer
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import RLHFTerm, TrainConfig
-from fdpg_fast.contexts import derived_seed, load_contexts, schedule
+from fdpg_fast.contexts import load_contexts
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
 from fdpg_fast.experiments.rows import Row
 from fdpg_fast.features import Completions
+from fdpg_fast.learner import BETAS
 from fdpg_fast.measure.estimators import Estimate, mean
 from fdpg_fast.measure.evaluate import evaluate
 from fdpg_fast.models.load import eos_token_ids, load_model, load_tokenizer
 from fdpg_fast.rollouts import Rollouts
 from fdpg_fast.runs.tables import number, read_run
 from fdpg_fast.scoring import Scores
-from fdpg_fast.session import build_feature
+from fdpg_fast.seeds import derived_seed, schedule
 from fdpg_fast.targets import rlhf
 
 ROWS = 16  # sequences a forward pass
@@ -66,7 +67,7 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
     (term,) = config.target
     if not isinstance(term, RLHFTerm) or config.optimizer.schedule != "constant" or config.loss.reward_cap:
         raise UserError("reinforce: wants one target of kind rlhf, a constant schedule and no reward_cap")
-    reward, beta = build_feature(term.feature, "cpu"), term.beta
+    reward, beta = term.feature.build("cpu"), term.beta
     tokenizer = load_tokenizer(config.model, trust_remote_code=False)
     policy, base = (load_model(config.model, "float32", "cpu", trust_remote_code=False) for _ in range(2))
     room = policy.max_length - config.engine.max_new_tokens
@@ -79,7 +80,7 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
     )
     adam = config.optimizer
     optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=adam.learning_rate, betas=adam.betas, weight_decay=adam.weight_decay
+        policy.model.parameters(), lr=adam.learning_rate, betas=BETAS, weight_decay=adam.weight_decay
     )
     each, curve = config.trainer.samples_per_context, []
     for round_index in range(config.trainer.rounds):
