@@ -23,6 +23,7 @@ class Update:
 
     loss: float
     grad_norm: float
+    learning_rate: float
     weights: SequenceWeights
     skipped: bool
 
@@ -32,7 +33,6 @@ class Learner:
 
     Args:
         policy: trained in place.
-        divergence: D_f to minimise; may be another one in a later round.
         loss: ratio and caps.
         optimizer: AdamW's settings.
         rounds: of the whole run; the schedule ends there.
@@ -42,14 +42,13 @@ class Learner:
     def __init__(
         self,
         policy: LanguageModel,
-        divergence: Divergence,
-        *,
         loss: LossConfig,
         optimizer: OptimizerConfig,
+        *,
         rounds: int,
         micro_batch_tokens: int,
     ):
-        self.policy, self.divergence, self.micro_batch_tokens = policy, divergence, micro_batch_tokens
+        self.policy, self.micro_batch_tokens = policy, micro_batch_tokens
         self._loss, self._settings, self._rounds = loss, optimizer, rounds
         self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
         # the two [V, D] parameters, or the one that is both: a micro-batch adds to their gradients, the head's inside
@@ -72,7 +71,7 @@ class Learner:
         )
 
     def backward(
-        self, rollouts: Rollouts, target_log_score: Tensor, log_z: Tensor, baseline: Tensor
+        self, rollouts: Rollouts, target_log_score: Tensor, log_z: Tensor, baseline: Tensor, divergence: Divergence
     ) -> tuple[Tensor, SequenceWeights]:
         """The gradient of D_f from B rollouts, left in the parameters; loss [] and weights on the CPU.
 
@@ -98,7 +97,7 @@ class Learner:
                 part.behavior_logprob.to(device),
                 target_log_score[rows].to(device),
                 log_z[rows].to(device),
-                divergence=self.divergence,
+                divergence=divergence,
                 baseline=baseline[rows].to(device),
                 ratio=self._loss.ratio,
                 ratio_cap=self._loss.ratio_cap,
@@ -112,22 +111,23 @@ class Learner:
             parts.append(weights)
         return loss, SequenceWeights(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
-    def update(self, loss: Tensor, weights: SequenceWeights, round_index: int) -> Update:
+    def step(self, loss: Tensor, weights: SequenceWeights, round_index: int) -> Update:
         """Descend once along the gradient that `backward` left, whose results these are."""
         self._move_gradients_to_masters()
         trained = self.masters or self._parameters
         norm = float(torch.nn.utils.clip_grad_norm_(trained, self._settings.max_grad_norm))
         # no sample in support yet, or an overflow: Adam must not move on its momentum alone
         skipped = not math.isfinite(norm) or not bool((weights.weight != 0).any())
+        rate = self.learning_rate(round_index)
         if not skipped:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(round_index)
+                group["lr"] = rate
             self.optimizer.step()
             with torch.no_grad():
                 for parameter, master in zip(self._parameters, self.masters, strict=False):
                     parameter.copy_(master)
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(float(loss), norm, weights, skipped)
+        return Update(float(loss), norm, rate, weights, skipped)
 
     def _move_gradients_to_masters(self) -> None:
         for parameter, master in zip(self._parameters, self.masters, strict=False):
@@ -136,6 +136,11 @@ class Learner:
             if parameter is self.policy.head.weight and self._head_grad is not None:
                 master.grad = self._head_grad if master.grad is None else master.grad.add_(self._head_grad)
         self._head_grad = None
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """What AdamW's two moments take, which it makes at its first step."""
+        return sum(2 * p.numel() * 4 for p in self.masters or self._parameters)
 
     def learning_rate(self, round_index: int) -> float:
         """Of a round, counted from 0."""

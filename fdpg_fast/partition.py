@@ -118,6 +118,14 @@ class Estimates:
         rewards = pseudo_rewards(scores.behavior_logprob, scores.log_score, log_z, divergence, self.reward_cap)
         return log_z, self.baseline(rewards, rollouts.context_index)
 
+    def state(self) -> dict[str, Tensor]:
+        """What `load_state` takes."""
+        return self.partition.state() | {f"baseline_{name}": tensor for name, tensor in self.baseline.state().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.partition.load_state(state)
+        self.baseline.load_state({name.removeprefix("baseline_"): tensor for name, tensor in state.items()})
+
 
 def pseudo_rewards(
     behavior_logprob: Tensor, target_log_score: Tensor, log_z: Tensor, divergence: Divergence, reward_cap: float | None

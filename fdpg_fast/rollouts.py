@@ -43,6 +43,10 @@ class Rollouts:
         """The data set's index of each completion's context, [B] int64."""
         return torch.tensor([context.index for context in self.contexts])[self.context_index]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the contexts, by name, as `Rollouts(contexts=…, **tensors)` takes them back."""
+        return {name: value for name, value in vars(self).items() if name != "contexts"}
+
     @property
     def lengths(self) -> Tensor:
         """Tokens of each completion, [B] int64."""

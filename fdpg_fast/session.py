@@ -18,13 +18,13 @@ from .errors import UserError
 from .learner import Learner
 from .measure.estimators import LogPartition
 from .measure.evaluate import Evaluation, evaluate
-from .models.language_model import LanguageModel
+from .models.language_model import LanguageModel, plan_micro_batch_tokens
 from .models.load import eos_token_ids, load_model, load_tokenizer
 from .models.lora import LoRAPolicy
 from .partition import Baseline, Estimates, PartitionFunction
 from .progress import activity
 from .proposal import AdaptiveProposal
-from .rollouts import Rollouts, pack
+from .rollouts import pack
 from .runs.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of
 from .runs.folder import RunFolder
 from .runs.metrics import RESERVED
@@ -72,10 +72,16 @@ class Session:
                 policy = load_model(path, config.dtype, device, config.trust_remote_code)
         else:
             policy = base = LoRAPolicy(base, config.lora, self.seed("lora", 0), self.checkpoint)
-        self.micro_batch_tokens = config.trainer.micro_batch_tokens or default_micro_batch_tokens(policy)
+        self.micro_batch_tokens = config.trainer.micro_batch_tokens or plan_micro_batch_tokens(policy.model)
         # no activations are kept in scoring: larger micro-batches fit, and waste less
         self.scorer = Scorer(target, base, self.tokenizer, 4 * self.micro_batch_tokens)
-        learner = Learner(policy, config.loss, config.optimizer, config.trainer.rounds, self.micro_batch_tokens)
+        learner = Learner(
+            policy,
+            config.loss,
+            config.optimizer,
+            rounds=config.trainer.rounds,
+            micro_batch_tokens=self.micro_batch_tokens,
+        )
         partition = PartitionFunction(
             len(self.contexts), kind=config.partition.kind, per_context=config.partition.per_context
         )

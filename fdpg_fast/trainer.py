@@ -81,15 +81,17 @@ class Trainer:
         scores = session.scorer(rollouts, clock)  # φ beside log a
         log_z, baseline = state.estimates.update(rollouts, scores, divergence)
         with clock("update"):
-            gradient = learner.backward(rollouts, scores.log_score, log_z, baseline, divergence)
+            loss, weights = learner.backward(rollouts, scores.log_score, log_z, baseline, divergence)
         sampling.meet(index, clock)  # what was sampled ahead must agree with the weights that now move
         with clock("update"):
-            update = learner.step(gradient, index)
+            update = learner.step(loss, weights, index)
         state.round = index + 1
         with clock("sync"):
             sampling.sync(rollouts, scores, update, index + 1)
         samples = session.scorer.rows(scores, SAMPLES_LOGGED)
-        return Round(index, rollouts, scores, state.estimates.summary(), update, samples, sampling.facts, clock)
+        return Round(
+            index, rollouts, scores, state.estimates.partition.summary(), update, samples, sampling.facts, clock
+        )
 
     def _prepare(self, run: Recorder) -> bool:
         """Resume, or do what precedes the first round, λ and the oracle's Z; whether a checkpoint was resumed."""

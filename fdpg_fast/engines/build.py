@@ -109,9 +109,7 @@ def build_engine(
         if on_gpu:
             weight_bytes = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
             room = room_beside_learner(policy.device, step, optimizer_bytes, weight_bytes, sleeps=not older)
-        kv_cache = cache_bytes(
-            model.config, model.dtype, room, max_length, settings.max_sequences, policy.device.type
-        )
+        kv_cache = cache_bytes(model.config, model.dtype, room, max_length, settings.max_sequences, policy.device.type)
         log.info("starting %s with %.3g GiB for keys and values", vllm_version() or "vllm", kv_cache / 2**30)
         return VLLMEngine(
             policy,

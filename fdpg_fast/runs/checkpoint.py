@@ -147,8 +147,7 @@ def _tensors(state: TrainerState) -> dict[str, Tensor]:
         tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
     tensors |= {f"master.{index}": master for index, master in enumerate(state.learner.masters)}
     for index, rollouts in enumerate(state.sampling.ahead):
-        fields = {name: value for name, value in vars(rollouts).items() if name != "contexts"}
-        tensors |= {f"ahead.{index}.{name}": tensor for name, tensor in fields.items()}
+        tensors |= {f"ahead.{index}.{name}": tensor for name, tensor in rollouts.tensors().items()}
     if state.sampling.proposal is not None:
         tensors |= {f"proposal.{name}": tensor for name, tensor in state.sampling.proposal.state().items()}
     tensors |= {f"estimates.{key}": tensor for key, tensor in state.estimates.state().items()}
