@@ -88,6 +88,32 @@ def test_a_user_s_own_term_and_target():
     assert Target(()).log_phi(values).tolist() == [0, 0, 0] and not Target(()).needs_fit
 
 
+class Tempered:
+    """φ = f^λ, with λ the number of samples that the other terms allow: a kind of a user's own, with λ to fit."""
+
+    num_exponents, can_be_zero = 1, False
+
+    def __init__(self, feature):
+        self.features = (feature,)
+
+    def log_phi_at(self, values, exponents):
+        return values.log()[:, 0] * exponents[0]
+
+    @staticmethod
+    def fit(terms, fixed_log_weights, context_index):
+        assert [values.shape for _, values in terms] == [(len(context_index), 1)] * len(terms)
+        return [float((fixed_log_weights > -INF).sum()) + place for place in range(len(terms))]
+
+
+def test_a_user_s_own_kind_of_term_with_exponents():
+    target = Target((Tempered(named("x")),)) * pointwise(named("hard")) * Target((Tempered(named("y")),))
+    values = torch.tensor([[2, 1, 1], [3, 0, 1], [1, 1, 2]], dtype=F64)
+    assert target.needs_fit and target.is_distributional
+    fitted = target.fit(values, one_context(values))
+    assert fitted.exponents == (2, 3) and fitted.exponent_by_feature == {"x": 2, "y": 3} and not fitted.needs_fit
+    assert fitted.log_phi(values).tolist() == pytest.approx([2 * math.log(2), -INF, 3 * math.log(2)])
+
+
 # --- λ ---
 
 
