@@ -20,9 +20,10 @@ from fdpg_kernels.dispatch import choose_impl
 from . import session
 from .config.schema import EngineConfig, LoRAConfig, TrainConfig
 from .contexts import load_contexts
-from .engines.memory import machine_memory, plan_micro_batch_tokens
+from .engines.memory import machine_memory
 from .engines.plan import MemoryPlan, plan_cpu_cache, plan_memory
 from .errors import UserError
+from .models.language_model import plan_micro_batch_tokens
 from .models.load import load_tokenizer
 
 PACKAGES = ("torch", "transformers", "triton", "peft", "tensorboard", "wandb", "trackio", "pycodestyle")

@@ -11,7 +11,6 @@ from torch import Tensor
 from fdpg_kernels.sequence_weights import sum_by_sequence
 
 from .clock import Clock
-from .engines.memory import FrozenPages
 from .errors import RunError
 from .features import Completions
 from .models.language_model import LanguageModel
@@ -43,14 +42,12 @@ class Scorer:
 
     Attributes:
         target: replaced when λ is fitted.
-        base: frozen; `pages` are its weights, given back to the system after each use, where it has weights of its own.
+        base: the policy's starting point: a frozen model, or the policy itself with its adapter off.
         micro_batch_tokens: in one forward pass of the base.
     """
 
-    def __init__(
-        self, target: Target, base: LanguageModel, pages: FrozenPages | None, tokenizer: Any, micro_batch_tokens: int
-    ):
-        self.target, self.base, self.pages, self.tokenizer = target, base, pages, tokenizer
+    def __init__(self, target: Target, base: LanguageModel, tokenizer: Any, micro_batch_tokens: int):
+        self.target, self.base, self.tokenizer = target, base, tokenizer
         self.micro_batch_tokens = micro_batch_tokens
 
     @property
@@ -65,11 +62,9 @@ class Scorer:
         with clock("features"):
             texts = self.texts(rollouts)
             values = self.values(texts)
-        with clock("base"):
-            base = self.base.token_logprobs(rollouts, self.micro_batch_tokens)
-            if self.pages is not None:
-                self.pages.release()
-        base_logprob = sum_by_sequence(base, rollouts.cu_seqlens)
+        with clock("base"), self.base.as_base() as base:
+            token_logprobs = base.token_logprobs(rollouts, self.micro_batch_tokens)
+        base_logprob = sum_by_sequence(token_logprobs, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
         if not bool(behavior_logprob.isfinite().all()):
             raise RunError(

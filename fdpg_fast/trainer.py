@@ -23,14 +23,13 @@ from .config.schema import TrainConfig
 from .contexts import Context, derived_seed, load_contexts, schedule
 from .divergence import divergence_at, last_divergence
 from .engines import Engine
-from .engines.memory import FrozenPages, plan_micro_batch_tokens, trim
 from .errors import RunError, UserError
 from .learner import Learner, Update
 from .measure.agreement import compare_with_learner
 from .measure.diagnostics import Watch
 from .measure.estimators import LogPartition
 from .measure.evaluate import Evaluation, evaluate
-from .models.language_model import LanguageModel
+from .models.language_model import LanguageModel, plan_micro_batch_tokens
 from .models.load import eos_token_ids, load_model, load_tokenizer
 from .models.lora import LoRAPolicy
 from .partition import Baseline, PartitionFunction, pseudo_rewards
@@ -80,7 +79,6 @@ class Trainer:
             raise UserError(f"divergence: {refusal(self.divergence)}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
-        pages: FrozenPages | None = FrozenPages(self.base.model)
         self.room = self.base.prompt_room(config.engine.max_new_tokens)
         if self.room < 1:
             raise UserError(
@@ -101,10 +99,10 @@ class Trainer:
             policy = load_model(policy_path, config.dtype, device, config.trust_remote_code)
         else:
             policy = LoRAPolicy(self.base, config.lora, self.seed("lora", 0), self.checkpoint)
-            self.base, pages = policy.base, None  # the policy needs their pages as often as the base does
+            self.base = policy  # with its adapter off, see `as_base`
         self.micro_batch_tokens = config.trainer.micro_batch_tokens or plan_micro_batch_tokens(policy.model)
         # no activations are kept in scoring: larger parts fit, and waste less
-        self.scorer = Scorer(target, self.base, pages, self.tokenizer, 4 * self.micro_batch_tokens)
+        self.scorer = Scorer(target, self.base, self.tokenizer, 4 * self.micro_batch_tokens)
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         partition, rounds = config.partition, config.trainer
         self.state = TrainerState(
@@ -231,7 +229,6 @@ class Trainer:
             agrees = self._compare(state.ahead[-1], clock)
         with clock("update"):
             update = state.learner.update(loss, weights, round_index)
-            trim()  # or the base model would come to lie beside the space of gradients and activations
         state.round = round_index + 1
         with clock("sync"):
             proposal = self._sync(scores, update, owner)

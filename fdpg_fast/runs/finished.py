@@ -39,7 +39,7 @@ def evaluate_checkpoint(
 
 def sample_base(trainer: Trainer, samples_per_context: int, seed: int) -> Rollouts:
     """Samples of the base for the evaluation contexts; the run need not have begun."""
-    with contextlib.closing(trainer.start_engine(trainer.base, 0)) as engine:
+    with trainer.base.as_base() as model, contextlib.closing(trainer.start_engine(model, 0)) as engine:
         return engine.sample(trainer.eval_contexts, samples_per_context, seed)
 
 
