@@ -106,8 +106,8 @@ class TransformersEngine:
         )
 
 
-def draw(logits: Tensor, uniform: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF, searched first among blocks of the vocabulary and then inside one.
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse CDF.
 
     Args:
         logits: [B, V] float32; overwritten.
@@ -116,19 +116,11 @@ def draw(logits: Tensor, uniform: Tensor, block: int = 128) -> tuple[Tensor, Ten
     Returns:
         token ids [B] and their log-probs [B] float32 under softmax(logits).
     """
-    largest = logits.amax(dim=1, keepdim=True)
-    weights = logits.sub_(largest).exp()  # [B, V]; logits stays: log-probs of rare tokens come from there
-    padding = -weights.shape[1] % block
-    blocks = torch.nn.functional.pad(weights, (0, padding)).view(len(weights), -1, block)
-    cumulative = blocks.sum(2, dtype=torch.float64).cumsum(1)  # [B, V/block]
+    logits.sub_(logits.amax(dim=1, keepdim=True))  # stays: log-probs of rare tokens come from there
+    cumulative = logits.exp().cumsum(1, dtype=torch.float64)  # [B, V]
     total = cumulative[:, -1:]
-    threshold = uniform[:, None] * total
-    chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
-    before = torch.where(chosen > 0, cumulative.gather(1, (chosen - 1).clamp(min=0)), 0.0)
-    inside = blocks.take_along_dim(chosen[:, :, None], dim=1)[:, 0].double().cumsum(1)  # [B, block]
-    offset = torch.searchsorted(inside, threshold - before, right=True).clamp_(max=block - 1)
-    token = (chosen * block + offset).clamp_(max=logits.shape[1] - 1)
-    # rounding at a block's end may point at a token of probability zero: once in 10^15 draws take the likeliest
-    token = torch.where(weights.gather(1, token) > 0, token, logits.argmax(1, keepdim=True))
+    # below the total even where rounding says otherwise, so that a token of probability zero is never the one
+    threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    token = torch.searchsorted(cumulative, threshold, right=True)
     logprob = logits.gather(1, token).double() - total.log()
     return token[:, 0], logprob[:, 0].float()
