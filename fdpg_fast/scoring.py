@@ -68,11 +68,11 @@ class Scorer:
             with clock("features"):
                 texts = self.texts(rollouts)
                 wait_for_values = until_done.enter_context(started(self.target.features, texts))
-            with clock("base"):
-                base = self.base.token_logprobs(rollouts, self.micro_batch_tokens)
+            with clock("base"), self.base.as_base() as base:
+                token_logprobs = base.token_logprobs(rollouts, self.micro_batch_tokens)
             with clock("features"):
                 values = wait_for_values()
-        base_logprob = sum_by_sequence(base, rollouts.cu_seqlens)
+        base_logprob = sum_by_sequence(token_logprobs, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
         if not bool(behavior_logprob.isfinite().all()):
             raise RunError(

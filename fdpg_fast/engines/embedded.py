@@ -70,49 +70,44 @@ class TransformersEngine:
         """Nothing is held."""
 
     def _decode(self, contexts: Sequence[Context], counts: list[int], generator: torch.Generator) -> Rollouts:
-        head, device = self.language_model.head, self.language_model.device
-        owner = torch.repeat_interleave(torch.arange(len(contexts)), torch.tensor(counts))
-        total, eos = len(owner), self.eos_token_ids.to(device)
+        model, device, limit = self.language_model, self.language_model.device, self.max_new_tokens
+        eos = self.eos_token_ids.to(device)
+        total, context_index = sum(counts), torch.arange(len(contexts)).repeat_interleave(torch.tensor(counts))
         # drawn up front, so that a completion does not depend on how many others are still growing
-        uniform = torch.rand(self.max_new_tokens, total, generator=generator, dtype=torch.float64).to(device)
-        decoding = self.language_model.start(contexts, owner, self.max_new_tokens)
-        states = decoding.first
+        uniform = torch.rand(limit, total, generator=generator, dtype=torch.float64).to(device)
+        tokens = torch.zeros(total, limit, dtype=torch.long, device=device)
+        logprobs = torch.zeros(total, limit, device=device)
+        rows = torch.arange(total, device=device)  # completions that are decoded: some have ended already
+        has_ended = torch.zeros(total, dtype=torch.bool, device=device)  # of these
 
-        tokens = torch.zeros(total, self.max_new_tokens, dtype=torch.long, device=device)
-        logprobs = torch.zeros(total, self.max_new_tokens, device=device)
-        lengths = torch.zeros(total, dtype=torch.long, device=device)
-        growing = torch.arange(total, device=device)  # rows of `decoding` → completions
-        finished = torch.zeros(total, dtype=torch.bool, device=device)
-        for step in range(self.max_new_tokens):
-            drawn, logprob = draw(head.logits(states), uniform[step, growing])
-            alive = ~finished[growing]
-            rows = growing[alive]
-            tokens[rows, step], logprobs[rows, step] = drawn[alive], logprob[alive]
-            lengths[rows] += 1
-            finished[rows] = torch.isin(drawn[alive], eos)
-            still = ~finished[growing]
-            left = int(still.sum())
-            if left == 0 or step == self.max_new_tokens - 1:
+        decoding = model.start(contexts, context_index, limit)
+        states = decoding.first
+        for step in range(limit):
+            drawn, logprob = draw(model.head.logits(states), uniform[step, rows])
+            tokens[rows, step], logprobs[rows, step] = drawn, logprob
+            has_ended |= torch.isin(drawn, eos)
+            (left,) = (~has_ended).nonzero(as_tuple=True)
+            if len(left) == 0 or step == limit - 1:
                 break
-            if left <= 0.8 * len(growing):  # drop the finished once that pays for copying the cache
-                (kept,) = still.nonzero(as_tuple=True)
-                growing, drawn = growing[kept], drawn[kept]
-                decoding.select(kept)
+            if len(left) <= 0.8 * len(rows):  # drop the ended once that pays for copying the cache
+                rows, drawn, has_ended = rows[left], drawn[left], has_ended[left]
+                decoding.select(left)
             states = decoding.advance(drawn)
 
-        real = torch.arange(self.max_new_tokens, device=device) < lengths[:, None]
+        is_eos = torch.isin(tokens, eos).int()
+        is_real = is_eos.cumsum(1) - is_eos == 0  # no token precedes it that ends the completion
         return Rollouts(
             contexts=tuple(contexts),
-            context_index=owner,
-            token_ids=tokens[real].cpu(),
-            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cpu(),
-            behavior_logprob=logprobs[real].cpu(),
-            finished=finished.cpu(),
+            context_index=context_index,
+            token_ids=tokens[is_real].cpu(),
+            cu_seqlens=torch.nn.functional.pad(is_real.sum(1).cumsum(0), (1, 0)).int().cpu(),
+            behavior_logprob=logprobs[is_real].cpu(),
+            finished=is_eos.any(1).cpu(),
         )
 
 
-def draw(logits: Tensor, uniform: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF, searched first among blocks of the vocabulary and then inside one.
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse CDF.
 
     Args:
         logits: [B, V] float32; overwritten.
@@ -121,19 +116,11 @@ def draw(logits: Tensor, uniform: Tensor, block: int = 128) -> tuple[Tensor, Ten
     Returns:
         token ids [B] and their log-probs [B] float32 under softmax(logits).
     """
-    largest = logits.amax(dim=1, keepdim=True)
-    weights = logits.sub_(largest).exp()  # [B, V]; logits stays: log-probs of rare tokens come from there
-    padding = -weights.shape[1] % block
-    blocks = torch.nn.functional.pad(weights, (0, padding)).view(len(weights), -1, block)
-    cumulative = blocks.sum(2, dtype=torch.float64).cumsum(1)  # [B, V/block]
+    logits.sub_(logits.amax(dim=1, keepdim=True))  # stays: log-probs of rare tokens come from there
+    cumulative = logits.exp().cumsum(1, dtype=torch.float64)  # [B, V]
     total = cumulative[:, -1:]
-    threshold = uniform[:, None] * total
-    chosen = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
-    before = torch.where(chosen > 0, cumulative.gather(1, (chosen - 1).clamp(min=0)), 0.0)
-    inside = blocks.take_along_dim(chosen[:, :, None], dim=1)[:, 0].double().cumsum(1)  # [B, block]
-    offset = torch.searchsorted(inside, threshold - before, right=True).clamp_(max=block - 1)
-    token = (chosen * block + offset).clamp_(max=logits.shape[1] - 1)
-    # rounding at a block's end may point at a token of probability zero: once in 10^15 draws take the likeliest
-    token = torch.where(weights.gather(1, token) > 0, token, logits.argmax(1, keepdim=True))
+    # below the total even where rounding says otherwise, so that a token of probability zero is never the one
+    threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    token = torch.searchsorted(cumulative, threshold, right=True)
     logprob = logits.gather(1, token).double() - total.log()
     return token[:, 0], logprob[:, 0].float()

@@ -19,7 +19,9 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from ..contexts import Context
 from ..errors import UserError
 from ..rollouts import Rollouts
-from .language_model import Head, LanguageModel
+from .decoding import Decoding
+from .head import FusedHead
+from .language_model import LanguageModel
 
 # these shrink the decoder's states by 1/sqrt(d) before a tied head; transformers 5 says so in the config of some
 SCALED_IF_TIED = ("t5", "longt5", "umt5", "switch_transformers")
@@ -44,27 +46,25 @@ class EncoderDecoderModel(LanguageModel):
             raise UserError(f"model: the config of {type(model).__name__} names no decoder_start_token_id")
         tied = config.model_type in SCALED_IF_TIED and config.tie_word_embeddings
         scaled = getattr(config, "scale_decoder_outputs", tied)
-        self._temperature = config.d_model**0.5 if scaled else 1.0
+        bias = getattr(model, "final_logits_bias", None)  # BART's: a buffer [1, V], mostly zeros
+        self.head = FusedHead(
+            model.get_output_embeddings(),
+            bias=None if bias is None else bias[0],
+            temperature=config.d_model**0.5 if scaled else 1.0,
+        )
         self._check_scoring()
-
-    @property
-    def head(self) -> Head:
-        layer = self.model.get_output_embeddings()
-        bias = getattr(self.model, "final_logits_bias", None)  # BART's: a buffer [1, V], mostly zeros
-        bias = layer.bias if bias is None else bias[0]
-        return Head(layer.weight, bias, self._temperature, None)
 
     def prompt_room(self, max_new_tokens: int) -> int:
         """As `LanguageModel.prompt_room`; prompt and completion have positions of their own."""
         return self.max_length if max_new_tokens <= self.max_length else 0
 
-    def start(self, contexts: Sequence[Context], owner: Tensor, max_new_tokens: int) -> _Decoding:
+    def start(self, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int) -> Decoding:
         """As `LanguageModel.start`."""
-        return _Decoding(self.model, contexts, owner)
+        return _AnswerDecoding(self.model, contexts, context_index)
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """The decoder's state that predicts each completion token, [N, D]; carries gradients where they are on."""
-        decoding = _Decoding(self.model, rollouts.contexts, rollouts.context_index)
+        decoding = _AnswerDecoding(self.model, rollouts.contexts, rollouts.context_index)
         lengths = rollouts.lengths.cpu()
         states = decoding.first[:, None]  # [B, 1, D]
         if int(lengths.max()) > 1:
@@ -77,40 +77,26 @@ class EncoderDecoderModel(LanguageModel):
         return self.model(prompt[None], labels=completion[None]).logits[0]
 
 
-class _Decoding:
-    """B completions that grow behind the start token; see `language_model.Decoding`.
+class _AnswerDecoding(Decoding):
+    """Completions that grow behind the start token and see their prompt through the encoder.
 
     Args:
         contexts: C prompts.
-        owner: which of them each completion has, [B].
+        context_index: which of them each completion answers, [B].
     """
 
-    def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], owner: Tensor):
+    def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor):
         self._decoder, device = model.get_decoder(), model.device
         prompts = [torch.tensor(context.token_ids) for context in contexts]
-        self._mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True).to(device)  # [C, S]
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True).to(device)  # [C, S]
         input_ids = pad_sequence(prompts, batch_first=True).to(device)
-        self._encoded = model.get_encoder()(input_ids=input_ids, attention_mask=self._mask).last_hidden_state
-        self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        super().__init__(cache, encoder_hidden_states=encoded, encoder_attention_mask=mask)
         start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=device)
-        states, owner = self.run(start)[:, 0], owner.to(device)
-        self.select(owner)
-        self.first = states.index_select(0, owner)
+        self._begin(self.run(start)[:, 0], context_index.to(device))
 
     def run(self, tokens: Tensor) -> Tensor:
-        """Append tokens [B, T] to the completions; the states that predict what follows each, [B, T, D]."""
-        output = self._decoder(
-            input_ids=tokens,
-            encoder_hidden_states=self._encoded,
-            encoder_attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        """As `Decoding.run`."""
+        output = self._decoder(input_ids=tokens, past_key_values=self._cache, use_cache=True, **self._rows)
         return output.last_hidden_state
-
-    def advance(self, tokens: Tensor) -> Tensor:
-        return self.run(tokens[:, None])[:, 0]
-
-    def select(self, rows: Tensor) -> None:
-        self._cache.batch_select_indices(rows)
-        self._encoded, self._mask = self._encoded.index_select(0, rows), self._mask.index_select(0, rows)

@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fdpg_kernels import linear_logprob
-
 from ..contexts import Context
 from ..errors import UserError
-from ..rollouts import Rollouts
-from . import attention, onednn
-
-
-@dataclass(frozen=True)
-class Head:
-    """The LM head as the fused ops take it: weight [V, D], bias [V] or None, and the logits' scaling."""
-
-    weight: Tensor
-    bias: Tensor | None
-    temperature: float
-    softcap: float | None
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments that `linear_logprob` and `fdpg_loss` share."""
-        return {"bias": self.bias, "temperature": self.temperature, "softcap": self.softcap}
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[B, D] → [B, V] float32, multiplied in float32: logits of 30 in bfloat16 are off by a tenth of a nat."""
-        bias = None if self.bias is None else self.bias.float()
-        logits = onednn.linear(hidden.float(), self.weight.float(), bias)
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits if self.temperature == 1.0 else logits / self.temperature
-
-
-class Decoding(Protocol):
-    """B completions that grow side by side, a token at a time.
-
-    Attributes:
-        first: the state that predicts each completion's first token, [B, D].
-    """
-
-    first: Tensor
-
-    def advance(self, tokens: Tensor) -> Tensor:
-        """Append one token to each completion, [B]; the states that predict the next, [B, D]."""
-        ...
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these completions, [b] indices into the present ones."""
-        ...
+from ..rollouts import Rollouts, pack
+from . import attention
+from .decoding import ContinuedDecoding, Decoding
+from .head import FusedHead
 
 
 class LanguageModel:
@@ -69,6 +28,7 @@ class LanguageModel:
         UserError: the packed forward pass does not reproduce the model's own logits.
 
     Attributes:
+        head: turns hidden states into log-probs and the loss.
         continues_prompt: prompt and completion are one text; else the completion answers it.
     """
 
@@ -84,18 +44,13 @@ class LanguageModel:
             raise UserError(f"model: {kind} does not let its attention be chosen: {first_line(error)}") from None
         config = model.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1.0)
-        self._temperature = float(scaling)
-        self._softcap = getattr(config, "final_logit_softcapping", None)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        self.head = FusedHead(model.get_output_embeddings(), temperature=float(scaling), softcap=softcap)
         self._check_scoring()
 
     @property
     def device(self) -> torch.device:
         return self.model.device
-
-    @property
-    def head(self) -> Head:
-        layer = self.model.get_output_embeddings()
-        return Head(layer.weight, getattr(layer, "bias", None), self._temperature, self._softcap)
 
     @property
     def max_length(self) -> int:
@@ -106,32 +61,32 @@ class LanguageModel:
         """Tokens that a prompt may have before a completion of so many; less than 1: there is no room."""
         return self.max_length - max_new_tokens
 
-    def start(self, contexts: Sequence[Context], owner: Tensor, max_new_tokens: int) -> Decoding:
-        """Begin B completions, to be decoded side by side.
+    def start(self, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int) -> Decoding:
+        """B completions to be decoded side by side.
 
         Args:
             contexts: C prompts, each of which is computed once.
-            owner: which of them each completion continues, [B] int64 on the CPU.
+            context_index: which of them each completion continues, [B] int64.
             max_new_tokens: that a completion may have.
         """
-        return attention.PackedDecoding(self.model, [context.token_ids for context in contexts], owner, max_new_tokens)
+        return ContinuedDecoding(self.model, contexts, context_index, max_new_tokens)
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """The hidden state that predicts each completion token, [N, D]; carries gradients where they are on."""
-        batch = attention.PackedBatch(rollouts, self.device)
+        batch = attention.PackedBatch(rollouts, self.device, self.model.dtype)
         states = attention.run(self.model, batch.input_ids, batch.position_ids, batch)
-        return states.index_select(0, batch.target_rows)
+        return states[0].index_select(0, batch.target_rows)
 
     @torch.no_grad()
     def token_logprobs(self, rollouts: Rollouts, micro_batch_tokens: int) -> Tensor:
         """log-probs of the completions' tokens under this model, [N] float32 on the CPU."""
-        head = self.head
-        parts = []
-        for rows in rollouts.micro_batches(micro_batch_tokens):
-            part = rollouts.part(rows)
-            token_ids = part.token_ids.to(self.device)
-            parts.append(linear_logprob(self.hidden(part), head.weight, token_ids, **head.options()).cpu())
-        return torch.cat(parts)
+        batches = map(rollouts.part, rollouts.micro_batches(micro_batch_tokens))
+        return torch.cat([self.head.logprob(self.hidden(b), b.token_ids.to(self.device)).cpu() for b in batches])
+
+    @contextlib.contextmanager
+    def as_base(self) -> Iterator[LanguageModel]:
+        """The model without what is trained beside its weights: here itself, for nothing is."""
+        yield self
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """What an engine samples with: names as in a checkpoint, in module order, and tensors in the model's dtype.
@@ -156,20 +111,13 @@ class LanguageModel:
         """Compare with the model's own forward pass on two short rows; a wrong log-prob must not start a run."""
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.model.config.get_text_config().vocab_size
-        rows = torch.randint(vocabulary, (2, 7), generator=generator)
-        prompts = [Context(0, "", tuple(rows[0, :2].tolist())), Context(1, "", tuple(rows[1, :4].tolist()))]
-        probe = Rollouts(
-            contexts=tuple(prompts),
-            context_index=torch.tensor([0, 1]),
-            token_ids=torch.cat([rows[0, 2:], rows[1, 4:]]),
-            cu_seqlens=torch.tensor([0, 5, 8], dtype=torch.int32),
-            behavior_logprob=torch.zeros(8),
-            finished=torch.zeros(2, dtype=torch.bool),
-        )
+        texts, lengths = torch.randint(vocabulary, (2, 7), generator=generator), (2, 4)
+        prompts = [Context(i, "", tuple(texts[i, :n].tolist())) for i, n in enumerate(lengths)]
+        probe = pack(prompts, [[(texts[i, n:].tolist(), [0.0] * (7 - n), False)] for i, n in enumerate(lengths)])
         kind, dtype = type(self.model).__name__, self.model.dtype
         try:
             ours = self.token_logprobs(probe, micro_batch_tokens=1024)
-            own = torch.cat([self._own_logprobs(row[:n], row[n:]) for row, n in zip(rows, (2, 4), strict=True)])
+            own = torch.cat([self._own_logprobs(texts[i, :n], texts[i, n:]) for i, n in enumerate(lengths)])
         except UserError:
             raise
         except Exception as error:
@@ -191,10 +139,6 @@ class LanguageModel:
         return self.model(torch.cat([prompt, completion])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 def plan_micro_batch_tokens(model: PreTrainedModel) -> int:
     """Tokens whose activations take half of what the parameters take, or 256 MiB (8 GiB on a GPU) if that is more.
 
@@ -205,3 +149,7 @@ def plan_micro_batch_tokens(model: PreTrainedModel) -> int:
     smallest = 2**28 if model.device.type == "cpu" else 2**33
     token_bytes = 20 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
     return max(1, max(smallest, parameter_bytes // 2) // token_bytes)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

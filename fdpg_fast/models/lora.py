@@ -6,6 +6,7 @@ everything where it was. Head and embeddings stay frozen.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from ..config.schema import LoRAConfig
 from ..errors import UserError
-from ..rollouts import Rollouts
 from .language_model import LanguageModel
 
 ADAPTER, WEIGHTS_FILE, PREFIX = "default", "adapter_model.safetensors", "base_model.model."  # peft's names
@@ -27,7 +27,7 @@ class LoRAPolicy(LanguageModel):
     """A model with an adapter, which does nothing yet: B starts as 0.
 
     Args:
-        base: gets the adapter put into its module; from then on score it as `LoRAPolicy.base`.
+        base: gets the adapter put into its module; from then on it is this policy's `as_base`.
         config: rank, scale and layers.
         seed: of A; the global generators are left as they are.
         checkpoint: folder that `save` wrote, to go on from.
@@ -65,15 +65,23 @@ class LoRAPolicy(LanguageModel):
             peft.set_peft_model_state_dict(model, {name.removeprefix(PREFIX): saved[name] for name in saved})
         super().__init__(model)
 
-    @property
-    def base(self) -> LanguageModel:
-        """The model without the adapter: the same module, no second set of weights."""
-        return _Base(self)
+    @contextlib.contextmanager
+    def as_base(self) -> Iterator[LanguageModel]:
+        """This module with its adapter off: no second set of weights."""
+        layers = [layer for layer in self._adapted_layers().values() if not layer.disable_adapters]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield self
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As of the model that this policy amounts to: base weight + alpha/rank · B·A, one layer at a time."""
-        adapted = {f"{name}.base_layer.weight": layer for name, layer in _adapted_layers(self.model)}
+        layers = self._adapted_layers().items()
+        adapted = {f"{name}.base_layer.weight": layer for name, layer in layers if not layer.disable_adapters}
         for name, tensor in self.model.state_dict().items():
             if name in adapted:
                 tensor = (tensor + adapted[name].get_delta_weight(ADAPTER)).to(tensor.dtype)
@@ -89,25 +97,8 @@ class LoRAPolicy(LanguageModel):
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         self._peft_config.save_pretrained(folder)
 
-
-class _Base(LanguageModel):
-    def __init__(self, policy: LoRAPolicy):
-        vars(self).update(vars(policy))  # the same module, whose scoring has been checked
-
-    def token_logprobs(self, rollouts: Rollouts, micro_batch_tokens: int) -> Tensor:
-        """As `LanguageModel.token_logprobs`, of the base model."""
-        layers = [layer for _, layer in _adapted_layers(self.model)]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            return super().token_logprobs(rollouts, micro_batch_tokens)
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-
-
-def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if hasattr(module, "get_delta_weight")]
+    def _adapted_layers(self) -> dict[str, Any]:
+        return {name: module for name, module in self.model.named_modules() if hasattr(module, "get_delta_weight")}
 
 
 def _refuse_unknown(model: transformers.PreTrainedModel, modules: list[str] | str) -> None:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.engines.embedded import draw
-from fdpg_fast.models.attention import DecodeCache
+from fdpg_fast.models.decoding import Decoding
+from fdpg_fast.models.language_model import LanguageModel
 from fdpg_fast.models.load import load_model
 from support.language import p_value, split
 
@@ -151,11 +152,11 @@ def reference_completions(plain, contexts, samples, eos, max_new_tokens, seed):
 def test_every_completion_equals_one_decoded_alone(language_model, plain, monkeypatch):
     """Neighbours, padding and dropping the finished change nothing."""
     dropped = []
-    select = DecodeCache.select
-    monkeypatch.setattr(DecodeCache, "select", lambda self, rows: (dropped.append(len(rows)), select(self, rows)))
+    select = Decoding.select
+    monkeypatch.setattr(Decoding, "select", lambda self, rows: (dropped.append(len(rows)), select(self, rows)))
     contexts, eos = contexts_of(*PROMPTS), tuple(range(0, 257, 9))
     rollouts = TransformersEngine(language_model, eos, max_new_tokens=12).sample(contexts, 8, seed=5)
-    assert len(dropped) >= 3  # the cache really was compacted on the way
+    assert len(dropped) >= 4  # prompts were copied to their completions, and the cache was compacted on the way
     expected = list(reference_completions(plain, contexts, 8, eos, 12, seed=5))
     assert split(rollouts, rollouts.token_ids) == [tokens for tokens, _ in expected]
     logprobs = torch.tensor([value for _, values in expected for value in values])
@@ -165,13 +166,13 @@ def test_every_completion_equals_one_decoded_alone(language_model, plain, monkey
 @pytest.mark.parametrize(("max_sequences", "calls"), [(4, [4, 4, 2] * 3), (10, [10] * 3), (25, [20, 10]), (256, [30])])
 def test_max_sequences_bounds_what_is_decoded_side_by_side(language_model, monkeypatch, max_sequences, calls):
     sizes = []
-    make = DecodeCache.__init__
+    start = LanguageModel.start
 
-    def spy(self, prompts, owner, *rest):
-        sizes.append(len(owner))
-        make(self, prompts, owner, *rest)
+    def spy(self, prompts, context_index, *rest):
+        sizes.append(len(context_index))
+        return start(self, prompts, context_index, *rest)
 
-    monkeypatch.setattr(DecodeCache, "__init__", spy)
+    monkeypatch.setattr(LanguageModel, "start", spy)
     contexts = contexts_of(*PROMPTS)
     engine = TransformersEngine(language_model, [EOS], max_new_tokens=6, max_sequences=max_sequences)
     rollouts = engine.sample(contexts, 10, seed=1)

@@ -23,7 +23,6 @@ from fdpg_fast.models.language_model import LanguageModel
 from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
 from fdpg_fast.session import choose_engine
-from fdpg_kernels import linear_logprob
 from support import runs
 from support.language import contexts_of, p_value, rollouts_of, split
 
@@ -76,8 +75,8 @@ def plain_logprobs(plain, rollouts):
     """Of each completion token, [N], from the model's own forward pass on the completion shifted right by hand."""
     parts = []
     tokens = rollouts.token_ids.split(rollouts.lengths.tolist())
-    for completion, owner in zip(tokens, rollouts.context_index.tolist(), strict=True):
-        prompt = torch.tensor(rollouts.contexts[owner].token_ids)
+    for completion, context in zip(tokens, rollouts.context_index.tolist(), strict=True):
+        prompt = torch.tensor(rollouts.contexts[context].token_ids)
         shifted = torch.cat([torch.tensor([plain.config.decoder_start_token_id]), completion[:-1]])
         logits = plain(input_ids=prompt[None], decoder_input_ids=shifted[None], use_cache=False).logits[0]
         parts.append(logits.log_softmax(-1).gather(1, completion[:, None])[:, 0])
@@ -99,8 +98,7 @@ def test_every_weight_gets_the_gradient_of_the_model_s_own_forward_pass(plain):
     rollouts, ours = some_rollouts(), wrapped(plain)
     coefficients = torch.randn(rollouts.num_tokens, generator=torch.Generator().manual_seed(2))
     (plain_logprobs(plain, rollouts) * coefficients).sum().backward()
-    head = ours.head
-    logprobs = linear_logprob(ours.hidden(rollouts), head.weight, rollouts.token_ids, **head.options())
+    logprobs = ours.head.logprob(ours.hidden(rollouts), rollouts.token_ids)
     (logprobs * coefficients).sum().backward()
     expected = dict(plain.named_parameters())
     for name, parameter in ours.model.named_parameters():

@@ -16,7 +16,6 @@ from fdpg_fast.contexts import Context
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
 from fdpg_fast.models.language_model import LanguageModel
-from fdpg_kernels import linear_logprob
 from support.language import EOS, VOCABULARY, contexts_of, rollouts_of
 
 COMMON = {
@@ -70,10 +69,10 @@ def build(config, dtype=torch.float32):
 
 def plain_logprobs(model, rollouts):
     """Log-probs of the completions' tokens from the model's own forward pass, one sequence at a time, [N]."""
-    ends, owners = rollouts.cu_seqlens.tolist(), rollouts.context_index.tolist()
+    ends, context_index = rollouts.cu_seqlens.tolist(), rollouts.context_index.tolist()
     parts = []
-    for start, end, owner in zip(ends, ends[1:], owners, strict=False):
-        prompt = torch.tensor(rollouts.contexts[owner].token_ids)
+    for start, end, context in zip(ends, ends[1:], context_index, strict=False):
+        prompt = torch.tensor(rollouts.contexts[context].token_ids)
         completion = rollouts.token_ids[start:end]
         logits = model(torch.cat([prompt, completion])[None], use_cache=False).logits[0]
         table = logits[len(prompt) - 1 : -1].log_softmax(-1)
@@ -108,8 +107,8 @@ def test_probabilities_of_all_completions_sum_to_one():
     contexts = [Context(0, "", (0,)), Context(1, "", (3, 0, 4, 0))]
     rollouts = rollouts_of(contexts, [texts, texts])
     tokens = language_model.token_logprobs(rollouts, micro_batch_tokens=64).double()
-    owner = torch.repeat_interleave(torch.arange(len(rollouts)), rollouts.lengths)
-    probability = torch.zeros(len(rollouts), dtype=torch.float64).index_add(0, owner, tokens).exp()
+    sequence = torch.repeat_interleave(torch.arange(len(rollouts)), rollouts.lengths)
+    probability = torch.zeros(len(rollouts), dtype=torch.float64).index_add(0, sequence, tokens).exp()
     per_context = probability.view(2, -1).sum(1)
     torch.testing.assert_close(per_context, torch.ones(2, dtype=torch.float64), atol=1e-5, rtol=0)
 
@@ -128,8 +127,7 @@ def test_gradients_equal_those_of_the_plain_forward_pass(name, tolerance):
     rollouts = rollouts_of(contexts, completions)
     weights = torch.randn(rollouts.num_tokens, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     plain_logprobs(plain, rollouts).mul(weights).sum().backward()
-    head = language_model.head
-    ours = linear_logprob(language_model.hidden(rollouts), head.weight, rollouts.token_ids, **head.options())
+    ours = language_model.head.logprob(language_model.hidden(rollouts), rollouts.token_ids)
     ours.mul(weights).sum().backward()
     wrapped = dict(language_model.model.named_parameters())
     assert sum(parameter.grad is not None for parameter in wrapped.values()) > 10

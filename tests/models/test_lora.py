@@ -83,7 +83,11 @@ def test_base_is_the_untouched_model_and_the_policy_comes_back(folders):
     policy, untouched = make(folders[True]), load(folders[True])
     samples = rollouts(policy)
     before = policy.token_logprobs(samples, 4096)
-    assert torch.equal(policy.base.token_logprobs(samples, 4096), untouched.token_logprobs(samples, 4096))
+    with policy.as_base() as base:
+        assert base.model is policy.model  # no second set of weights
+        assert torch.equal(base.token_logprobs(samples, 4096), untouched.token_logprobs(samples, 4096))
+        own, theirs = dict(untouched.weights()), dict(base.weights())
+        assert list(own) == list(theirs) and all(torch.equal(own[name], theirs[name]) for name in own)
     assert torch.equal(policy.token_logprobs(samples, 4096), before)
     trained = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 7 * 2 and all(".lora_" in name for name in trained)

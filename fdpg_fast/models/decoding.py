@@ -1,0 +1,91 @@
+"""Decoding with transformers' cache: B completions grow side by side, and their C prompts are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..contexts import Context
+from . import attention
+
+
+class Decoding:
+    """Completions that grow, a token at a time; a subclass says how its model is run.
+
+    Args:
+        cache: keys and values of what was computed so far, whatever its kind.
+        rows: what a forward pass is told of each completion besides its tokens, [B, …] each.
+
+    Attributes:
+        first: the state that predicts each completion's first token, [B, D].
+    """
+
+    first: Tensor
+
+    def __init__(self, cache: Cache, **rows: Tensor):
+        self._cache, self._rows = cache, rows
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """Append T tokens to each completion, [B, T]; the states that predict what follows each, [B, T, D]."""
+        raise NotImplementedError
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Append one token to each completion, [B]; the states that predict the next, [B, D]."""
+        return self.run(tokens[:, None])[:, 0]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these completions, [b] indices into the present ones."""
+        self._cache.batch_select_indices(rows)
+        self._rows = {name: tensor.index_select(0, rows) for name, tensor in self._rows.items()}
+
+    def _begin(self, states: Tensor, context_index: Tensor) -> None:
+        """From C prompts, whose last states [C, D] these are, to B completions, [B] indices of their prompts."""
+        self.first = states.index_select(0, context_index)
+        self.select(context_index)
+
+
+class ContinuedDecoding(Decoding):
+    """Completions that continue their prompts; also the `attention.Layout` of that.
+
+    Prompts are padded at their end, where causal attention never looks. Completions begin behind the padding, which is
+    masked for them.
+
+    Args:
+        contexts: C prompts.
+        context_index: which of them each completion continues, [B].
+        max_new_tokens: that a completion may have.
+    """
+
+    def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int):
+        self._model, device = model, model.device
+        prompts = [torch.tensor(context.token_ids) for context in contexts]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        longest = max(map(len, prompts))
+        self.max_length, self._is_padded = longest + max_new_tokens, any(len(prompt) < longest for prompt in prompts)
+        slots = torch.arange(self.max_length, device=device)
+        attended = (slots < lengths[:, None]) | (slots >= longest)  # [C, P + max_new_tokens]
+        super().__init__(DynamicCache(), attended=attended, next_position=lengths[:, None])
+        input_ids = pad_sequence(prompts, batch_first=True).to(device)  # [C, P]
+        states = attention.run(model, input_ids, slots[None, :longest], self, self._cache)
+        self._begin(states[torch.arange(len(prompts), device=device), lengths - 1], context_index.to(device))
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """As `Decoding.run`, of one token: T = 1."""
+        states = attention.run(self._model, tokens, self._rows["next_position"], self, self._cache)
+        self._rows["next_position"] += 1
+        return states
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """As `Layout.attend`, of whole prompts [C, H, P, d], or of one token [B, H, 1, d] and all that precede it."""
+        batch, heads, length, width = query.shape
+        slots = key.shape[2]
+        if length == slots:
+            return attention.sdpa(query, key, value, scale, is_causal=True).transpose(1, 2)
+        # one query token: the query heads that share a key head are laid out as its queries
+        grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+        mask = self._rows["attended"][:, None, None, :slots] if self._is_padded else None
+        return attention.sdpa(grouped, key, value, scale, attn_mask=mask).reshape(batch, 1, heads, -1)
