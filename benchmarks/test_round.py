@@ -12,7 +12,7 @@ import torch
 from fdpg_fast.partition import pseudo_rewards
 from fdpg_fast.rollouts import Rollouts
 from fdpg_fast.trainer import Trainer
-from fdpg_kernels.sequence_weights import sum_by_sequence
+from fdpg_kernels import sum_by_sequence
 from plain_pipeline import PaddedBatch, PlainPipeline, jensen_shannon_loss, sequence_logprob
 from replay import Replay
 from rounds import PIPELINES, SETTINGS, Measurements, make_config, make_model, measure, peak_memory_alone

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdpg_kernels.sequence_weights import sum_by_sequence
+from fdpg_kernels import sum_by_sequence
 
 from .clock import Clock
 from .engines.memory import FrozenPages

@@ -16,8 +16,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from fdpg_kernels.sequence_weights import refusal
-
 from .clock import Clock
 from .config.schema import TrainConfig
 from .contexts import Context, derived_seed, load_contexts, schedule
@@ -76,7 +74,7 @@ class Trainer:
         self.divergence = last_divergence(config.divergence)
         target = build_target(config, device)
         if target.can_be_zero and not self.divergence.allows_zeros:
-            raise UserError(f"divergence: {refusal(self.divergence)}")
+            raise UserError(f"divergence: {self.divergence.refusal}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.base = load_model(config.model, config.dtype, device, config.trust_remote_code)
         pages: FrozenPages | None = FrozenPages(self.base.model)

@@ -8,8 +8,7 @@ from fdpg_fast.contexts import Context
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.learner import Learner
 from fdpg_fast.models.language_model import load_model
-from fdpg_kernels import divergences
-from fdpg_kernels.sequence_weights import sum_by_sequence
+from fdpg_kernels import divergences, sum_by_sequence
 from support import runs
 
 

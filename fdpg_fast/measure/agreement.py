@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fdpg_kernels.sequence_weights import sum_by_sequence
+from fdpg_kernels import sum_by_sequence
 
 from ..config.schema import TrainConfig
 from ..errors import RunError

@@ -10,7 +10,7 @@ is sampled. The others are right even so where Z is known from elsewhere, and to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,9 +161,9 @@ def divergence_matrix(
     target_log_score: Tensor,
     context_index: Tensor,
     known: LogPartition | None = None,
-    names: Sequence[str] = MATRIX,
+    names: Sequence[str | Divergence] = MATRIX,
 ) -> DivergenceMatrix:
-    """D_f(π_c‖p_c) for every f in `names`, averaged over contexts, from samples of π.
+    """D_f(π_c‖p_c) for every f in `names` (names or `Divergence`s), averaged over contexts, from samples of π.
 
     D_c = E_π[h(t)] with t = πZ_c/P, h(t) = f(t)/t where P > 0 and f'(∞) where P = 0 (Go et al. 2023).
 
@@ -202,8 +202,7 @@ def divergence_matrix(
     ess = float(partition.ess[usable].sum())
 
     estimates = {}
-    for name in dict.fromkeys((*names, "jensen_shannon")):
-        divergence = divergences.get(name)
+    for name, divergence in {x.name: x for x in map(divergences.get, (*names, "jensen_shannon"))}.items():
         price = _price(divergence, log_t)
         slope = _slope_in_log_z(divergence, log_t, price)
         if known is not None and (control := _control(divergence, price, weight, position, counts)):
@@ -217,7 +216,7 @@ def divergence_matrix(
             else:
                 error_of_z = float(slope * known.relative_standard_error[usable][0])
         # the control knows the sum of what is rare under π
-        all_count = known is not None and math.isfinite(_f_at_zero(divergence))
+        all_count = known is not None and math.isfinite(divergence.f_at_zero)
         behind = float(len(log_t)) if all_count else ess
         estimates[name] = Estimate(float(value), math.hypot(_standard_error(units), error_of_z), behind)
     whole = estimates["jensen_shannon"]
@@ -281,10 +280,8 @@ def _standard_error(units: Tensor) -> float:
 
 def _price(divergence: Divergence, log_t: Tensor) -> Tensor:
     """h = f(t)/t from log t, f'(∞) where log t = +inf: what D_f pays for each sample, never negative."""
-    off_support = log_t.isposinf()
     too_far = log_t < -LARGEST_EXPONENT  # p/π is infinite in float64, and h grows at least as fast here
-    finite = _f_over_t(divergence, log_t.masked_fill(off_support | too_far, 0.0))
-    return finite.masked_fill(off_support, divergence.f_prime_at_infinity).masked_fill(too_far, math.inf)
+    return divergence.f_over_t(log_t.masked_fill(too_far, 0.0)).masked_fill(too_far, math.inf)
 
 
 def _control(divergence: Divergence, price: Tensor, weight: Tensor, position: Tensor, counts: Tensor) -> float:
@@ -298,44 +295,12 @@ def _control(divergence: Divergence, price: Tensor, weight: Tensor, position: Te
     highest = float(price.abs().max()) or 1.0  # a sum of e^709 would overflow
     spread = weight - (_sums(weight, position, len(counts)) / counts)[position]
     covariance, variance = float((spread * (price / highest)).sum()), float(spread.square().sum())
-    tail = _f_at_zero(divergence)
+    tail = divergence.f_at_zero
     if math.isfinite(tail):
         covariance, variance = covariance + RIDGE * tail / highest, variance + RIDGE
     elif variance < 1e-24 * len(weight):  # all alike, to rounding
         return 0.0
     return covariance / variance * highest
-
-
-def _f_at_zero(divergence: Divergence) -> float:
-    if divergence.power is None:
-        return F_AT_ZERO[divergence.name]
-    exponent, factor = divergence.power
-    return factor * exponent / (exponent + 1) if exponent > -1 else math.inf
-
-
-def _f_over_t(divergence: Divergence, log_t: Tensor) -> Tensor:
-    """f(t)/t of the f normalised to f(1) = f'(1) = 0, without forming t."""
-    if divergence.name == "forward_kl":  # the one power whose integral is a logarithm
-        return 1 - (1 + log_t) * (-log_t).exp()
-    if divergence.power is not None:  # the integral of c·(t^κ − 1), over t
-        exponent, factor = divergence.power
-        joined = torch.expm1(exponent * log_t) + exponent * torch.expm1(-log_t)
-        return factor / (exponent + 1) * joined
-    return F_OVER_T[divergence.name](log_t)
-
-
-def _jensen_shannon(log_t: Tensor) -> Tensor:
-    # log(2t/(1+t)) is f'(t), and log(2/(1+t)) is f'(1/t)
-    slope = divergences.get("jensen_shannon").f_prime
-    return slope(log_t) + (-log_t).exp() * slope(-log_t)
-
-
-F_OVER_T: dict[str, Callable[[Tensor], Tensor]] = {
-    "reverse_kl": lambda log_t: log_t + torch.expm1(-log_t),
-    "total_variation": lambda log_t: torch.expm1(-log_t).abs() / 2,
-    "jensen_shannon": _jensen_shannon,
-}
-F_AT_ZERO = {"reverse_kl": 1.0, "total_variation": 0.5, "jensen_shannon": math.log(2)}
 
 
 def _slope_in_log_z(divergence: Divergence, log_t: Tensor, price: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fdpg_kernels import Divergence
+
 from ..rollouts import Rollouts
 from ..scoring import Scores
 from ..targets import Target
@@ -40,7 +42,7 @@ def evaluate(
     rollouts: Rollouts,
     scores: Scores,
     target: Target,
-    divergence: str,
+    divergence: str | Divergence,
     known: LogPartition | None = None,
 ) -> Evaluation:
     """Measure a policy on B on-policy rollouts and their scores.

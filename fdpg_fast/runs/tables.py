@@ -12,10 +12,14 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
+from fdpg_kernels import divergences
+
 from ..measure.estimators import Estimate
 from ..measure.quasi_rejection import Kept, Quality
 from .folder import Json, Run, estimates_of, read_run
 
+_NAMED = [(name, divergences.get(name).label) for name in divergences.NAMES]
+_NAMED.insert(divergences.NAMES.index("jensen_shannon") + 1, ("jensen_shannon_half", "Jensen–Shannon, ½–½"))
 LABELS = {  # in the order of the tables
     "kl_to_base": "KL to base (nats)",
     "kl_of_target_to_base": "KL of target to base (nats)",
@@ -29,14 +33,7 @@ LABELS = {  # in the order of the tables
     "perplexity_under_base": "perplexity under base",
     "log_z": "log Z",
     "contexts_left_out": "contexts without support",
-    "divergence/forward_kl": "forward KL(p‖π)",
-    "divergence/reverse_kl": "reverse KL(π‖p)",
-    "divergence/total_variation": "total variation",
-    "divergence/jensen_shannon": "Jensen–Shannon",
-    "divergence/jensen_shannon_half": "Jensen–Shannon, ½–½",
-    "divergence/squared_hellinger": "squared Hellinger",
-    "divergence/pearson_chi2": "Pearson χ²(p‖π)",
-    "divergence/neyman_chi2": "Neyman χ²(π‖p)",
+    **{f"divergence/{name}": label for name, label in _NAMED},
 }
 # of what every feature has, in the order of the tables
 FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the target", "exponent": "λ of {}"}

@@ -4,6 +4,7 @@
     sharded_linear_logprob(hidden, weight_shard, ...)            -> the same, a head split over processes
     sequence_weights(policy, behavior, cu_seqlens, log_P, log_Z) -> SequenceWeights, one row a sequence
     fdpg_loss(hidden, weight, target_ids, cu_seqlens, ...)       -> FDPGLoss(loss, weights, recomputed)
+    sum_by_sequence(token_values, cu_seqlens)                    -> float64 sums [B]
     divergences.get("jensen_shannon")                            -> Divergence
 
 Needs torch, and Triton for `impl="triton"`; knows nothing of the trainer.
@@ -16,4 +17,5 @@ from .fdpg_loss import fdpg_loss as fdpg_loss
 from .linear_logprob import linear_logprob as linear_logprob
 from .reference import SequenceWeights as SequenceWeights
 from .sequence_weights import sequence_weights as sequence_weights
+from .sequence_weights import sum_by_sequence as sum_by_sequence
 from .tensor_parallel import sharded_linear_logprob as sharded_linear_logprob

@@ -7,6 +7,7 @@ L: t itself overflows within a few dozen tokens.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Divergence:
     """A convex f, checked numerically when it is made.
 
     Attributes:
-        name: shown in tables and messages.
+        name: shown in messages and the key of metrics.
         f: t → f(t), elementwise on positive float64 tensors, f(1) = 0. An f without `f_prime_from_log` may have any
             slope at 1: f − f'(1)·(t − 1), the same divergence, takes its place, and f'(∞) is lowered as well.
         f_prime_at_infinity: lim f(t)/t for t → ∞, the price of probability mass where p is zero.
@@ -31,9 +32,15 @@ class Divergence:
             Left out, it is derived from f by automatic differentiation in float64.
         power: (κ, c) where f'(t) = c·(t^κ − 1). Such an f lets the importance ratio and t^κ be
             multiplied as one exponent; leave it out for any other f.
+        f_over_t_from_log: L → f(e^L)/e^L, stable for |L| ≤ 700. Left out, it follows from power, or else from f.
+        f_at_zero: lim f(t) for t → 0, finite or `math.inf`; every value comes from the f that is normalised. Left out,
+            it follows from power, or else from f, which then must come within 1e-6 of its limit at t = e^-350.
+        kernel_family: the branch of `triton/weigh.slope_of` that computes this f'; "power" where power is given.
+            Left out, PyTorch evaluates f' between two launches.
+        label: shown in tables; the name where it is left out.
 
     Raises:
-        ValueError: f is not convex, f(1) ≠ 0, f'(1) ≠ 0, or f' is not the derivative of f.
+        ValueError: f is not convex, f(1) ≠ 0, f'(1) ≠ 0, or another attribute does not belong to f.
     """
 
     name: str
@@ -41,15 +48,32 @@ class Divergence:
     f_prime_at_infinity: float
     f_prime_from_log: Callable[[Tensor], Tensor] | None = None
     power: tuple[float, float] | None = None
+    f_over_t_from_log: Callable[[Tensor], Tensor] | None = None
+    f_at_zero: float = math.nan
+    kernel_family: str | None = None
+    label: str = ""
 
     def __post_init__(self) -> None:
         if self.f_prime_from_log is None:
             f, slope = self.f, _differentiate(self.f)
             at_one = float(slope(torch.zeros(1, dtype=torch.float64)))
-            object.__setattr__(self, "f", lambda t: f(t) - at_one * (t - 1))
-            object.__setattr__(self, "f_prime_from_log", lambda log_t: slope(log_t) - at_one)
-            object.__setattr__(self, "f_prime_at_infinity", self.f_prime_at_infinity - at_one)
+            self._set(
+                f=lambda t: f(t) - at_one * (t - 1),
+                f_prime_from_log=lambda log_t: slope(log_t) - at_one,
+                f_prime_at_infinity=self.f_prime_at_infinity - at_one,
+            )
+        if math.isnan(self.f_at_zero):
+            self._set(f_at_zero=_limit_at_zero(self))
+        if self.f_over_t_from_log is None:
+            self._set(f_over_t_from_log=_divide(self) if self.power is None else _divide_power(*self.power))
+        if self.power is not None:
+            self._set(kernel_family="power")
+        self._set(label=self.label or self.name)
         _check(self)
+
+    def _set(self, **attributes: object) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
 
     @property
     def allows_zeros(self) -> bool:
@@ -57,9 +81,13 @@ class Divergence:
         return math.isfinite(self.f_prime_at_infinity)
 
     @property
-    def is_built_in(self) -> bool:
-        """Whether kernels know this f' themselves."""
-        return self.power is not None or _TABLE.get(self.name) is self
+    def refusal(self) -> str:
+        """Why this divergence, if its f'(∞) is infinite, cannot be used where the target is zero; two ways out."""
+        return (
+            f"{self.name} is infinite as soon as one sample has target probability 0 "
+            "(its f'(∞) is infinite); either soften the target, "
+            "exp(b/beta) instead of the hard constraint b, or use alpha:a with a < 1"
+        )
 
     def f_prime(self, log_t: Tensor) -> Tensor:
         """f'(t) from log t; f'(∞) where log t = +inf."""
@@ -67,6 +95,14 @@ class Divergence:
         off_support = torch.isposinf(log_t)
         finite = self.f_prime_from_log(torch.where(off_support, 0.0, log_t))
         return torch.where(off_support, self.f_prime_at_infinity, finite)
+
+    def f_over_t(self, log_t: Tensor) -> Tensor:
+        """f(t)/t from log t, |log t| ≤ 700; f'(∞) where log t = +inf: what D_f pays for a sample of π."""
+        assert self.f_over_t_from_log is not None
+        off_support = torch.isposinf(log_t)
+        return self.f_over_t_from_log(log_t.masked_fill(off_support, 0.0)).masked_fill(
+            off_support, self.f_prime_at_infinity
+        )
 
 
 def _differentiate(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -79,8 +115,36 @@ def _differentiate(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return derivative
 
 
+def _divide(divergence: Divergence) -> Callable[[Tensor], Tensor]:
+    """f(t)/t for an f that has no closed form without t: its limits where f(t) leaves the range of float64."""
+
+    def f_over_t(log_t: Tensor) -> Tensor:
+        wide = log_t.double()
+        ratio = divergence.f(wide.exp()) / wide.exp()
+        limit = torch.where(wide > 0, divergence.f_prime_at_infinity, divergence.f_at_zero * (-wide).exp())
+        return torch.where(ratio.isfinite(), ratio, limit).to(log_t.dtype)
+
+    return f_over_t
+
+
+def _divide_power(exponent: float, factor: float) -> Callable[[Tensor], Tensor]:
+    """f(t)/t of the integral of c·(t^κ − 1), without forming t."""
+    if exponent == -1:  # the one power whose integral is a logarithm
+        return lambda log_t: -factor * (1 - (1 + log_t) * (-log_t).exp())
+    scale = factor / (exponent + 1)
+    return lambda log_t: scale * (torch.expm1(exponent * log_t) + exponent * torch.expm1(-log_t))
+
+
+def _limit_at_zero(divergence: Divergence) -> float:
+    if divergence.power is not None:
+        exponent, factor = divergence.power
+        return factor * exponent / (exponent + 1) if exponent > -1 else math.inf
+    near, nearer = divergence.f(torch.tensor([-350.0, -700.0], dtype=torch.float64).exp()).tolist()
+    return nearer if abs(nearer - near) <= 1e-6 * (1 + abs(near)) else math.inf
+
+
 def _check(divergence: Divergence) -> None:
-    """Compare f and f' on a grid; the messages are for whoever wrote f."""
+    """Compare f and what was given beside it on a grid; the messages are for whoever wrote f."""
     where = f"divergence {divergence.name!r}"
     log_t = torch.arange(-240, 241, dtype=torch.float64) / 40  # exactly 0 in the middle
     t, step = log_t.exp(), 1e-6
@@ -108,15 +172,21 @@ def _check(divergence: Divergence) -> None:
             raise ValueError(f"{where}: power={divergence.power} does not describe f': it must be c·(t^κ − 1)")
     if not float(slope[-1]) <= divergence.f_prime_at_infinity + 1e-9:
         raise ValueError(f"{where}: f' exceeds f_prime_at_infinity={divergence.f_prime_at_infinity}")
+    ratio, values = divergence.f_over_t(log_t), f(t)
+    if not bool(((ratio - values / t).abs() <= 1e-9 * (1 + ratio.abs())).all()):
+        raise ValueError(f"{where}: f_over_t_from_log is not f(t)/t of the f with f(1) = f'(1) = 0")
+    if not float(values[0]) <= divergence.f_at_zero + 1e-9:
+        raise ValueError(f"{where}: f(e^-6) exceeds f_at_zero={divergence.f_at_zero}")
 
 
-def _power(name: str, f: Callable[[Tensor], Tensor], exponent: float, factor: float) -> Divergence:
+def _power(name: str, f: Callable[[Tensor], Tensor], exponent: float, factor: float, label: str = "") -> Divergence:
     return Divergence(
         name,
         f,
         f_prime_at_infinity=-factor if exponent < 0 else math.inf,
         f_prime_from_log=lambda log_t: factor * torch.expm1(exponent * log_t),
         power=(exponent, factor),
+        label=label,
     )
 
 
@@ -126,6 +196,12 @@ def _jensen_shannon_slope(log_t: Tensor) -> Tensor:
     return torch.where(log_t.abs() < 1, near, LOG_2 + torch.nn.functional.logsigmoid(log_t))
 
 
+def _jensen_shannon_over_t(log_t: Tensor) -> Tensor:
+    # log(2t/(1+t)) is f'(t), and log(2/(1+t)) is f'(1/t)
+    return _jensen_shannon_slope(log_t) + (-log_t).exp() * _jensen_shannon_slope(-log_t)
+
+
+@functools.cache
 def alpha(a: float) -> Divergence:
     """Amari's α-divergence, 0 < a < 1: a → 0 is forward KL, a → 1 reverse KL, ½ is 2·squared Hellinger."""
     if not 1e-4 <= a <= 1 - 1e-4:
@@ -136,18 +212,40 @@ def alpha(a: float) -> Divergence:
 _TABLE = {
     divergence.name: divergence
     for divergence in (
-        _power("forward_kl", lambda t: t - 1 - t.log(), -1.0, -1.0),
-        Divergence("reverse_kl", lambda t: t * t.log() - t + 1, math.inf, lambda log_t: log_t),
-        Divergence("total_variation", lambda t: (t - 1).abs() / 2, 0.5, lambda log_t: log_t.sign() / 2),
+        _power("forward_kl", lambda t: t - 1 - t.log(), -1.0, -1.0, "forward KL(p‖π)"),
+        Divergence(
+            "reverse_kl",
+            lambda t: t * t.log() - t + 1,
+            f_prime_at_infinity=math.inf,
+            f_prime_from_log=lambda log_t: log_t,
+            f_over_t_from_log=lambda log_t: log_t + torch.expm1(-log_t),
+            f_at_zero=1.0,
+            kernel_family="reverse_kl",
+            label="reverse KL(π‖p)",
+        ),
+        Divergence(
+            "total_variation",
+            lambda t: (t - 1).abs() / 2,
+            f_prime_at_infinity=0.5,
+            f_prime_from_log=lambda log_t: log_t.sign() / 2,
+            f_over_t_from_log=lambda log_t: torch.expm1(-log_t).abs() / 2,
+            f_at_zero=0.5,
+            kernel_family="total_variation",
+            label="total variation",
+        ),
         Divergence(
             "jensen_shannon",
             lambda t: t * (2 * t / (1 + t)).log() + (2 / (1 + t)).log(),
-            LOG_2,
-            _jensen_shannon_slope,
+            f_prime_at_infinity=LOG_2,
+            f_prime_from_log=_jensen_shannon_slope,
+            f_over_t_from_log=_jensen_shannon_over_t,
+            f_at_zero=LOG_2,
+            kernel_family="jensen_shannon",
+            label="Jensen–Shannon",
         ),
-        _power("pearson_chi2", lambda t: (t - 1) ** 2 / t, -2.0, -1.0),
-        _power("neyman_chi2", lambda t: (t - 1) ** 2, 1.0, 2.0),
-        _power("squared_hellinger", lambda t: (t.sqrt() - 1) ** 2, -0.5, -1.0),
+        _power("squared_hellinger", lambda t: (t.sqrt() - 1) ** 2, -0.5, -1.0, "squared Hellinger"),
+        _power("pearson_chi2", lambda t: (t - 1) ** 2 / t, -2.0, -1.0, "Pearson χ²(p‖π)"),
+        _power("neyman_chi2", lambda t: (t - 1) ** 2, 1.0, 2.0, "Neyman χ²(π‖p)"),
     )
 }
 NAMES = tuple(_TABLE)

@@ -67,7 +67,7 @@ def sequence_weights(
     arguments = (policy_logprob, behavior_logprob, cu_seqlens, target_log_score, log_z)
     impl = choose_impl(impl, policy_logprob)
     # a user's own f is a PyTorch function
-    if torch.compiler.is_compiling() or (impl == "triton" and law.is_built_in):
+    if torch.compiler.is_compiling() or (impl == "triton" and law.kernel_family is not None):
         return implementation(impl).sequence_weights(*arguments, divergence=law, **options)
     if impl == "reference":
         return reference.sequence_weights(*arguments, divergence=law, **options)
@@ -148,16 +148,7 @@ def check_support(divergence: Divergence, target_log_score: Tensor) -> None:
     if bool((target_log_score.isnan() | target_log_score.isposinf()).any()):
         raise ValueError("target_log_score has a NaN or +inf; it must be a number, or −inf where the target is zero")
     if not divergence.allows_zeros and bool(target_log_score.isneginf().any()):
-        raise ValueError(refusal(divergence))
-
-
-def refusal(divergence: Divergence) -> str:
-    """Why this divergence cannot be used where the target is zero, and the two ways out."""
-    return (
-        f"{divergence.name} is infinite as soon as one sample has target probability 0 "
-        "(its f'(∞) is infinite); either soften the target, "
-        "exp(b/beta) instead of the hard constraint b, or use alpha:a with a < 1"
-    )
+        raise ValueError(divergence.refusal)
 
 
 def check_packing(

@@ -51,11 +51,11 @@ class Law:
         self.clipped = torch.empty(self.num_sequences, dtype=torch.int8, device=device)
         self.tensors = (self.score.contiguous(), self.log_z, baseline, self.results, self.clipped)
         self.strides = tuple(int(x is not None and x.ndim == 1 and x.stride(0)) for x in (self.log_z, baseline))
-        family = self.divergence.name if self.divergence.power is None else "power"
-        self.is_users = family not in ("power", "reverse_kl", "total_variation", "jensen_shannon")
+        family = self.divergence.kernel_family
+        self.is_users = family is None
         exponent, factor = self.divergence.power or (0.0, 0.0)
         self.constants: dict[str, Any] = dict(
-            FAMILY="reverse_kl" if self.is_users else family,  # a user's f: only the sums are used
+            FAMILY=family or "reverse_kl",  # a user's f: only the sums are used
             EXPONENT=exponent,
             FACTOR=factor,
             AT_INFINITY=self.divergence.f_prime_at_infinity,
