@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -179,12 +180,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from .runs.finished import measure_runs
+    from .runs.folder import read_runs
     from .runs.report import write_comparison
-    from .runs.tables import compare_table, read_runs, with_evaluations
+    from .runs.tables import compare_table
 
     runs = read_runs(options.run_dirs)
     evaluations = measure_runs(options.run_dirs, options.samples, options.base_samples, options.seed)
-    runs = with_evaluations(runs, [evaluation.as_dict() for evaluation in evaluations])
+    runs = [replace(run, after=evaluation.metrics) for run, evaluation in zip(runs, evaluations, strict=True)]
     print(f"{compare_table(runs)}\n\n{write_comparison(runs, options.output)}")
 
 

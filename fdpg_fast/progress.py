@@ -79,6 +79,8 @@ def _say(current: _Activity, ended: threading.Event) -> None:
     if ended.wait(AFTER):
         return
     log.info("%s", current.what)
+    said = 0
     while not ended.wait(EVERY):
-        if current.total:
-            log.info("%s: %s of %s", current.what, f"{current.done:,}", f"{current.total:,}")
+        if current.done > said:
+            said = current.done
+            log.info("%s: %s of %s", current.what, f"{said:,}", f"{current.total:,}")

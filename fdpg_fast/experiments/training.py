@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import parse_config
-from ..runs.comparison import measure
+from ..runs.finished import measure
 from ..runs.folder import read_run
 from ..trainer import Trainer
 from .rows import Row
@@ -27,9 +27,9 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     settings = {**settings, "run_dir": str(folder), "trainer": {**settings.get("trainer", {}), "seed": seed}}
     config = parse_config(settings)
     started = (folder / "config.yaml").exists()
-    Trainer(config, resume=started, say=lambda line: None).train(evaluate=False)
+    Trainer(config, resume=started).train(evaluate=False)
     samples = config.evaluation.samples_per_context
-    evaluation = measure(config, samples, base_samples, 1, folder.parent, say=lambda line: None)
+    evaluation = measure(config, samples, base_samples, 1, folder.parent)
     rounds = read_run(folder).metrics
     kept = rounds[:: -(-len(rounds) // CURVE_POINTS)]
     curve = [

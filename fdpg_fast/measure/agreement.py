@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from ..config.schema import TrainConfig
 from ..errors import RunError
 from ..models.language_model import LanguageModel
 from ..rollouts import Rollouts
+
+log = logging.getLogger(__name__)
 
 GAP_TOKENS = 32  # of a round's completions, at least, that the learner scores to see whether the engine agrees
 GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop: mean nats a token
@@ -25,7 +27,6 @@ def compare_with_learner(
     *,
     seed: int,
     micro_batch_tokens: int,
-    say: Callable[[str], None],
 ) -> dict[str, float]:
     """What `agreement` finds on a few of B completions, sampled from the weights that the policy has at this moment.
 
@@ -45,7 +46,7 @@ def compare_with_learner(
             f"{limit:g}): it does not sample from the weights that are trained; see docs/engines.md"
         )
     if gap > warning:
-        say(f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token; see docs/engines.md")
+        log.warning(f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token; see docs/engines.md")
     return found
 
 

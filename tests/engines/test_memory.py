@@ -9,6 +9,7 @@ from fdpg_fast.engines.memory import ENGINE_WORK, cache_bytes, kv_bytes_per_toke
 from fdpg_fast.errors import UserError
 
 GIB = 2**30
+QWEN = Qwen2Config(num_hidden_layers=1, num_attention_heads=14, num_key_value_heads=2, hidden_size=896)
 LLAMA = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
 TOKEN = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
 
@@ -19,9 +20,9 @@ TOKEN = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
         (LLAMA, torch.float32, TOKEN),
         (LLAMA, torch.bfloat16, TOKEN // 2),
         (LlamaConfig(num_hidden_layers=3, num_attention_heads=2, hidden_size=32, head_dim=6), torch.float32, 288),
-        (Qwen2Config(num_hidden_layers=1, num_attention_heads=14, num_key_value_heads=2, hidden_size=896), torch.bfloat16, 512),
+        (QWEN, torch.bfloat16, 512),
     ],
-)  # fmt: skip
+)
 def test_keys_and_values_of_a_token(config, dtype, expected):
     assert kv_bytes_per_token(config, dtype) == expected
 
