@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdpg_fast.environment import prepare_environment
+from fdpg_fast.cli import prepare_environment
 
 prepare_environment()  # before torch is imported
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fdpg_fast.environment import prepare_environment
+from fdpg_fast.cli import prepare_environment
 
 prepare_environment()  # before torch is imported
 

@@ -26,8 +26,7 @@ MAX_DRAWS = 4096
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 failed while running, 2 bad input."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     try:
         known, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(known)
@@ -47,6 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def prepare_environment() -> None:
+    """Set what PyTorch reads when it loads; what somebody has set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 class _Parser(argparse.ArgumentParser):

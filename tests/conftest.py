@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fdpg_fast.environment import prepare_environment
+from fdpg_fast.cli import prepare_environment
 
 prepare_environment()  # before torch is imported
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read where kernels are defined; "auto" stays chunked on a CPU
@@ -15,7 +15,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fdpg_fast import progress
+
 END = "<|end|>"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_on_what_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine must not add lines to what a test reads."""
+    monkeypatch.setattr(progress, "AFTER", 3600.0)
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,14 @@ def step(learner, rollouts):
     """One update towards texts that are likelier than e⁻¹⁰."""
     log_q = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
     zeros = torch.zeros(len(rollouts), dtype=torch.float64)
-    return learner.update(*learner.backward(rollouts, log_q.clamp(min=-10), zeros, zeros), 0)
+    gradient = learner.backward(rollouts, log_q.clamp(min=-10), zeros, zeros, divergences.get("jensen_shannon"))
+    return learner.step(*gradient, 0)
 
 
 def make_learner(folder, dtype, learning_rate, micro_batch_tokens=10_000):
     policy = load_model(str(folder), dtype, "cpu", trust_remote_code=False)
-    settings = {"loss": LossConfig(ratio="none"), "optimizer": OptimizerConfig(learning_rate=learning_rate)}
-    divergence = divergences.get("jensen_shannon")
-    return Learner(policy, divergence, rounds=1, micro_batch_tokens=micro_batch_tokens, **settings)
+    settings = LossConfig(ratio="none"), OptimizerConfig(learning_rate=learning_rate)
+    return Learner(policy, *settings, rounds=1, micro_batch_tokens=micro_batch_tokens)
 
 
 @pytest.fixture(scope="module")

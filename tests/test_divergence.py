@@ -2,8 +2,9 @@
 
 import pytest
 
-from fdpg_fast import trainer as trainer_module
+from fdpg_fast import partition
 from fdpg_fast.divergence import divergence_at, last_divergence
+from fdpg_fast.runs import recorder
 from fdpg_fast.runs.tables import before_after_table
 from support import runs
 
@@ -40,29 +41,29 @@ def test_bad_paths_are_refused(name, complaint, tiny_model, tmp_path, capsys):
 
 
 def test_every_round_trains_on_its_own_divergence_and_a_resumed_run_too(tiny_model, tmp_path, monkeypatch):
-    used, original = [], trainer_module.pseudo_rewards
+    used, original = [], partition.pseudo_rewards
 
     def recorded(log_q, log_score, log_z, divergence, cap):
         used.append(divergence.name)
         return original(log_q, log_score, log_z, divergence, cap)
 
-    monkeypatch.setattr(trainer_module, "pseudo_rewards", recorded)
+    monkeypatch.setattr(partition, "pseudo_rewards", recorded)
     trainer = {"rounds": 4, "checkpoint_every": 2}
     whole = runs.train(tiny_model, tmp_path, "whole", divergence="alpha:0.3..0.6", trainer=trainer)
     assert used == ["alpha:0.3", "alpha:0.4", "alpha:0.5", "alpha:0.6"]
 
     used.clear()
-    writes = trainer_module.save_checkpoint
+    writes = recorder.save_checkpoint
 
     def killed(folder, state, *arguments):
         writes(folder, state, *arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer_module, "save_checkpoint", killed)
+    monkeypatch.setattr(recorder, "save_checkpoint", killed)
     contexts = {"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))}
     data = runs.settings(tiny_model, tmp_path / "part", contexts=contexts, divergence="alpha:0.3..0.6", trainer=trainer)
     runs.call("train", runs.write_config(tmp_path, data))
-    monkeypatch.setattr(trainer_module, "save_checkpoint", writes)
+    monkeypatch.setattr(recorder, "save_checkpoint", writes)
     assert used == ["alpha:0.3", "alpha:0.4"]
     assert runs.call("train", "--resume", tmp_path / "part") == 0
     assert used == ["alpha:0.3", "alpha:0.4", "alpha:0.5", "alpha:0.6"]

@@ -16,9 +16,9 @@ from fdpg_fast.config.schema import LossConfig, OptimizerConfig
 from fdpg_fast.errors import RunError
 from fdpg_fast.learner import Learner
 from fdpg_fast.models.load import load_model
-from fdpg_fast.runs.comparison import frozen_base_sample, measure_runs
+from fdpg_fast.runs.finished import frozen_base_sample, measure_runs
 from fdpg_fast.runs.folder import read_config
-from fdpg_kernels import divergences
+from fdpg_fast.session import Session
 from support import runs
 
 SOFT = {"kind": "rlhf", "beta": 0.5, "feature": runs.LETTERS["feature"]}
@@ -155,11 +155,16 @@ def test_target_that_is_never_met_changes_nothing(tiny_model, tmp_path, capsys):
 def test_policy_that_is_no_longer_a_number_stops_the_run(tiny_model, tmp_path):
     config = runs.settings(tiny_model, tmp_path / "run", trainer={"rounds": 4, "checkpoint_every": 2})
 
-    def poison(line: str) -> None:  # as an overflow in the third round's update would
-        if line.startswith("round 3/4"):
-            trainer.state.learner.policy.head.weight.data.fill_(math.nan)
+    trainer = Trainer(parse_config(config))
+    original = trainer.round
 
-    trainer = Trainer(parse_config(config), say=poison)
+    def poisoned(index: int):  # as an overflow in the third round's update would
+        done = original(index)
+        if index == 2:
+            trainer.session.state.learner.policy.head.weight.data.fill_(math.nan)
+        return done
+
+    trainer.round = poisoned
     with pytest.raises(RunError, match="not finite.*optimizer.learning_rate"):
         trainer.train()
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["round-000002"]
@@ -207,9 +212,8 @@ def test_learning_rate_rises_for_two_rounds_and_follows_its_schedule(schedule, e
     settings = OptimizerConfig(learning_rate=2e-4, schedule=schedule, warmup_rounds=2)
     learner = Learner(
         load_model(str(tiny_model), "float32", "cpu", trust_remote_code=False),
-        divergences.get("jensen_shannon"),
-        loss=LossConfig(),
-        optimizer=settings,
+        LossConfig(),
+        settings,
         rounds=6,
         micro_batch_tokens=1,
     )
@@ -226,19 +230,20 @@ def test_learning_rate_of_the_schedule_is_the_one_that_is_used(tiny_model, tmp_p
     assert largest == pytest.approx(2e-3, rel=1e-3)
 
 
-def test_library_does_what_the_command_line_does(tiny_model, tmp_path):
+def test_library_does_what_the_command_line_does(tiny_model, tmp_path, caplog):
     shell = runs.train(tiny_model, tmp_path, "shell")
     data = load_config(shell / "config.yaml").model_dump() | {"run_dir": str(tmp_path / "library")}
-    said: list[str] = []
-    trainer = Trainer(parse_config(data), say=said.append)
-    result = trainer.train()
+    trainer = Trainer(parse_config(data))
+    with caplog.at_level("INFO", "fdpg_fast"):
+        result = trainer.train()
+    said = [record.getMessage() for record in caplog.records]
     assert result.run_dir == tmp_path / "library" and result.report.exists()
     assert result.before.metrics["kl_to_base"].value == pytest.approx(0, abs=1e-4)
     assert result.after.as_dict()["num_samples"] == 9
     assert said[0] == "engine: transformers, the learner's own module (there is no GPU)"
     assert [line.split("  ")[0] for line in said[1:]] == ["round 1/2", "round 2/2"]
     saved = load_file(result.run_dir / "checkpoints/round-000002/model.safetensors")
-    trained = trainer.state.learner.policy.model.state_dict()
+    trained = trainer.session.state.learner.policy.model.state_dict()
     assert all(torch.equal(saved[name], trained[name]) for name in saved)
     runs.assert_equal(runs.record(result.run_dir), runs.record(shell))
 
@@ -286,18 +291,17 @@ def test_compare_shows_runs_side_by_side(run_dir, tiny_model, tmp_path, capsys):
 
 def test_compare_holds_all_runs_against_one_z_of_the_base(run_dir, tiny_model, tmp_path):
     other = runs.train(tiny_model, tmp_path, "other", divergence="total_variation", trainer={"rounds": 1, "seed": 3})
-    say = lambda line: None  # noqa: E731
-    first, second = measure_runs([run_dir, other], samples=4, base_samples=64, seed=9, say=say)
+    first, second = measure_runs([run_dir, other], samples=4, base_samples=64, seed=9)
     assert first.metrics["log_z"] == second.metrics["log_z"] and math.isfinite(first.metrics["log_z"].value)
     assert first.metrics["kl_to_base"] != second.metrics["kl_to_base"]
     drawn = list(run_dir.glob("base-sample-*.safetensors"))
-    trainer = Trainer(read_config(run_dir), resume=True, say=say)
-    base = frozen_base_sample(trainer, 64, 9, run_dir)  # read back, not drawn again
-    phi = trainer.scorer.log_phi(base).exp()
+    session = Session(read_config(run_dir), resume=True)
+    base = frozen_base_sample(session, 64, 9, run_dir)  # read back, not drawn again
+    phi = session.scorer.log_phi(base).exp()
     share = [phi[base.context_index == c].mean() for c in range(len(base.contexts))]
     expected = torch.stack(share).log()
     assert first.metrics["log_z"].value == pytest.approx(float(expected[expected.isfinite()].mean()))
-    (again,) = measure_runs([run_dir], samples=4, base_samples=64, seed=9, say=say)
+    (again,) = measure_runs([run_dir], samples=4, base_samples=64, seed=9)
     assert repr(again) == repr(first)  # some errors are NaN
     assert len(list(run_dir.glob("base-sample-*.safetensors"))) == len(drawn)
 

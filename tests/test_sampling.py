@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from fdpg_fast import trainer as trainer_module
+from fdpg_fast import session
 from fdpg_fast.engines import TransformersEngine
 from support import runs
 
@@ -134,7 +134,7 @@ def test_stale_weights_stop_the_run(engine, complaint, tiny_model, tmp_path, mon
     def build(config, policy, eos, *_):
         return engine(policy, eos, max_new_tokens=config.engine.max_new_tokens)
 
-    monkeypatch.setattr(trainer_module, "build_engine", build)
+    monkeypatch.setattr(session, "build_engine", build)
     contexts = {"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))}
     settings = runs.settings(tiny_model, tmp_path / "run", contexts=contexts, optimizer={"learning_rate": 0.03})
     assert runs.call("train", runs.write_config(tmp_path, settings)) == 1
@@ -144,8 +144,6 @@ def test_stale_weights_stop_the_run(engine, complaint, tiny_model, tmp_path, mon
 
 
 def test_a_small_gap_is_said_and_no_more(tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        trainer_module, "build_engine", lambda config, policy, eos, *_: Stale(policy, eos, max_new_tokens=6)
-    )
+    monkeypatch.setattr(session, "build_engine", lambda config, policy, eos, *_: Stale(policy, eos, max_new_tokens=6))
     runs.train(tiny_model, tmp_path, optimizer={"learning_rate": 1e-4}, engine={"gap_warning": 1e-6, "gap_limit": 1.0})
     assert capsys.readouterr().err.count("nats a token; see docs/engines.md") == 1  # the first round's agree

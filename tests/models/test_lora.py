@@ -19,6 +19,7 @@ from fdpg_fast.errors import UserError
 from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
 from fdpg_fast.runs.finished import evaluate_checkpoint
+from fdpg_fast.session import Session
 from support import runs
 from support.runs import Moment
 from support.vllm_cases import CONTEXTS, EOS, TOLERANCE, gap, save_model
@@ -181,9 +182,9 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(moment, finished, ti
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_moves_the_adapter_and_nothing_else(dtype, tiny_model, tmp_path):
-    trainer = Trainer(parse_config(settings(tiny_model, tmp_path, dtype=dtype)), say=lambda line: None)
-    policy, learner = trainer.state.learner.policy, trainer.state.learner
-    assert trainer.base.model is policy.model and learner.masters == []
+    trainer = Trainer(parse_config(settings(tiny_model, tmp_path, dtype=dtype)))
+    policy, learner = trainer.session.state.learner.policy, trainer.session.state.learner
+    assert trainer.session.base.model is policy.model and learner.masters == []
     before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     result = trainer.train()
     assert result.before.metrics["kl_to_base"].value == pytest.approx(0, abs=1e-4 if dtype == "float32" else 0.5)
@@ -207,8 +208,8 @@ def test_checkpoint_is_an_adapter_that_peft_and_transformers_open(finished, tiny
 
 
 def test_evaluate_and_sample_take_the_adapter_from_the_checkpoint(finished, capsys):
-    trainer = Trainer(parse_config(runs.yaml.safe_load((finished / "config.yaml").read_text())), resume=True)
-    assert evaluate_checkpoint(trainer, 8, 1).metrics["kl_to_base"].value > 1e-3
+    session = Session(parse_config(runs.yaml.safe_load((finished / "config.yaml").read_text())), resume=True)
+    assert evaluate_checkpoint(session, 8, 1).metrics["kl_to_base"].value > 1e-3
     assert runs.call("evaluate", finished) == 0 and runs.call("sample", finished, "--count=2") == 0
     assert len(capsys.readouterr().out.splitlines()) > 2
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from fdpg_fast import progress
 from fdpg_fast.cli import main
 
 # importing torch and transformers takes seconds: a server does it once, and every process is a fork of it
@@ -171,6 +172,7 @@ def _command(arguments: list[str], folder: Path, outputs: list[Path], moment: Mo
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     os.chdir(folder)
+    progress.AFTER = 3600.0
     if moment is not None:
         sys.addaudithook(_Trap(moment, room))
     sys.exit(main(arguments))
