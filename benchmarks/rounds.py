@@ -172,7 +172,7 @@ class OursWithMKL(Ours):
     """Ours with PyTorch's own matrix products, also where oneDNN's are faster."""
 
     def __init__(self, config: TrainConfig):
-        onednn.AVAILABLE = onednn.SUITS_LAYERS = False
+        onednn.IS_FASTER = False
         super().__init__(config)
 
 

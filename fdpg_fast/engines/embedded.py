@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..contexts import Context
 from ..models.language_model import LanguageModel
-from ..rollouts import Rollouts, concatenate
+from ..rollouts import Completion, Rollouts, pack
 
 
 class TransformersEngine:
@@ -36,24 +35,21 @@ class TransformersEngine:
         self.version = -1
         self.language_model, self._copy = language_model, copy
         self.eos_token_ids = torch.tensor(sorted(eos_token_ids))
-        self.max_new_tokens = max_new_tokens
-        self.max_sequences = max_sequences
+        self.max_new_tokens, self.max_sequences = max_new_tokens, max_sequences
 
     @torch.no_grad()
     def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         """As `Engine.sample`."""
         generator = torch.Generator().manual_seed(seed)
-        per_call = max(1, self.max_sequences // samples_per_context)
-        parts = []
-        for first in range(0, len(contexts), per_call):
-            group = contexts[first : first + per_call]
-            counts = [samples_per_context] * len(group)
-            while counts[0] > 0:  # one context may want more samples than fit side by side
-                batch = [min(count, self.max_sequences) for count in counts]
-                part = self._decode(group, batch, generator)
-                parts.append(replace(part, contexts=tuple(contexts), context_index=part.context_index + first))
-                counts = [count - taken for count, taken in zip(counts, batch, strict=True)]
-        return concatenate(parts)
+        contexts_at_once = max(1, self.max_sequences // samples_per_context)
+        completions: list[list[Completion]] = [[] for _ in contexts]
+        for first in range(0, len(contexts), contexts_at_once):
+            group = contexts[first : first + contexts_at_once]
+            for begun in range(0, samples_per_context, self.max_sequences):  # one context may want more than fit
+                count = min(self.max_sequences, samples_per_context - begun)
+                for i, completion in enumerate(self._decode(group, count, generator)):
+                    completions[first + i // count].append(completion)
+        return pack(contexts, completions)
 
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
         """Sample from this very module: nothing to move, unless there is to be a copy."""
@@ -69,18 +65,18 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _decode(self, contexts: Sequence[Context], counts: list[int], generator: torch.Generator) -> Rollouts:
+    def _decode(self, contexts: Sequence[Context], count: int, generator: torch.Generator) -> list[Completion]:
+        """So many completions of each context, those of a context side by side."""
         model, device, limit = self.language_model, self.language_model.device, self.max_new_tokens
-        eos = self.eos_token_ids.to(device)
-        total, context_index = sum(counts), torch.arange(len(contexts)).repeat_interleave(torch.tensor(counts))
+        total, eos = count * len(contexts), self.eos_token_ids.to(device)
         # drawn up front, so that a completion does not depend on how many others are still growing
         uniform = torch.rand(limit, total, generator=generator, dtype=torch.float64).to(device)
         tokens = torch.zeros(total, limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(total, limit, device=device)
-        rows = torch.arange(total, device=device)  # completions that are decoded: some have ended already
+        rows = torch.arange(total, device=device)  # completions in `decoding`; some have ended already
         has_ended = torch.zeros(total, dtype=torch.bool, device=device)  # of these
 
-        decoding = model.start(contexts, context_index, limit)
+        decoding = model.start(contexts, torch.arange(total) // count, limit)
         states = decoding.first
         for step in range(limit):
             drawn, logprob = draw(model.head.logits(states), uniform[step, rows])
@@ -95,15 +91,9 @@ class TransformersEngine:
             states = decoding.advance(drawn)
 
         is_eos = torch.isin(tokens, eos).int()
-        is_real = is_eos.cumsum(1) - is_eos == 0  # no token precedes it that ends the completion
-        return Rollouts(
-            contexts=tuple(contexts),
-            context_index=context_index,
-            token_ids=tokens[is_real].cpu(),
-            cu_seqlens=torch.nn.functional.pad(is_real.sum(1).cumsum(0), (1, 0)).int().cpu(),
-            behavior_logprob=logprobs[is_real].cpu(),
-            finished=is_eos.any(1).cpu(),
-        )
+        lengths = (is_eos.cumsum(1) - is_eos == 0).sum(1)  # tokens that no end precedes
+        columns = (column.tolist() for column in (tokens, logprobs, lengths, is_eos.any(1)))
+        return [(ids[:n], values[:n], finished) for ids, values, n, finished in zip(*columns, strict=True)]
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

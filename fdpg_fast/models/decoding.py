@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from ..contexts import Context
 from . import attention
+
+
+class RoomyCache(DynamicCache):
+    """A cache with room for this many tokens behind its first: a token is appended without copying those before it."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.layer_class_to_replicate = functools.partial(_RoomyLayer, room)  # type: ignore[assignment]
+
+
+class _RoomyLayer(DynamicLayer):
+    def __init__(self, room: int):
+        super().__init__()
+        self._room, self._used = room, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start, self._used = self._used, self._used + key_states.shape[2]
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states  # [C, H, P, d]
+            return key_states, value_states
+        if start == self.keys.shape[2]:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, self._room)) for x in (self.keys, self.values))
+        self.keys[:, :, start : self._used], self.values[:, :, start : self._used] = key_states, value_states
+        return self.keys[:, :, : self._used], self.values[:, :, : self._used]
+
+    def get_seq_length(self) -> int:
+        return self._used
 
 
 class Decoding:
@@ -68,7 +100,7 @@ class ContinuedDecoding(Decoding):
         self.max_length, self._is_padded = longest + max_new_tokens, any(len(prompt) < longest for prompt in prompts)
         slots = torch.arange(self.max_length, device=device)
         attended = (slots < lengths[:, None]) | (slots >= longest)  # [C, P + max_new_tokens]
-        super().__init__(DynamicCache(), attended=attended, next_position=lengths[:, None])
+        super().__init__(RoomyCache(max_new_tokens), attended=attended, next_position=lengths[:, None])
         input_ids = pad_sequence(prompts, batch_first=True).to(device)  # [C, P]
         states = attention.run(model, input_ids, slots[None, :longest], self, self._cache)
         self._begin(states[torch.arange(len(prompts), device=device), lengths - 1], context_index.to(device))

@@ -19,7 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from ..contexts import Context
 from ..errors import UserError
 from ..rollouts import Rollouts
-from .decoding import Decoding
+from .decoding import Decoding, RoomyCache
 from .head import FusedHead
 from .language_model import LanguageModel
 
@@ -60,12 +60,12 @@ class EncoderDecoderModel(LanguageModel):
 
     def start(self, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int) -> Decoding:
         """As `LanguageModel.start`."""
-        return _AnswerDecoding(self.model, contexts, context_index)
+        return _AnswerDecoding(self.model, contexts, context_index, max_new_tokens)
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """The decoder's state that predicts each completion token, [N, D]; carries gradients where they are on."""
-        decoding = _AnswerDecoding(self.model, rollouts.contexts, rollouts.context_index)
         lengths = rollouts.lengths.cpu()
+        decoding = _AnswerDecoding(self.model, rollouts.contexts, rollouts.context_index, int(lengths.max()))
         states = decoding.first[:, None]  # [B, 1, D]
         if int(lengths.max()) > 1:
             tokens = pad_sequence(rollouts.token_ids.split(lengths.tolist()), batch_first=True)  # [B, T]
@@ -83,15 +83,16 @@ class _AnswerDecoding(Decoding):
     Args:
         contexts: C prompts.
         context_index: which of them each completion answers, [B].
+        max_new_tokens: that a completion may have.
     """
 
-    def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor):
+    def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int):
         self._decoder, device = model.get_decoder(), model.device
         prompts = [torch.tensor(context.token_ids) for context in contexts]
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True).to(device)  # [C, S]
         input_ids = pad_sequence(prompts, batch_first=True).to(device)
         encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache = EncoderDecoderCache(RoomyCache(max_new_tokens), DynamicCache())
         super().__init__(cache, encoder_hidden_states=encoded, encoder_attention_mask=mask)
         start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=device)
         self._begin(self.run(start)[:, 0], context_index.to(device))

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from ..errors import UserError
 from .encoder_decoder import EncoderDecoderModel
 from .language_model import LanguageModel, first_line
-from .linear_layers import use_fast_products
+from .onednn import speed_up
 
 
 def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> LanguageModel:
@@ -31,7 +31,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model: cannot load {path!r}: {first_line(error)}{_hint(path)}") from None
     model = model.to(device)
-    use_fast_products(model)
+    speed_up(model)
     return (EncoderDecoderModel if config.is_encoder_decoder else LanguageModel)(model)
 
 

@@ -1,112 +1,76 @@
-"""Float32 products on AMD processors, where the MKL inside PyTorch is slow: it uses AVX2 there and no AVX-512.
+"""Float32 products on AMD processors with AVX-512, which the MKL inside PyTorch does not use there: oneDNN does.
 
-oneDNN, which PyTorch brings along and calls for bfloat16 only, is twice as fast on a Zen 5 and an eighth faster where
-AVX2 is all there is. On other processors, for small products (MKL starts sooner), and for other dtypes everything
-here is plain PyTorch.
+PyTorch brings oneDNN along and calls it for bfloat16 only; the private op used here is that of torch 2.13, and where it
+is missing everything is plain PyTorch. Who deletes this file deletes two lines of load.py and takes `linear` from
+torch.nn.functional in head.py.
 """
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-SMALLEST = 2**22  # multiplications of a product that is worth it
-TILE_BYTES = 8 * 2**20  # of a product on its way to where it is added: oneDNN writes to new memory only
-
-
-def _is_faster_here(instructions: str) -> bool:
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return (
-        "AMD" in found.get("cpu_name", "")
-        and found.get(instructions, False)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
-AVAILABLE = _is_faster_here("avx2")
-SUITS_LAYERS = _is_faster_here("avx512_f")  # an eighth less is spent again on the padding of a small layer's rows
+def _is_faster_here() -> bool:
+    cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_product and "AMD" in cpu.get("cpu_name", "") and cpu.get("avx512_f", False)
 
 
-def matmul(rows: Tensor, b: Tensor) -> Tensor:
-    """[M, K] @ [K, N]; no gradients."""
-    return _product(rows, b.T, None) if _suits(rows, b.T) else torch.mm(rows, b)
+IS_FASTER = _is_faster_here()
+SMALLEST = 2**22  # multiplications of a product that is worth it: MKL starts sooner
 
 
-def add_matmul(total: Tensor, rows: Tensor, b: Tensor) -> None:
-    """Add [M, K] @ [K, N] to `total` [M, N], in place; no gradients."""
-    if _suits(rows, b.T):
-        total += _product(rows, b.T, None)
-    else:
-        total.addmm_(rows, b)
-
-
-def add_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the sum over rows of their outer products, [M, N]ᵀ @ [M, K], to `total` [N, K], in place; no gradients."""
-    if not _suits(left, right.T):
-        total.addmm_(left.T, right)
-        return
-    size = max(1, TILE_BYTES // (total.element_size() * total.shape[1]))
-    right = _padded(right)
-    for part, columns in zip(total.split(size), left.split(size, dim=1), strict=True):
-        part += _call(_padded(columns).T, right.T, None)
+def speed_up(model: PreTrainedModel) -> None:
+    """Change how a model's linear layers on a CPU multiply, in place; nothing else about them."""
+    for module in model.modules() if IS_FASTER and model.device.type == "cpu" else ():
+        if type(module) in (nn.Linear, Conv1D):
+            module.forward = MethodType(_layer, module)  # type: ignore[method-assign]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `torch.nn.functional.linear`: [..., K], [N, K] and [N] → [..., N], with gradients."""
-    if _suits(x, weight) and not torch.is_autocast_enabled("cpu"):
+    is_plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (x, weight))
+    if IS_FASTER and is_plain and x.numel() * len(weight) >= SMALLEST and not torch.is_autocast_enabled("cpu"):
         return _Linear.apply(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
-def pad_rows(rows: Tensor, weight: Tensor, value: float = 0.0) -> Tensor:
-    """[M, …] and up to an eighth more, where products with this weight are oneDNN's.
-
-    It keeps code for every number of rows that it ever saw, 1 MB each. The products above pad by themselves; who
-    multiplies the same rows more than once does it before.
-    """
-    return _padded(rows, value) if AVAILABLE and _is_plain(weight) else rows
-
-
-def _padded(rows: Tensor, value: float = 0.0) -> Tensor:
-    step = max(16, 2 ** (len(rows).bit_length() - 1) // 8)
-    missing = -len(rows) % step
-    return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing), value=value) if missing else rows
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
-
-
-def _suits(x: Tensor, weight: Tensor) -> bool:
-    return AVAILABLE and _is_plain(x) and _is_plain(weight) and x.numel() * len(weight) >= SMALLEST
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _call(_padded(rows), weight, bias)[: len(rows)]
-
-
-def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _layer(module: Any, x: Tensor) -> Tensor:
+    return linear(x, module.weight.T if isinstance(module, Conv1D) else module.weight, module.bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
+        return _product(_padded(x), weight, bias)[: x[..., 0].numel()].view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = _padded(gradient.flatten(0, -2))  # [M, N]
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows, (wants_x, wants_weight, wants_bias) = _padded(gradient), ctx.needs_input_grad
         return (
-            _call(rows, weight.T, None)[: x[..., 0].numel()].view_as(x) if wants_x else None,
-            _call(rows.T, _padded(x.flatten(0, -2)).T, None) if wants_weight else None,
+            _product(rows, weight.T)[: x[..., 0].numel()].view_as(x) if wants_x else None,
+            _product(rows.T, _padded(x).T) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[..., K] → [M, K] and up to an eighth more rows: oneDNN keeps code for every M that it ever saw, 1 MB each."""
+    rows = x.flatten(0, -2)
+    step = max(16, 2 ** (len(rows).bit_length() - 1) // 8)
+    return F.pad(rows, (0, 0, 0, -len(rows) % step)) if len(rows) % step else rows
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")

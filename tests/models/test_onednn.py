@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fdpg_fast.models import onednn
 
@@ -15,7 +18,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch):
-    monkeypatch.setattr(onednn, "AVAILABLE", True)
+    monkeypatch.setattr(onednn, "IS_FASTER", True)
     monkeypatch.setattr(onednn, "SMALLEST", ROWS * IN * OUT)
 
 
@@ -47,38 +50,12 @@ def assert_near(found: torch.Tensor, exact: torch.Tensor) -> None:
     assert float((found - exact).abs().max() / exact.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("b_transposed", [False, True])
-@pytest.mark.parametrize("a_transposed", [False, True])
-def test_products(a_transposed, b_transposed):
-    a, b = drawn(ROWS, IN, transposed=a_transposed), drawn(IN, OUT, transposed=b_transposed)
-    exact, total = a.double() @ b.double(), drawn(ROWS, OUT)
-    with Calls() as calls:
-        assert_near(onednn.matmul(a, b), exact)
-        exact += total.double()
-        onednn.add_matmul(total, a, b)
-    assert_near(total, exact)
-    assert calls.count == 2
-
-
-@pytest.mark.parametrize("rows", [ROWS, 80], ids=["padded", "whole"])
-def test_sums_of_outer_products(monkeypatch, rows):
-    monkeypatch.setattr(onednn, "TILE_BYTES", 70 * IN * 4)  # the last of four tiles has 30 rows
-    left, right, total = drawn(rows, OUT), drawn(rows, IN), drawn(OUT, IN)
-    exact = total.double() + left.double().T @ right.double()
-    with Calls() as calls:
-        onednn.add_outer(total, left, right)
-    assert_near(total, exact)
-    assert calls.count == 4
-
-
 def test_numbers_of_rows_are_few():
     # oneDNN never forgets the code that it made for a shape: a thousand rounds must not fill the memory with it
-    weight = drawn(1, 1)
-    found = {m: len(onednn.pad_rows(torch.zeros(m, 1), weight)) for m in range(5000)}
+    found = {m: len(onednn._padded(torch.zeros(m, 1))) for m in range(5000)}
     assert all(m <= padded <= max(m + 15, 1.125 * m) for m, padded in found.items())
     assert len(set(found.values())) < 60
-    assert all(len(onednn.pad_rows(torch.zeros(m), weight)) == m for m in found.values())  # once is enough
-    assert onednn.pad_rows(torch.zeros(17), weight.double()).shape == (17,)
+    assert all(len(onednn._padded(torch.zeros(m, 1))) == m for m in found.values())  # once is enough
 
     layer = drawn(OUT, IN).requires_grad_()
     with Calls() as calls:
@@ -87,11 +64,14 @@ def test_numbers_of_rows_are_few():
     assert calls.count == 3 * 15 and set(calls.shapes) == {(144, IN, OUT), (144, OUT, IN), (OUT, 144, IN)}
 
 
-@pytest.mark.parametrize("shape", [(ROWS, IN), (3, ROWS // 3, IN)])
+@pytest.mark.parametrize("shape", [(ROWS, IN), (80, IN), (3, ROWS // 3, IN)], ids=["padded", "whole", "three axes"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
-def test_linear_and_its_gradients(shape, bias, transposed):
+@pytest.mark.parametrize("input_transposed", [False, True])
+def test_linear_and_its_gradients(shape, bias, transposed, input_transposed):
     inputs = [drawn(*shape), drawn(OUT, IN, transposed=transposed), drawn(OUT) if bias else None]
+    if input_transposed:
+        inputs[0] = inputs[0].mT.contiguous().mT
     upstream = drawn(*shape[:-1], OUT)
 
     def run(linear, dtype):
@@ -126,12 +106,59 @@ def test_everything_else_is_left_to_pytorch(rows, dtype, autocast):
     assert calls.count == 0
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "avx512_f"])
-def test_another_processor_uses_pytorch(instructions, monkeypatch):
+def test_another_processor_uses_pytorch(monkeypatch):
     for name in ("Intel(R) Xeon(R)", "AMD EPYC"):
         for there in (True, False):
-            found = {"cpu_name": name, instructions: there}
+            found = {"cpu_name": name, "avx512_f": there}
             monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-            assert onednn._is_faster_here(instructions) == (there and name.startswith("AMD"))
+            assert onednn._is_faster_here() == (there and name.startswith("AMD"))
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not onednn._is_faster_here(instructions)
+    assert not onednn._is_faster_here()
+
+
+# --- whole models ---
+
+
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            attention_bias=True,
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_whose_layers_multiply_in_another_way_is_the_same_model(kind, monkeypatch):
+    monkeypatch.setattr(onednn, "SMALLEST", 0)
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    ours = copy.deepcopy(model)
+    onednn.speed_up(ours)
+    ours = copy.deepcopy(ours)  # which multiplies by its own weights
+    for module in ours.modules():
+        assert "forward" not in vars(module) or module.forward.__self__ is module
+    assert [type(module) for module in ours.modules()] == [type(module) for module in model.modules()]
+    assert [*ours.state_dict()] == [*model.state_dict()]
+
+    ids = torch.randint(96, (3, 11))
+    with Calls() as calls:
+        for one in (model, ours):
+            one(ids, labels=ids).loss.backward()
+    assert calls.count == 3 * {"llama": 2 * 7 + 1, "gpt2": 2 * 4 + 1}[kind]  # all layers, forward and backward
+    torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    for a, b in zip(ours.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_changes_where_pytorch_is_as_fast(monkeypatch):
+    monkeypatch.setattr(onednn, "IS_FASTER", False)
+    model = MODELS["llama"]()
+    onednn.speed_up(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    x, weight = drawn(ROWS, IN), drawn(OUT, IN)
+    with Calls() as calls:
+        assert torch.equal(onednn.linear(x, weight), F.linear(x, weight))
+    assert calls.count == 0
