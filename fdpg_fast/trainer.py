@@ -277,7 +277,6 @@ class Trainer:
                 self.config,
                 seed=seed,
                 micro_batch_tokens=4 * self.micro_batch_tokens,
-                say=self.say,
             )
 
     def _start(self, folder: RunFolder, evaluate: bool) -> Evaluation | None:
