@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -169,22 +170,23 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from .runs.comparison import measure_runs
+    from .runs.folder import read_runs
     from .runs.report import write_comparison
-    from .runs.tables import compare_table, read_runs, with_evaluations
+    from .runs.tables import compare_table
 
     runs = read_runs(options.run_dirs)
     found = measure_runs(options.run_dirs, options.samples, options.base_samples, options.seed, _say)
-    runs = with_evaluations(runs, [evaluation.as_dict() for evaluation in found])
+    runs = [replace(run, after=evaluation.metrics) for run, evaluation in zip(runs, found, strict=True)]
     print(compare_table(runs))
     print(f"\n{write_comparison(runs, options.output)}")
     return 0
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from .measure.quasi_rejection import advice, table
     from .runs.comparison import read_finished
     from .runs.finished import quasi_rejection_sample, sample_checkpoint
     from .runs.folder import to_json
+    from .runs.tables import advice, quality_table
     from .trainer import Trainer
 
     beta, draws = options.quasi_rejection_beta, options.max_draws
@@ -199,7 +201,7 @@ def _sample(options: argparse.Namespace) -> int:
     kept = quasi_rejection_sample(trainer, options.prompt, options.count, options.seed, beta, draws)
     for row in kept.items:
         print(to_json(row))
-    print(table(kept.quality), file=sys.stderr)
+    print(quality_table(kept.quality), file=sys.stderr)
     if kept.unreachable:
         print(f"{len(kept.unreachable)} contexts left out: no draw satisfies the target there", file=sys.stderr)
     if len(kept.items) < options.count:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..measure.estimators import Estimate
 from ..runs.folder import write_whole
-from ..runs.tables import DOUBT, FEATURE_LABELS, LABELS, Estimate, doubtful, label_of
+from ..runs.tables import DOUBT, FEATURE_LABELS, LABELS, doubtful, label_of, with_error
 from .experiment import Experiment
 from .findings import average
 from .pictures import draw_curves, draw_trade_offs
@@ -69,10 +70,9 @@ def _study_table(rows: list[Row]) -> str:
         here = [row for row in rows if row.labels == labels]
         cells = []
         for key in keys:
-            found_here = average(here, key, labels)
-            cell = Estimate(found_here.mean, found_here.half_width, _least_ess(here, key))
-            doubt |= (doubted := doubtful(key, cell))
-            cells.append(str(cell) + "?" * doubted)
+            mean = average(here, key, labels)
+            doubt |= (doubted := doubtful(key, Estimate(mean.mean, math.nan, _least_ess(here, key))))
+            cells.append(with_error(mean.mean, mean.half_width) + "?" * doubted)
         body.append([*(labels[axis] for axis in axes), str(len(here)), *cells])
     table = _table([*axes, "seeds", *(label_of(key) for key in keys)], body)
     return table + (f"\n\n{DOUBT}." if doubt else "")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
 from ..measure.estimators import Estimate
-from ..runs.folder import disk_errors, to_json, write_whole
+from ..runs.folder import Json, disk_errors, read_jsonl, to_float, to_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -61,21 +58,13 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: a line is damaged; names file and line.
     """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
-        try:
-            data = json.loads(line)
-            metrics = {name: Estimate(*map(_number, found)) for name, found in data["metrics"].items()}
-            curve = [{key: _number(value) for key, value in point.items()} for point in data["curve"]]
-            rows.append(Row(**{**data, "metrics": metrics, "curve": curve}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: not a row of results ({error}); remove the damaged line") from None
-    return rows
+    return read_jsonl(path, _parse)
 
 
-def _number(value: Any) -> float:
-    """to_json writes NaN as null and infinities as strings."""
-    return float("nan") if value is None else float(value)
+def _parse(data: Json) -> Row:
+    metrics = {name: Estimate(*map(to_float, numbers)) for name, numbers in data["metrics"].items()}
+    curve = [{key: to_float(value) for key, value in point.items()} for point in data["curve"]]
+    return Row(**{**data, "metrics": metrics, "curve": curve})
 
 
 def settings_of(rows: Sequence[Row]) -> list[dict[str, str]]:

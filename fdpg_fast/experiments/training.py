@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config.load import parse_config
 from ..runs.comparison import measure
-from ..runs.tables import number, read_run
+from ..runs.folder import read_run
 from ..trainer import Trainer
 from .rows import Row
 
@@ -33,8 +33,7 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     rounds = read_run(folder).metrics
     kept = rounds[:: -(-len(rounds) // CURVE_POINTS)]
     curve = [
-        {"round": number(row, "round")}
-        | {key: float(f"{number(row, key):.6g}") for key in row if key.startswith(CURVE)}
+        {"round": row["round"]} | {key: float(f"{row[key]:.6g}") for key in row if key.startswith(CURVE)}
         for row in kept
     ]
     shutil.rmtree(folder / "checkpoints")  # a sweep of a hundred would fill the disk; the row is what is kept

@@ -159,31 +159,6 @@ def sample(
     return Kept(by_turn, spent, unreachable, quality)
 
 
-def table(quality: Sequence[Quality]) -> str:
-    """For a person who chooses β; 95 % intervals."""
-    lines = ["     β        acceptance     TV to target  KL(p‖p_β) nats"]
-    for q in quality:
-        cells = (
-            f"{e.value:.4f} ± {1.96 * e.standard_error:.4f}" for e in (q.acceptance, q.total_variation, q.forward_kl)
-        )
-        lines.append(f"{q.beta:>6g}  " + "  ".join(cells))
-    return "\n".join(lines)
-
-
-def advice(kept: Kept, count: int, beta: float, max_draws: int) -> str:
-    """Why fewer than `count` were kept, and what would change it, in a sentence."""
-    found = f"kept {len(kept.items)} of {count} completions in {kept.draws} draws"
-    usable = [q for q in kept.quality if math.isfinite(q.acceptance.value)]
-    if not usable:
-        return f"{found}: no draw satisfies the target; train longer, or towards a softer target"
-    (own,) = (q for q in usable if q.beta == beta)
-    found += f", acceptance rate {own.acceptance.value:.3g} at β {beta:g}"
-    easier = [q for q in usable if q.beta < beta and q.acceptance.value * max_draws > 2 * count]
-    if easier:
-        found += f"; β {easier[-1].beta:g} would accept {easier[-1].acceptance.value:.3g}"
-    return f"{found}; a larger --max-draws than {max_draws} gets on at this β"
-
-
 def _log_z(log_weights: Tensor, owner: Tensor, share: Tensor | None = None) -> Tensor:
     """log Z_c of each sample's context, [B]: the mean of P/q, or its sum under masses `share` [B]; −inf where 0."""
     if share is None:

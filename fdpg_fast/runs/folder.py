@@ -1,4 +1,7 @@
-"""A run on disk: config.yaml, *.jsonl, checkpoints/ and report.html in one folder, one process at a time."""
+"""A run on disk: config.yaml, *.jsonl, checkpoints/ and report.html in one folder, one process at a time.
+
+JSON has no NaN and no infinity: null and the strings "inf" and "-inf" stand for them in every file of a run.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,22 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
 
 from ..config.load import dump_config, load_config
 from ..config.schema import TrainConfig
+from ..divergence import last_divergence
 from ..errors import RunError, UserError
+from ..measure.estimators import Estimate
 
-TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
+Json = dict[str, Any]
+Parsed = TypeVar("Parsed")
+TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
 
 
 class RunFolder:
@@ -33,13 +43,11 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run_dir: {str(path)!r} is in use by another process; choose another folder") from None
         except OSError as error:
             raise UserError(f"run_dir: cannot write to {str(path)!r}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"run_dir: {str(path)!r} is in use by another process; choose another folder") from None
 
     @staticmethod
     def create(config: TrainConfig) -> RunFolder:
@@ -62,17 +70,17 @@ class RunFolder:
         """Make this the config of the run."""
         write_whole(self.path / "config.yaml", dump_config(config))
 
-    def append(self, name: str, row: dict[str, Any]) -> None:
+    def append(self, name: str, row: Json) -> None:
         """Add one object to a .jsonl file."""
         with disk_errors(f"writing {self.path / name}"), open(self.path / name, "a", **TEXT) as file:
             file.write(to_json(row) + "\n")
 
     def forget_from(self, round_index: int) -> None:
         """Drop what rounds ≥ round_index left in the .jsonl files: a resumed run writes them again."""
-        for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
-            if (self.path / name).exists():
-                kept = [row for row in _whole_rows(self.path / name) if row["round"] < round_index]
-                write_whole(self.path / name, "".join(to_json(row) + "\n" for row in kept))
+        for path in (self.path / f"{name}.jsonl" for name in ("metrics", "samples", "evaluation")):
+            if path.exists():
+                rows = read_jsonl(path, dict, skip_damaged=True)  # a kill may have cut the last one short
+                write_whole(path, "".join(to_json(row) + "\n" for row in rows if row["round"] < round_index))
 
     def discard(self) -> None:
         """Undo `create`: remove what this process has written, and the folder if nothing else is in it."""
@@ -85,16 +93,120 @@ class RunFolder:
         self._lock.close()
 
 
-def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) -> TrainConfig:
-    """The config of an existing run.
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; of a file that is not there, nothing.
+
+    Attributes:
+        trained: the name under which `before` and `after` have the divergence that is trained.
+        before, after: the evaluations of the base and of the last policy that was evaluated.
+    """
+
+    path: Path
+    config: Json
+    trained: str
+    metrics: list[dict[str, float]]
+    samples: list[Json]
+    before: dict[str, Estimate]
+    after: dict[str, Estimate]
+
+    @property
+    def divergence(self) -> str:
+        return str(self.config.get("divergence", "?"))
+
+    @property
+    def seed(self) -> str:
+        return str((self.config.get("trainer") or {}).get("seed", "?"))
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Read whatever a run has written so far.
 
     Raises:
-        UserError: there is no run in that folder.
+        UserError: there is no run, or one of its files is damaged; names file and line.
     """
+    path = _config_path(run_dir)
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold keys and values")
+    metrics = read_jsonl(path.with_name("metrics.jsonl"), lambda row: {key: to_float(row[key]) for key in row})
+    samples, rows = (read_jsonl(path.with_name(f"{name}.jsonl"), dict) for name in ("samples", "evaluation"))
+    trained = str(config.get("divergence", "?"))
+    if rows and "divergence" in rows[-1]:
+        trained = rows[-1]["divergence"]
+    elif trained.startswith("alpha:"):  # of a path of α the last one is measured
+        trained = last_divergence(trained).name
+    # a lone evaluation is the base model's if it says round 0
+    has_before = len(rows) > 1 or (rows and rows[0].get("round") == 0)
+    before, after = (rows[:1], rows[1:][-1:]) if has_before else ([], rows)
+    return Run(path.parent, config, trained, metrics, samples, *(estimates_of(*row) for row in (before, after)))
+
+
+def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
+    """Several; raises UserError as `read_run`, or where no run is given."""
+    if not run_dirs:
+        raise UserError("compare: no run given; name at least one run folder")
+    return [read_run(run_dir) for run_dir in run_dirs]
+
+
+def estimates_of(evaluation: Json | None = None) -> dict[str, Estimate]:
+    """The metrics of a line of evaluation.jsonl."""
+    metrics = (evaluation or {}).get("metrics") or {}
+    return {key: Estimate(**{name: to_float(x) for name, x in metric.items()}) for key, metric in metrics.items()}
+
+
+def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) -> TrainConfig:
+    """The config of an existing run; raises UserError where there is none, and as `load_config`."""
+    return load_config(_config_path(run_dir), {**(overrides or {}), "run_dir": str(run_dir)})
+
+
+def _config_path(run_dir: str | Path) -> Path:
     path = Path(run_dir) / "config.yaml"
     if not path.exists():
         raise UserError(f"{str(run_dir)!r} is not the folder of a run: it has no config.yaml")
-    return load_config(path, {**(overrides or {}), "run_dir": str(run_dir)})
+    return path
+
+
+def read_jsonl(path: Path, parse: Callable[[Json], Parsed], skip_damaged: bool = False) -> list[Parsed]:
+    """What `parse` makes of each object of a file; nothing of a file that is not there.
+
+    Raises:
+        UserError: a line is damaged; names file and line.
+    """
+    rows = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []  # not splitlines: a text may hold U+2028
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                rows.append(parse({**json.loads(line)}))
+        except (ValueError, KeyError, TypeError) as error:
+            if not skip_damaged:
+                fault = f"{path}:{number}: not a JSON object of this kind of file ({error})"
+                raise UserError(f"{fault}; remove the damaged line") from None
+    return rows
+
+
+def to_json(row: Json) -> str:
+    """One line of JSON."""
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def to_float(value: float | str | None) -> float:
+    """A number as `to_json` wrote it; one that is not there at all, None like null, is NaN."""
+    return math.nan if value is None else float(value)
 
 
 def write_whole(path: Path, text: str) -> Path:
@@ -126,24 +238,3 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):  # the line that a kill cut short, maybe inside a character
-            yield json.loads(line)
-
-
-def to_json(row: dict[str, Any]) -> str:
-    """One line of JSON, which has no NaN and no infinity: null and the strings "inf", "-inf" stand for them."""
-    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value

@@ -1,34 +1,25 @@
-"""What runs have written, read back, and as plain tables for the terminal."""
+"""What runs have measured, as plain tables for the terminal; how a number and a metric are written everywhere."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Column, Table
+from rich.text import Text
 
 from fdpg_kernels import divergences
 
-from ..divergence import last_divergence
-from ..errors import UserError
+from ..measure.estimators import Estimate
+from ..measure.quasi_rejection import Kept, Quality
+from .folder import Json, Run, estimates_of, read_run
 
-Json = dict[str, Any]
-
-
-def _divergence_labels() -> dict[str, str]:
-    labels = {}
-    for name in divergences.NAMES:
-        labels[f"divergence/{name}"] = label = divergences.get(name).label
-        if name == "jensen_shannon":
-            labels["divergence/jensen_shannon_half"] = f"{label}, ½–½"
-    return labels
-
-
+_NAMED = [(name, divergences.get(name).label) for name in divergences.NAMES]
+_NAMED.insert(divergences.NAMES.index("jensen_shannon") + 1, ("jensen_shannon_half", "Jensen–Shannon, ½–½"))
 LABELS = {  # in the order of the tables
     "kl_to_base": "KL to base (nats)",
     "kl_of_target_to_base": "KL of target to base (nats)",
@@ -42,7 +33,8 @@ LABELS = {  # in the order of the tables
     "perplexity_under_base": "perplexity under base",
     "log_z": "log Z",
     "contexts_left_out": "contexts without support",
-} | _divergence_labels()
+    **{f"divergence/{name}": label for name, label in _NAMED},
+}
 # of what every feature has, in the order of the tables
 FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the target", "exponent": "λ of {}"}
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")
@@ -53,183 +45,98 @@ COMPARED = (
 NO_BETTER_SIDE = ("kl_of_target_to_base", "perplexity_under_base")
 MATRIX = tuple(f"divergence/{x}" for x in ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"))
 
+WIDTH = 100  # columns of a terminal that tables may take
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 LEAST_ESS = 50.0
 DOUBT = f"?: rests on fewer than {LEAST_ESS:g} effective samples; the policy may miss parts of the target unseen"
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number, the half-width of its 95 % interval and its effective sample size; NaN where unknown."""
-
-    value: float = math.nan
-    error: float = math.nan
-    ess: float = math.nan
-
-    def __str__(self) -> str:
-        if not math.isfinite(self.value):
-            return "–" if math.isnan(self.value) else "∞" if self.value > 0 else "-∞"
-        known = math.isfinite(self.error)
-        if abs(self.value) >= 1e6:
-            return f"{self.value:.2e}" + (f" ± {self.error:.0e}" if known else "")
-        if not known and self.value == round(self.value):
-            return f"{self.value:,.0f}"
-        # two digits of the error, else three of the value
-        digits = 1 - _magnitude(self.error) if known and self.error > 0 else 2 - _magnitude(self.value)
-        places = min(max(digits, 0), 4)
-        value = round(self.value, places) + 0.0  # no "-0.000"
-        return f"{value:,.{places}f}" + (f" ± {self.error:,.{places}f}" if known else "")
+def text_of(estimate: Estimate) -> str:
+    """A number and the half-width of its 95 % interval; – where unknown."""
+    return with_error(estimate.value, 1.96 * estimate.standard_error)
 
 
-UNKNOWN = Estimate()
+def with_error(value: float, error: float) -> str:
+    """A number ± an error, to two digits of the error, or three of the number where the error is not known."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    known = math.isfinite(error)
+    if abs(value) >= 1e6:
+        return f"{value:.2e}" + (f" ± {error:.0e}" if known else "")
+    if not known and value == round(value):
+        return f"{value:,.0f}"
+    leading, digits = (error, 1) if known and error > 0 else (value, 2)
+    places = min(max(digits - math.floor(math.log10(abs(leading) or 1.0)), 0), 4)
+    value = round(value, places) + 0.0  # no "-0.000"
+    return f"{value:,.{places}f}" + (f" ± {error:,.{places}f}" if known else "")
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run folder holds; of a file that is not there, nothing."""
-
-    path: Path
-    config: Json
-    metrics: list[Json]
-    samples: list[Json]
-    before: dict[str, Estimate]
-    after: dict[str, Estimate]
-
-    @property
-    def divergence(self) -> str:
-        return str(self.config.get("divergence", "?"))
-
-    @property
-    def seed(self) -> str:
-        return str((self.config.get("trainer") or {}).get("seed", "?"))
+def label_of(key: str) -> str:
+    """A metric in words."""
+    kind, _, name = key.partition("/")
+    if name and kind in FEATURE_LABELS:
+        return FEATURE_LABELS[kind].format(name if len(name) <= 36 else name[:35] + "…")
+    return LABELS.get(key, name or key)
 
 
-def read_run(run_dir: str | Path) -> Run:
-    """Read whatever a run has written so far.
-
-    Raises:
-        UserError: there is no run, or one of its files is damaged; names file and line.
-    """
-    path = Path(run_dir)
-    if not (path / "config.yaml").exists():
-        raise UserError(f"{str(run_dir)!r} is not the folder of a run: it has no config.yaml")
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / 'config.yaml'} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path / 'config.yaml'} must hold keys and values")
-    metrics, samples, rows = (_read_jsonl(path / f"{x}.jsonl") for x in ("metrics", "samples", "evaluation"))
-    # a lone evaluation is the base model's if it says round 0
-    has_before = len(rows) > 1 or (rows and rows[0].get("round") == 0)
-    before, after = (rows[:1], rows[1:][-1:]) if has_before else ([], rows)
-    return Run(path, config, metrics, samples, _estimates(before), _estimates(after))
+def metric_keys(runs: Iterable[Run], prefix: str = "") -> list[str]:
+    """Evaluation metrics that any of the runs has, in the order of the tables."""
+    keys = dict.fromkeys(key for run in runs for key in [*run.before, *run.after] if key.startswith(prefix))
+    return sorted(keys, key=_place)
 
 
-def _read_jsonl(path: Path) -> list[Json]:
-    rows = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a completion may hold U+2028
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg}); remove the damaged line") from None
-            if not isinstance(rows[-1], dict):
-                raise UserError(f"{path}:{number}: {line[:40]!r} is not a JSON object; remove the damaged line")
-    return rows
+def _place(key: str) -> int:
+    """Features come first, under the policy and under the target, then what LABELS has, then the rest."""
+    kind = key.partition("/")[0]
+    return [*FEATURE_LABELS, *LABELS, key].index(kind if kind in FEATURE_LABELS else key)
 
 
-def _estimates(evaluation: list[Json]) -> dict[str, Estimate]:
-    metrics = evaluation[0].get("metrics") or {} if evaluation else {}
-    return {
-        key: Estimate(number(m, "value"), 1.96 * number(m, "standard_error"), number(m, "ess"))
-        for key, m in metrics.items()
-    }
-
-
-def number(row: Json, key: str) -> float:
-    """A number of a JSON object: null and a missing key are NaN, "inf" and "-inf" what they say."""
-    value = row.get(key)
-    return math.nan if value is None else float(value)
-
-
-def _magnitude(value: float) -> int:
-    return math.floor(math.log10(abs(value))) if value else 0
+def table_rows(keys: Iterable[str], *columns: dict[str, Estimate]) -> list[list[str]]:
+    """A line for each metric: its label, and its value in each column."""
+    return [[label_of(key), *(text_of(column.get(key, UNKNOWN)) for column in columns)] for key in keys]
 
 
 def before_after_table(run_dir: str | Path) -> str:
-    """What training changed, with 95 % intervals, as plain text of at most 100 columns.
-
-    Raises:
-        UserError: as `read_run`.
-    """
+    """What training changed, with 95 % intervals; raises UserError as `read_run`."""
     run = read_run(run_dir)
-    # of a path of α the last one is measured; a config may name no divergence at all
-    measured = last_divergence(run.divergence).name if ".." in run.divergence else run.divergence
-    trained = f"divergence/{measured}"
-    rows = table_rows([*feature_keys([run]), *SUMMARY], run.before, run.after)
-    for key in [trained, *(key for key in MATRIX if key != trained)]:
+    trained = f"divergence/{run.trained}"
+    rows = table_rows([*metric_keys([run], "feature/"), *SUMMARY], run.before, run.after)
+    for key in dict.fromkeys([trained, *MATRIX]):
         label, *cells = table_rows([key], run.before, run.after)[0]
         rows.append([f"to target: {label}{' (trained)' if key == trained else ''}", *cells])
     return _text_table([["", "before", "after"], *rows])
 
 
 def evaluation_table(row: Json) -> str:
-    """One evaluation, an object as in evaluation.jsonl, as plain text."""
-    estimates = _estimates([row])
-    keys = sorted(estimates, key=_place)
-    rows = [[label, value] for label, value in table_rows(keys, estimates)]
+    """One evaluation, an object as in evaluation.jsonl."""
+    estimates = estimates_of(row)
+    rows = table_rows(sorted(estimates, key=_place), estimates)
     return _text_table([["", f"round {row.get('round', '?')}"], *rows])
 
 
 def compare_table(runs: Sequence[Run]) -> str:
-    """Runs as columns of plain text, as many side by side as 100 columns hold; * marks the best of a row."""
+    """Runs as columns, as many side by side as there is room for; * marks the best of a row, ? what to doubt."""
     header, quality, matrix = comparison_rows(runs)
-    table = [header, *quality, ["divergence to target"] + [""] * len(runs), *matrix]
-    blocks, first = [], 1
-    while first < len(header):
-        for last in range(len(header), first, -1):
-            block = _text_table([[row[0], *row[first:last]] for row in table])
-            if max(map(len, block.splitlines())) <= 100:
-                break
-        blocks.append(block)
-        first = last
-    return "\n\n".join([*blocks, *([DOUBT] if any("?" in cell for row in matrix for cell in row) else [])])
-
-
-def with_evaluations(runs: Sequence[Run], evaluations: Sequence[Json]) -> list[Run]:
-    """The runs, each with another evaluation in the place of its last."""
-    return [replace(run, after=_estimates([row])) for run, row in zip(runs, evaluations, strict=True)]
-
-
-def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
-    """
-    Raises:
-        UserError: as `read_run`, or no run is given.
-    """
-    if not run_dirs:
-        raise UserError("compare: no run given; name at least one run folder")
-    return [read_run(run_dir) for run_dir in run_dirs]
+    table = _text_table([header, *quality, ["divergence to target"] + [""] * len(runs), *matrix])
+    return table + (f"\n\n{DOUBT}" if any("?" in cell for row in matrix for cell in row) else "")
 
 
 def comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """Header; rows of what the runs are and do; rows of how far they end from their target."""
     header = ["", *(run.path.resolve().name[-20:] for run in runs)]
     identity = [["trained", *(run.divergence for run in runs)], ["seed", *(run.seed for run in runs)]]
-    quality = [_ranked_row(runs, key) for key in [*feature_keys(runs), *COMPARED]]
-    return header, identity + quality, [_ranked_row(runs, key) for key in divergence_keys(runs)]
+    quality = [_ranked_row(runs, key) for key in [*metric_keys(runs, "feature/"), *COMPARED]]
+    return header, identity + quality, [_ranked_row(runs, key) for key in metric_keys(runs, "divergence/")]
 
 
 def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:
     """A row with * before its best value, where there is a better side: a prescribed mean has none."""
     sign = 1 if key.startswith(("feature/", "entropy", "distinct")) else -1
-    values = [sign * run.after.get(key, UNKNOWN).value for run in runs]
-    known = [value for value in values if math.isfinite(value)]
+    estimates = [run.after.get(key, UNKNOWN) for run in runs]
+    values = [sign * estimate.value for estimate in estimates if math.isfinite(estimate.value)]
     prescribed = key.startswith("feature/") and any("moments" in str(run.config.get("target")) for run in runs)
-    best = max(known) if len(known) > 1 and not prescribed and key not in NO_BETTER_SIDE else None
-    label, *cells = table_rows([key], *(run.after for run in runs))[0]
-    doubts = [doubtful(key, run.after.get(key, UNKNOWN)) for run in runs]
-    return [label, *("*" * (v == best) + c + "?" * doubt for v, c, doubt in zip(values, cells, doubts, strict=True))]
+    best = sign * max(values) if len(values) > 1 and not prescribed and key not in NO_BETTER_SIDE else None
+    return [label_of(key), *("*" * (e.value == best) + text_of(e) + "?" * doubtful(key, e) for e in estimates)]
 
 
 def doubtful(key: str, estimate: Estimate) -> bool:
@@ -239,47 +146,56 @@ def doubtful(key: str, estimate: Estimate) -> bool:
     return looks_at_p and math.isfinite(estimate.value) and estimate.ess < LEAST_ESS
 
 
-def table_rows(keys: Iterable[str], *columns: dict[str, Estimate]) -> list[list[str]]:
-    return [[label_of(key), *(str(column.get(key, UNKNOWN)) for column in columns)] for key in keys]
+def quality_table(quality: Sequence[Quality]) -> str:
+    """What each β of quasi-rejection sampling costs and buys, for a person who chooses one."""
+    columns = [(q.acceptance, q.total_variation, q.forward_kl) for q in quality]
+    rows = [[f"{q.beta:g}", *map(text_of, estimates)] for q, estimates in zip(quality, columns, strict=True)]
+    return _text_table([["β", "acceptance", "TV to target", "KL(p‖p_β) (nats)"], *rows])
 
 
-def metric_keys(runs: Sequence[Run]) -> list[str]:
-    """Evaluation metrics that any of the runs has."""
-    return sorted(dict.fromkeys(key for run in runs for key in [*run.before, *run.after]), key=_place)
+def advice(kept: Kept, count: int, beta: float, max_draws: int) -> str:
+    """Why fewer than `count` were kept, and what would change it, in a sentence."""
+    outcome = f"kept {len(kept.items)} of {count} completions in {kept.draws} draws"
+    usable = [q for q in kept.quality if math.isfinite(q.acceptance.value)]
+    if not usable:
+        return f"{outcome}: no draw satisfies the target; train longer, or towards a softer target"
+    (own,) = (q for q in usable if q.beta == beta)
+    outcome += f", acceptance rate {own.acceptance.value:.3g} at β {beta:g}"
+    easier = [q for q in usable if q.beta < beta and q.acceptance.value * max_draws > 2 * count]
+    if easier:
+        outcome += f"; β {easier[-1].beta:g} would accept {easier[-1].acceptance.value:.3g}"
+    return f"{outcome}; a larger --max-draws than {max_draws} gets on at this β"
 
 
-def _place(key: str) -> int:
-    """Of a metric in the tables: features, under the policy and the target, then as LABELS has it, then the rest."""
-    kind = key.partition("/")[0]
-    return [*FEATURE_LABELS, *LABELS, key].index(kind if kind in FEATURE_LABELS else key)
+def _text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Labels to the left, the rest to the right, in blocks of as many columns as WIDTH holds."""
+    console = Console(width=WIDTH, color_system=None)
+    unlimited = console.options.update(width=10 * WIDTH * len(rows[0]))
+    for columns in range(len(rows[0]) - 1, 0, -1):
+        firsts = range(1, len(rows[0]), columns)
+        blocks = [_grid([[row[0], *row[first : first + columns]] for row in rows]) for first in firsts]
+        if all(console.measure(block, options=unlimited).maximum <= WIDTH for block in blocks):
+            break
+    with console.capture() as capture:
+        for block in blocks:
+            console.print(block, "")
+    return "\n".join(line.rstrip() for line in capture.get().split("\n")).rstrip()
 
 
-def feature_keys(runs: Sequence[Run]) -> list[str]:
-    return [key for key in metric_keys(runs) if key.startswith("feature/")]
+def _grid(rows: Sequence[Sequence[str]]) -> Table:
+    table = Table.grid("", *(Column(justify="right", no_wrap=True) for _ in rows[0][1:]), padding=(0, 2))
+    for cells in zip(*map(_aligned, zip(*rows, strict=True)), strict=True):
+        table.add_row(*cells)
+    return table
 
 
-def divergence_keys(runs: Sequence[Run]) -> list[str]:
-    return [key for key in metric_keys(runs) if key.startswith("divergence/")]
-
-
-def label_of(key: str) -> str:
-    kind, _, name = key.partition("/")
-    if name and kind in FEATURE_LABELS:
-        return FEATURE_LABELS[kind].format(name if len(name) <= 36 else name[:35] + "…")
-    return LABELS.get(key, name or key)
-
-
-def _text_table(rows: list[list[str]]) -> str:
-    """Labels to the left, the rest to the right, numbers and ± of a column below each other."""
-    labels, *columns = zip(*rows, strict=True)
-    aligned = [[label.ljust(max(map(len, labels))) for label in labels]]
-    for column in columns:
-        errors = [len("".join(cell.partition(" ± ")[1:])) for cell in column]
-        room = [max(errors) - n if is_number(cell) else 0 for cell, n in zip(column, errors, strict=True)]
-        cells = [cell + " " * n for cell, n in zip(column, room, strict=True)]
-        aligned.append([cell.rjust(max(map(len, cells))) for cell in cells])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
+def _aligned(column: Sequence[str]) -> list[Padding]:
+    """The cells of a column that is justified to the right, the ± of its numbers below each other."""
+    errors = [len("".join(cell.partition(" ± ")[1:])) for cell in column]
+    gaps = [max(errors) - error if is_number(cell) else 0 for cell, error in zip(column, errors, strict=True)]
+    return [Padding(Text(cell), (0, gap, 0, 0)) for cell, gap in zip(column, gaps, strict=True)]
 
 
 def is_number(cell: str) -> bool:
+    """Whether a cell of a table holds a number, or says that there is none."""
     return re.match(r"\*?-?[\d∞–]", cell) is not None

@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from fdpg_fast.errors import UserError
+from fdpg_fast.measure.estimators import Estimate
+from fdpg_fast.runs.folder import read_runs
 from fdpg_fast.runs.report import write_comparison, write_report
-from fdpg_fast.runs.tables import Estimate, before_after_table, compare_table, evaluation_table, read_runs
+from fdpg_fast.runs.tables import before_after_table, compare_table, evaluation_table, text_of, with_error
 
 VOID = {"meta", "br"}
 
@@ -212,24 +214,29 @@ def test_metrics_without_a_number_are_not_plotted(make_run):
 
 
 @pytest.mark.parametrize(
-    ("estimate", "shown"),
+    ("number", "shown"),
     [
         ((0.3123, 0.0417), "0.312 ± 0.042"),
         ((31.04, 1.26), "31.0 ± 1.3"),
         ((1234.5, 45.0), "1,234 ± 45"),
         ((3.2e7, 2e7), "3.20e+07 ± 2e+07"),
-        ((0.25,), "0.250"),
+        ((0.25, math.nan), "0.250"),
         ((0.0, 0.0), "0.00 ± 0.00"),
         ((-1e-9, 0.01), "0.000 ± 0.010"),
         ((-1.1637, 0.139), "-1.16 ± 0.14"),
         ((1.5, math.inf), "1.50"),
         ((math.inf, math.nan), "∞"),
-        ((-math.inf,), "-∞"),
-        ((), "–"),
+        ((-math.inf, math.nan), "-∞"),
+        ((math.nan, math.nan), "–"),
     ],
 )
-def test_number_of_decimals(estimate, shown):
-    assert str(Estimate(*estimate)) == shown
+def test_number_of_decimals(number, shown):
+    assert with_error(*number) == shown
+
+
+def test_an_estimate_is_shown_with_half_of_its_interval():
+    assert text_of(Estimate(0.3123, 0.0213, 80.0)) == "0.312 ± 0.042"
+    assert text_of(Estimate(math.nan, math.nan, math.nan)) == "–"
 
 
 def test_before_after_table(make_run):
@@ -319,10 +326,10 @@ def test_damaged_line_is_named(make_run):
     run = make_run()
     with open(run / "metrics.jsonl", "a") as file:
         file.write('\n{"round": 4, "lo')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:6: not JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:6: not a JSON object .*; remove the damaged line"):
         write_report(run)
     write_jsonl(run / "metrics.jsonl", [[1, 2]])
-    with pytest.raises(UserError, match=r"metrics\.jsonl:1: .* not a JSON object"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a JSON object"):
         before_after_table(run)
 
 

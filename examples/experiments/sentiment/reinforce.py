@@ -27,7 +27,7 @@ from fdpg_fast.measure.estimators import Estimate, mean
 from fdpg_fast.measure.evaluate import evaluate
 from fdpg_fast.models.language_model import eos_token_ids, load_model, load_tokenizer
 from fdpg_fast.rollouts import Rollouts
-from fdpg_fast.runs.tables import number, read_run
+from fdpg_fast.runs.folder import read_run
 from fdpg_fast.scoring import Scores
 from fdpg_fast.session import build_feature
 from fdpg_fast.targets import rlhf
@@ -48,7 +48,7 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     elif algorithm == "reverse_kl":
         metrics = Trainer(config).train().after.metrics
         rows = read_run(config.run_dir).metrics
-        curve = [{key: number(row, key) for key in ("round", *curve_keys(rows[0]))} for row in rows]
+        curve = [{key: row[key] for key in ("round", *curve_keys(rows[0]))} for row in rows]
     else:
         raise UserError(f"algorithm: {algorithm!r}: choose reinforce or reverse_kl")
     return Row({}, seed, metrics, curve)
