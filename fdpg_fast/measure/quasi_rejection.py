@@ -92,7 +92,7 @@ class Kept:
     """What `sample` found.
 
     Attributes:
-        items: the kept ones, by context in turn.
+        items: those that were kept, by context in turn.
         draws: how many were drawn, those that measured Z_c included.
         unreachable: indices of the contexts in which no measured draw had P > 0; nothing is kept there.
         quality: for every β of the grid and the one asked for, from all the draws.
@@ -137,9 +137,7 @@ def sample(
     wanted = {c: len(range(place, count, len(reachable))) for place, c in enumerate(reachable)}
     rate = float(acceptance_probability(log_weights, log_z[context_index].nan_to_num(neginf=0.0), beta).mean())
     items: dict[int, list[Any]] = {c: [] for c in reachable}
-    while (left := max_draws - len(log_weights)) > 0 and (
-        lacking := [c for c in reachable if len(items[c]) < wanted[c]]
-    ):
+    while (left := max_draws - len(log_weights)) and (lacking := [c for c in reachable if len(items[c]) < wanted[c]]):
         lacking = lacking[:left]
         lack = max(wanted[c] - len(items[c]) for c in lacking)
         each = min(math.ceil(lack / max(rate, 1e-9)), MEASURED, left // len(lacking))
