@@ -14,21 +14,16 @@ from ..errors import RunError
 from ..models.language_model import LanguageModel
 from ..rollouts import Rollouts
 
-log = logging.getLogger(__name__)
-
 GAP_TOKENS = 32  # of a round's completions, at least, that the learner scores to see whether the engine agrees
 GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop: mean nats a token
 
+log = logging.getLogger(__name__)
+
 
 def compare_with_learner(
-    rollouts: Rollouts,
-    policy: LanguageModel,
-    config: TrainConfig,
-    *,
-    seed: int,
-    micro_batch_tokens: int,
+    rollouts: Rollouts, policy: LanguageModel, config: TrainConfig, *, seed: int, micro_batch_tokens: int
 ) -> dict[str, float]:
-    """What `agreement` finds on a few of B completions, sampled from the weights that the policy has at this moment.
+    """`agreement` on a few of B completions, sampled from the weights that the policy has at this moment.
 
     Raises:
         RunError: the gap is above the config's limit.
@@ -36,18 +31,20 @@ def compare_with_learner(
     ends = rollouts.cu_seqlens
     first = seed % len(rollouts)
     last = int(torch.searchsorted(ends, int(ends[first]) + GAP_TOKENS).clamp(first + 1, len(rollouts)))
-    part = rollouts.part(slice(first, last))
-    found = agreement(part, policy.token_logprobs(part, micro_batch_tokens))
-    gap, settings, usual = found["logprob_gap_mean"], config.engine, GAP_LIMITS[config.dtype]
-    warning, limit = settings.gap_warning or usual[0], settings.gap_limit or usual[1]
+    few = rollouts.part(slice(first, last))
+    gaps = agreement(few, policy.token_logprobs(few, micro_batch_tokens))
+    warning, limit = GAP_LIMITS[config.dtype]
+    warning, limit = config.engine.gap_warning or warning, config.engine.gap_limit or limit
+    gap = gaps["logprob_gap_mean"]
+    complaint = f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token"
     if gap > limit:
         raise RunError(
-            f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token (engine.gap_limit "
-            f"{limit:g}): it does not sample from the weights that are trained; see docs/engines.md"
+            f"{complaint} (engine.gap_limit {limit:g}): it does not sample from the weights that are trained; "
+            "see docs/engines.md"
         )
     if gap > warning:
-        log.warning(f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token; see docs/engines.md")
-    return found
+        log.warning("%s; see docs/engines.md", complaint)
+    return gaps
 
 
 def agreement(rollouts: Rollouts, policy_logprob: Tensor) -> dict[str, float]:

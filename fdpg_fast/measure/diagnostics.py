@@ -14,6 +14,7 @@ MAX_PARETO_K = 0.7  # beyond it importance sampling errs by more than its standa
 MIN_ESS = 3.0
 MAX_LOG_Z_SE = 0.5  # a 95 % interval of a factor of 7
 PATIENCE = 3  # rounds in a row: one bad round is chance, and Z needs a few
+REMEDIES = "take more samples per context, or a softer target (rlhf: a larger beta)"
 
 
 def pareto_k(log_weights: Tensor) -> float:
@@ -51,31 +52,29 @@ def fit_generalised_pareto(excess: Tensor) -> float:
 
 
 def complaints(metrics: Mapping[str, float]) -> dict[str, str]:
-    """What is wrong with a round, by kind, as sentences for a person; of `round_metrics`, NaN where unknown."""
-    found = {}
+    """Sentences for a person on what is wrong with a round, by kind; from `round_metrics`, NaN where unknown."""
+    sentences = {}
     ess, k, error = (metrics.get(key, math.nan) for key in ("target/ess", "target/pareto_k", "z/log_z_se"))
     if metrics.get("target/in_support") == 0:
-        found["support"] = (
+        sentences["support"] = (
             "no completion satisfies the target, and where none does nothing is learned: start from an easier "
             "constraint or a softer one (kind: rlhf with the constraint as reward), or sample more completions"
         )
     elif ess <= MIN_ESS:
-        found["ess"] = (
-            f"the target is far from what is sampled: {ess:.1f} effective completions carry the round; take more "
-            "samples per context, or a softer target (rlhf: a larger beta)"
+        sentences["ess"] = (
+            f"the target is far from what is sampled: {ess:.1f} effective completions carry the round; {REMEDIES}"
         )
     if k > MAX_PARETO_K:
-        found["pareto_k"] = (
-            f"the importance weights have a heavy tail (Pareto k {k:.2f} > {MAX_PARETO_K}): log Z and the "
-            "divergences may be off by more than their intervals; take more samples per context, or a softer "
-            "target (rlhf: a larger beta)"
+        sentences["pareto_k"] = (
+            f"the importance weights have a heavy tail (Pareto k {k:.2f} > {MAX_PARETO_K}): log Z and the divergences "
+            f"may be off by more than their intervals; {REMEDIES}"
         )
     if error > MAX_LOG_Z_SE:
-        found["log_z"] = (
+        sentences["log_z"] = (
             f"log Z is known to ± {1.96 * error:.1f} only, and the pseudo-rewards with it; take more samples per "
             "context, fewer contexts, or partition.per_context: false"
         )
-    return found
+    return sentences
 
 
 class Watch:
@@ -86,9 +85,9 @@ class Watch:
         self._said: set[str] = set()
 
     def __call__(self, metrics: Mapping[str, float]) -> list[str]:
-        """What to say after this round."""
-        found = complaints(metrics)
-        self._lasted = {kind: self._lasted.get(kind, 0) + 1 for kind in found}
+        """The complaints to make after this round."""
+        sentences = complaints(metrics)
+        self._lasted = {kind: self._lasted.get(kind, 0) + 1 for kind in sentences}
         due = [kind for kind, rounds in self._lasted.items() if rounds >= PATIENCE and kind not in self._said]
         self._said.update(due)
-        return [found[kind] for kind in due]
+        return [sentences[kind] for kind in due]

@@ -1,25 +1,27 @@
 """Means, log Z and the table of D_f(π_c‖p_c), from one sample x_i ~ π(·|c_i), each with its standard error.
 
-Every argument is a tensor on the CPU, one entry a sequence: `policy_logprob` log π(x|c), `base_logprob` log
-a(x|c), `target_log_score` log P = log a + log φ (−inf where P = 0), [B] float64 in nats, and `context_index`
-[B] int64. Contexts weigh alike, however many samples each has. What π never samples is not seen:
-forward KL and χ²(p‖π) come out too small where π misses a part of p, and the ESS shows it only if a little of that part
-is sampled. The others are right even so where Z is known from elsewhere, and too small where it is not.
+Every argument is a tensor on the CPU, one entry a sequence: `policy_logprob` log π(x|c), `base_logprob` log a(x|c),
+`target_log_score` log P = log a + log φ (−inf where P = 0), [B] float64 in nats, and `context_index` [B] int64.
+Contexts weigh alike, however many samples each has. What π never samples is not seen: forward KL and χ²(p‖π) come out
+too small where π misses a part of p, and the ESS shows it only if a little of that part is sampled. The others are
+right even so where Z is known from elsewhere, and too small where it is not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fdpg_kernels import Divergence, divergences
 
+from .. import by_context
+
 MATRIX = (*divergences.NAMES, "alpha:0.5")
-RIDGE = 10.0
+RIDGE = 10.0  # samples that f(0) weighs as much as, see `_control`
 LARGEST_WEIGHT = 1e12  # of such, as only a wrong Z makes them, the difference h − c·w would be rounding errors
 LARGEST_EXPONENT = 709.0  # exp() of more is infinite in float64
 
@@ -31,8 +33,8 @@ class Estimate:
     Attributes:
         value: NaN where nothing could be measured.
         standard_error: NaN where it cannot be estimated, as from one sample, or is not finite.
-        ess: effective number of samples behind the value: (Σw)²/Σw² within each context, summed over
-            contexts, where samples carry importance weights w; otherwise their number.
+        ess: effective number of samples behind the value: (Σw)²/Σw² within each context, summed over contexts, where
+            samples carry importance weights w; otherwise their number.
     """
 
     value: float
@@ -51,8 +53,7 @@ class LogPartition:
 
     Attributes:
         log_z: −inf where no sample has P > 0.
-        relative_standard_error: of Z_c, as a fraction of Z_c, so also that of log Z_c; NaN where Z_c = 0 or
-            n_c = 1.
+        relative_standard_error: of Z_c, as a fraction of it, so also that of log Z_c; NaN where Z_c = 0 or n_c = 1.
         ess: (Σw)²/Σw² of w = P/π; 0 where Z_c = 0.
     """
 
@@ -68,8 +69,7 @@ class DivergenceMatrix:
     Attributes:
         estimates: by name: those asked for, and "jensen_shannon_half", half of "jensen_shannon".
         contexts: how many contexts the averages are over.
-        contexts_left_out: how many had no usable Z_c. They are the hard ones: with any of them left out,
-            every value is an average over the easier contexts only.
+        contexts_left_out: how many had no usable Z_c: the hard ones, so that the averages are over easier ones only.
     """
 
     estimates: dict[str, Estimate]
@@ -80,22 +80,19 @@ class DivergenceMatrix:
 def mean(values: Tensor, context_index: Tensor) -> Estimate:
     """Average over contexts of the mean within each context.
 
-    Contexts count as a random sample wherever there are two or more: the spread of their means over √C is
-    then the standard error, and it holds both sources of chance, which contexts were drawn and which samples
-    in each, since every context mean carries the noise of its own samples. (Were the contexts all there are,
-    it would be too wide.) With one context only the samples are random: sd/√n.
+    Contexts count as a random sample wherever there are two or more: the spread of their means over √C is then the
+    standard error, and it holds both sources of chance, which contexts were drawn and which samples in each, since
+    every context mean carries the noise of its own samples. (Were the contexts all there are, it would be too wide.)
+    With one context only the samples are random: sd/√n.
 
     Args:
-        values: [B], any real dtype; NaN means "does not apply" and is ignored, as is a context with nothing
-            else.
+        values: [B], any real dtype; NaN means "does not apply" and is ignored, as is a context with nothing else.
         context_index: [B] int64; any integers, in any order.
     """
     applies = ~values.isnan()
     values = values[applies].double()
-    position, counts = _positions(context_index[applies])
-    context_means = _sums(values / counts[position], position, len(counts))
-    units = context_means if len(counts) > 1 else values
-    return Estimate(float(context_means.mean()), _standard_error(units), float(len(values)))
+    context_index, counts = by_context.renumber(context_index[applies])
+    return _estimate(by_context.means(values, context_index, counts), values, len(values))
 
 
 def mean_under_target(
@@ -111,17 +108,13 @@ def mean_under_target(
         policy_logprob, target_log_score, context_index: [B].
     """
     used = ~values.isnan() & ~target_log_score.isneginf()
-    if not bool(used.any()):
-        return Estimate(math.nan, math.nan, 0.0)
-    position, counts = _positions(context_index[used])
     values, log_weight = values[used].double(), (target_log_score - policy_logprob)[used].double()
-    partition = log_partition(torch.zeros_like(log_weight), log_weight, position)
-    share = (log_weight - partition.log_z[position]).exp() / counts[position]  # sums to 1 in each context
-    units = _sums(share * values, position, len(counts))
-    value = units.mean()
-    if len(counts) == 1:
-        units = share * (values - value) * len(values)
-    return Estimate(float(value), _standard_error(units), float(partition.ess.sum()))
+    context_index, counts = by_context.renumber(context_index[used])
+    partition = log_partition(torch.zeros_like(log_weight), log_weight, context_index)
+    share = (log_weight - partition.log_z[context_index]).exp() / counts[context_index]  # sums to 1 in each context
+    context_means = by_context.sums(share * values, context_index, len(counts))
+    influences = share * (values - context_means.mean()) * len(values)
+    return _estimate(context_means, influences, float(partition.ess.sum()))
 
 
 def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_index: Tensor) -> LogPartition:
@@ -136,24 +129,18 @@ def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_inde
     """
     counts = context_index.bincount().double()  # [C]
     log_weight = target_log_score.double() - policy_logprob.double()
-    if not bool((log_weight < math.inf).all()):
-        bad = int((~(log_weight < math.inf)).nonzero()[0])
+    if not bool((possible := log_weight < math.inf).all()):
+        bad = int((~possible).nonzero()[0])
         raise ValueError(
             f"sample {bad}: log P {float(target_log_score[bad])}, log π {float(policy_logprob[bad])}; "
             "log P must be below inf and log π finite"
         )
-    largest = torch.full_like(counts, -math.inf).scatter_reduce(0, context_index, log_weight, "amax")
-    offset = largest.masked_fill(largest.isneginf(), 0.0)
-    scaled = (log_weight - offset[context_index]).exp()  # P/π over the largest of its context, or all 0
-    total = _sums(scaled, context_index, len(counts))
-    ess = total.square() / _sums(scaled.square(), context_index, len(counts))
+    scaled, log_scale = by_context.scaled_exp(log_weight, context_index, len(counts))
+    means = by_context.sums(scaled, context_index, len(counts)) / counts
+    ess = by_context.effective_samples(scaled, context_index, len(counts))
     # sd/√n of w over its mean; (Σw²/n − mean²) in units of mean² is n/ess − 1
     relative_variance = (counts / ess - 1).clamp(min=0) / (counts - 1)
-    return LogPartition(
-        log_z=largest + (total / counts).log(),
-        relative_standard_error=relative_variance.sqrt(),
-        ess=ess.nan_to_num(nan=0.0),
-    )
+    return LogPartition(log_scale + means.log(), relative_variance.sqrt(), ess.nan_to_num(nan=0.0))
 
 
 def divergence_matrix(
@@ -172,53 +159,50 @@ def divergence_matrix(
     it would exceed the bounds of D_f. Where f(0) is finite what is missing of w is worth f(0) each, so that parts of p
     which π never samples are counted, and the ESS is the number of samples.
 
-    Without `known`, Z_c is the mean of P/π over the same samples. That biases D_c by O(1/n_c), mostly towards
-    0 (p/π cannot exceed n_c), and no standard error shows it: measured with 8 samples of each of 128
-    contexts, a forward KL of 0.49 came out as 0.36 ± 0.02, with 128 samples as 0.47. Few samples a context
-    want a Z_c from elsewhere.
+    Without `known`, Z_c is the mean of P/π over the same samples. That biases D_c by O(1/n_c), mostly towards 0 (p/π
+    cannot exceed n_c), and no standard error shows it: measured with 8 samples of each of 128 contexts, a forward KL of
+    0.49 came out as 0.36 ± 0.02, with 128 samples as 0.47. Few samples a context want a Z_c from elsewhere.
 
-    The standard error over two or more contexts is the spread of D_c over √C, as in `mean`. In one context it
-    is that of the influence of each sample, h_i − D, and where Z is estimated along with it,
-    ∂D/∂Z·(w_i − Z) = E_π[f'(t) − f(t)/t]·(w_i/Z − 1), w = P/π, more: t ∝ Z. A Z from another sample adds the error
-    of its own to that, times the same slope.
+    The standard error over two or more contexts is the spread of D_c over √C, as in `mean`. In one context it is that
+    of the influence of each sample, h_i − D, and where Z is estimated along with it, ∂D/∂Z·(w_i − Z) =
+    E_π[f'(t) − f(t)/t]·(w_i/Z − 1), w = P/π, more: t ∝ Z. A Z from another sample adds its own error, times that slope.
 
     Args:
         policy_logprob, target_log_score: [B].
         context_index: [B], values 0..C−1, each at least once.
         known: Z_c of each of the C contexts from a larger or another sample.
 
-    Left out are contexts whose Z_c is zero, and without `known` those of a single sample: its t is 1 whatever
-    π is. A value is infinite where f'(∞) is and P = 0 on some sample.
+    Left out are contexts whose Z_c is zero, and without `known` those of a single sample: its t is 1 whatever π is. A
+    value is infinite where f'(∞) is and P = 0 on some sample.
     """
     partition = log_partition(policy_logprob, target_log_score, context_index)
     log_z = (known or partition).log_z
     usable = log_z.isfinite()
     if known is None:
         usable &= context_index.bincount() > 1
-    kept = usable[context_index]
-    log_t = policy_logprob.double() - target_log_score.double() + log_z.double()[context_index]
-    log_t, (position, counts) = log_t[kept], _positions(context_index[kept])
+    used = usable[context_index]
+    log_t = (policy_logprob.double() - target_log_score.double() + log_z.double()[context_index])[used]
+    context_index, counts = by_context.renumber(context_index[used])
     weight = (-log_t).exp()  # p/π
-    ess = float(partition.ess[usable].sum())
+    too_far = log_t < -LARGEST_EXPONENT  # it is infinite in float64, and h grows at least as fast here
 
     estimates = {}
     for name, divergence in {x.name: x for x in map(divergences.get, (*names, "jensen_shannon"))}.items():
-        price = _price(divergence, log_t)
-        slope = _slope_in_log_z(divergence, log_t, price)
-        if known is not None and (control := _control(divergence, price, weight, position, counts)):
-            price, slope = price - control * (weight - 1), slope + control * weight.mean()
-        units = _sums(price / counts[position], position, len(counts))  # D_c
-        value, error_of_z = units.mean(), 0.0
-        if len(counts) == 1:
-            units = price - value
-            if known is None:
-                units = units + slope * (weight - 1)
-            else:
+        price = divergence.f_over_t(log_t.masked_fill(too_far, 0.0)).masked_fill(too_far, math.inf)  # h
+        bracket = (divergence.f_prime(log_t) - price).masked_fill(log_t.isposinf(), 0.0)
+        slope = (bracket / len(log_t)).sum()  # ∂D/∂log Z = E_π[f'(t) − f(t)/t], 0 off the support
+        ess, error_of_z = float(partition.ess[usable].sum()), 0.0
+        if known is not None:
+            if control := _control(divergence, price, weight, context_index, counts):
+                price, slope = price - control * (weight - 1), slope + control * weight.mean()
+            if math.isfinite(divergence.f_at_zero):  # the control knows the sum of what is rare under π
+                ess = float(len(log_t))
+            if len(counts) == 1:
                 error_of_z = float(slope * known.relative_standard_error[usable][0])
-        # the control knows the sum of what is rare under π
-        all_count = known is not None and math.isfinite(divergence.f_at_zero)
-        behind = float(len(log_t)) if all_count else ess
-        estimates[name] = Estimate(float(value), math.hypot(_standard_error(units), error_of_z), behind)
+        context_values = by_context.means(price, context_index, counts)  # D_c
+        influences = price - context_values.mean() + (slope * (weight - 1) if known is None else 0.0)
+        estimate = _estimate(context_values, influences, ess)
+        estimates[name] = replace(estimate, standard_error=math.hypot(estimate.standard_error, error_of_z))
     whole = estimates["jensen_shannon"]
     estimates["jensen_shannon_half"] = Estimate(whole.value / 2, whole.standard_error / 2, whole.ess)
     return DivergenceMatrix(estimates, contexts=len(counts), contexts_left_out=len(usable) - len(counts))
@@ -251,23 +235,19 @@ def _ratio(numerator: Tensor, denominator: Tensor, context_index: Tensor) -> Est
 
     Contexts are the units of the error where there are two or more, otherwise samples; see `mean`.
     """
-    position, counts = _positions(context_index)
+    context_index, counts = by_context.renumber(context_index)
     value = numerator.sum() / denominator.sum()
     residuals = numerator - value * denominator
     if len(counts) > 1:
-        residuals = _sums(residuals, position, len(counts))
+        residuals = by_context.sums(residuals, context_index, len(counts))
     error = _standard_error(residuals * len(residuals) / denominator.sum())
     return Estimate(float(value), error, float(len(numerator)))
 
 
-def _positions(context_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the contexts that occur each sample belongs to, [B], and how many samples each has."""
-    _, position, counts = context_index.unique(return_inverse=True, return_counts=True)
-    return position, counts
-
-
-def _sums(values: Tensor, position: Tensor, num_contexts: int) -> Tensor:
-    return torch.zeros(num_contexts, dtype=torch.float64).index_add(0, position, values)
+def _estimate(context_values: Tensor, influences: Tensor, ess: float) -> Estimate:
+    """The average over contexts, [C]; its error is their spread, or in one context that of the samples' influences."""
+    units = context_values if len(context_values) > 1 else influences
+    return Estimate(float(context_values.mean()), _standard_error(units), float(ess))
 
 
 def _standard_error(units: Tensor) -> float:
@@ -278,13 +258,7 @@ def _standard_error(units: Tensor) -> float:
     return float((units / scale).std()) * scale / math.sqrt(len(units))
 
 
-def _price(divergence: Divergence, log_t: Tensor) -> Tensor:
-    """h = f(t)/t from log t, f'(∞) where log t = +inf: what D_f pays for each sample, never negative."""
-    too_far = log_t < -LARGEST_EXPONENT  # p/π is infinite in float64, and h grows at least as fast here
-    return divergence.f_over_t(log_t.masked_fill(too_far, 0.0)).masked_fill(too_far, math.inf)
-
-
-def _control(divergence: Divergence, price: Tensor, weight: Tensor, position: Tensor, counts: Tensor) -> float:
+def _control(divergence: Divergence, price: Tensor, weight: Tensor, context_index: Tensor, counts: Tensor) -> float:
     """How much of h = `price` goes with w = `weight`: least squares within contexts, drawn towards f(0).
 
     h/w goes to f(0) as w grows, so f(0) is the slope of what is not in the sample; it weighs as much as RIDGE samples
@@ -293,7 +267,7 @@ def _control(divergence: Divergence, price: Tensor, weight: Tensor, position: Te
     if len(price) == 0 or not bool((price.isfinite() & (weight < LARGEST_WEIGHT)).all()):
         return 0.0
     highest = float(price.abs().max()) or 1.0  # a sum of e^709 would overflow
-    spread = weight - (_sums(weight, position, len(counts)) / counts)[position]
+    spread = weight - (by_context.sums(weight, context_index, len(counts)) / counts)[context_index]
     covariance, variance = float((spread * (price / highest)).sum()), float(spread.square().sum())
     tail = divergence.f_at_zero
     if math.isfinite(tail):
@@ -301,9 +275,3 @@ def _control(divergence: Divergence, price: Tensor, weight: Tensor, position: Te
     elif variance < 1e-24 * len(weight):  # all alike, to rounding
         return 0.0
     return covariance / variance * highest
-
-
-def _slope_in_log_z(divergence: Divergence, log_t: Tensor, price: Tensor) -> Tensor:
-    """∂D/∂log Z = E_π[f'(t) − f(t)/t]; the bracket is 0 off the support. A scalar."""
-    bracket = (divergence.f_prime(log_t) - price).masked_fill(log_t.isposinf(), 0.0)
-    return (bracket / len(log_t)).sum()

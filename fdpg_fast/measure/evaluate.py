@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from fdpg_kernels import Divergence
 
 from ..rollouts import Rollouts
@@ -39,11 +41,7 @@ class Evaluation:
 
 
 def evaluate(
-    rollouts: Rollouts,
-    scores: Scores,
-    target: Target,
-    divergence: str | Divergence,
-    known: LogPartition | None = None,
+    rollouts: Rollouts, scores: Scores, target: Target, divergence: str | Divergence, known: LogPartition | None = None
 ) -> Evaluation:
     """Measure a policy on B on-policy rollouts and their scores.
 
@@ -51,39 +49,35 @@ def evaluate(
     without it the Z of this very sample (see `divergence_matrix`); entropies and KL in nats; Distinct-n and Self-BLEU
     over all completions together.
     """
-    owner, lengths = rollouts.context_index, rollouts.lengths.double()
-    texts = scores.texts.completions
+    context_index, lengths, texts = rollouts.context_index, rollouts.lengths.double(), scores.texts.completions
     log_pi, log_a, log_score = scores.behavior_logprob, scores.base_logprob, scores.log_score
+
+    def under_target(values: Tensor) -> Estimate:
+        return estimators.mean_under_target(values, log_pi, log_score, context_index)
+
     metrics = {}
     for feature, values in zip(target.features, scores.values.T, strict=True):
-        metrics[f"feature/{feature.name}"] = estimators.mean(values, owner)
-        reweighted = estimators.mean_under_target(values, log_pi, log_score, owner)
-        metrics[f"feature_of_target/{feature.name}"] = reweighted
+        metrics[f"feature/{feature.name}"] = estimators.mean(values, context_index)
+        metrics[f"feature_of_target/{feature.name}"] = under_target(values)
     metrics |= {f"exponent/{name}": Estimate(x, math.nan, math.nan) for name, x in target.exponent_by_feature.items()}
     metrics |= {
-        "kl_to_base": estimators.kl_to_base(log_pi, log_a, owner),
-        "entropy_per_sequence": estimators.entropy_per_sequence(log_pi, owner),
-        "entropy_per_token": estimators.entropy_per_token(log_pi, lengths, owner),
-        "length": estimators.mean(lengths, owner),
-        "perplexity_under_base": estimators.perplexity_under_base(log_a, lengths, owner),
+        "kl_to_base": estimators.kl_to_base(log_pi, log_a, context_index),
+        "entropy_per_sequence": estimators.entropy_per_sequence(log_pi, context_index),
+        "entropy_per_token": estimators.entropy_per_token(log_pi, lengths, context_index),
+        "length": estimators.mean(lengths, context_index),
+        "perplexity_under_base": estimators.perplexity_under_base(log_a, lengths, context_index),
     }
-    for n in (1, 2, 3):
-        metrics[f"distinct_{n}"] = Estimate(distinct_n(texts, n), math.nan, len(texts))
-    metrics["self_bleu_5"] = Estimate(self_bleu(texts, 5), math.nan, len(texts))
+    varied = {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)} | {"self_bleu_5": self_bleu(texts, 5)}
+    metrics |= {name: Estimate(value, math.nan, len(texts)) for name, value in varied.items()}
 
-    partition = known or estimators.log_partition(log_pi, log_score, owner)
+    partition = known or estimators.log_partition(log_pi, log_score, context_index)
     seen = partition.log_z.isfinite()
-    errors = partition.relative_standard_error[seen]
-    metrics["log_z"] = Estimate(
-        float(partition.log_z[seen].mean()),
-        float(errors.square().sum().sqrt()) / max(1, len(errors)),
-        float(partition.ess.sum()),
-    )
-    gain = log_score - log_a - partition.log_z[owner]  # log p/a
-    cost = estimators.mean_under_target(gain.masked_fill(~gain.isfinite(), math.nan), log_pi, log_score, owner)
-    error = math.hypot(cost.standard_error, metrics["log_z"].standard_error)
-    metrics["kl_of_target_to_base"] = replace(cost, standard_error=error)
-    matrix = estimators.divergence_matrix(log_pi, log_score, owner, known, (*estimators.MATRIX, divergence))
+    error = float(partition.relative_standard_error[seen].square().sum().sqrt()) / max(1, int(seen.sum()))
+    metrics["log_z"] = Estimate(float(partition.log_z[seen].mean()), error, float(partition.ess.sum()))
+    gain = log_score - log_a - partition.log_z[context_index]  # log p/a
+    cost = under_target(gain.masked_fill(~gain.isfinite(), math.nan))
+    metrics["kl_of_target_to_base"] = replace(cost, standard_error=math.hypot(cost.standard_error, error))
+    matrix = estimators.divergence_matrix(log_pi, log_score, context_index, known, (*estimators.MATRIX, divergence))
     metrics["contexts_left_out"] = Estimate(matrix.contexts_left_out, math.nan, len(rollouts.contexts))
     metrics |= {f"divergence/{name}": estimate for name, estimate in matrix.estimates.items()}
     return Evaluation(metrics, len(rollouts), len(rollouts.contexts))

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import by_context
 from ..errors import UserError
-from .estimators import Estimate, mean
+from .estimators import Estimate, log_partition, mean
 
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 MEASURED = 256  # draws, over all contexts, that measure Z_c before any is kept; at least LEAST in each context
@@ -52,36 +53,33 @@ def estimate(log_weights: Tensor, context_index: Tensor, betas: Sequence[float] 
         log_weights: log P/q, [B] float64; −inf where P = 0.
         context_index: [B], values 0..C−1. Contexts without P > 0 and those of one sample are left out.
     """
-    counts = context_index.bincount()
-    in_support = torch.zeros(len(counts)).index_add(0, context_index, (log_weights > -math.inf).float()) > 0
-    kept = ((counts > 1) & in_support)[context_index]
-    _, owner, counts = context_index[kept].unique(return_inverse=True, return_counts=True)
-    log_weights, contexts = log_weights[kept].double(), len(counts)
-    share = (1 / counts.double())[owner]  # the mass of each sample in its context's empirical q
-    weights = (log_weights - _log_z(log_weights, owner))[:, None].exp()
-    ess = float((_sums(weights, owner).square() / _sums(weights.square(), owner)).sum())
+    partition = log_partition(torch.zeros_like(log_weights), log_weights, context_index)
+    usable = partition.log_z.isfinite() & (context_index.bincount() > 1)
+    log_weights = log_weights[usable[context_index]].double()
+    context_index, counts = by_context.renumber(context_index[usable[context_index]])
+    contexts = len(counts)
 
     def measure(share: Tensor, beta: float) -> Tensor:
         """[C, 3] as functions of the masses: their derivatives are the samples' influences."""
-        log_w = log_weights - _log_z(log_weights, owner, share)
+        log_w = log_weights - by_context.log_sum_exp(log_weights, context_index, contexts, share)[context_index]
         w, m = log_w.exp(), log_w.clamp(max=math.log(beta)).exp()
-        kept_mass = _sums((share * m)[:, None], owner)[:, 0]  # S
-        distance = (w - m / kept_mass[owner]).abs() / 2
+        accepted = by_context.sums(share * m, context_index, contexts)  # S
+        distance = (w - m / accepted[context_index]).abs() / 2
         excess = w * (log_w - math.log(beta)).clamp(min=0)
-        total = _sums(torch.stack([share * distance, share * excess], dim=1), owner)
-        return torch.stack([kept_mass / beta, total[:, 0], total[:, 1] + kept_mass.log()], dim=1)
+        total = by_context.sums(torch.stack([share * distance, share * excess], dim=1), context_index, contexts)
+        return torch.stack([accepted / beta, total[:, 0], total[:, 1] + accepted.log()], dim=1)
 
-    found = []
+    share = (1 / counts.double())[context_index].requires_grad_()  # each sample's mass in its context's empirical q
+    qualities = []
     for beta in betas:
         estimates = []
-        for column in range(3):
-            masses = share.clone().requires_grad_()
-            values = measure(masses, beta)[:, column]  # [C]
-            (influence,) = torch.autograd.grad(values.sum(), masses) if contexts else (share,)
-            influence = influence - _sums((share * influence)[:, None], owner)[owner, 0]
-            estimates.append(replace(mean(values.detach()[owner] + influence, owner), ess=ess))
-        found.append(Quality(beta, *estimates))
-    return found
+        for values in measure(share, beta).unbind(1):  # [C]
+            (influence,) = torch.autograd.grad(values.sum(), share, retain_graph=True)
+            influence = influence - by_context.means(influence, context_index, counts)[context_index]
+            influenced = mean(values.detach()[context_index] + influence, context_index)
+            estimates.append(replace(influenced, ess=float(partition.ess[usable].sum())))
+        qualities.append(Quality(beta, *estimates))
+    return qualities
 
 
 def acceptance_probability(log_weights: Tensor, log_z: Tensor, beta: float) -> Tensor:
@@ -94,7 +92,7 @@ class Kept:
     """What `sample` found.
 
     Attributes:
-        items: the kept ones, by context in turn.
+        items: those that were kept, by context in turn.
         draws: how many were drawn, those that measured Z_c included.
         unreachable: indices of the contexts in which no measured draw had P > 0; nothing is kept there.
         quality: for every β of the grid and the one asked for, from all the draws.
@@ -133,42 +131,25 @@ def sample(
         )
     generator = torch.Generator().manual_seed(seed)
     first = min(max(LEAST, MEASURED // contexts), max_draws // (2 * contexts))
-    _, log_weights, owner = draw(list(range(contexts)), first)
-    spent = len(owner)
-    log_z = torch.full((contexts,), -math.inf, dtype=torch.float64)
-    log_z[owner] = _log_z(log_weights, owner)
+    _, log_weights, context_index = draw(list(range(contexts)), first)
+    log_z = log_partition(torch.zeros_like(log_weights), log_weights, context_index).log_z
     reachable = log_z.isfinite().nonzero()[:, 0].tolist()
     wanted = {c: len(range(place, count, len(reachable))) for place, c in enumerate(reachable)}
-    rate = float(acceptance_probability(log_weights, log_z[owner].nan_to_num(neginf=0.0), beta).mean())
+    rate = float(acceptance_probability(log_weights, log_z[context_index].nan_to_num(neginf=0.0), beta).mean())
     items: dict[int, list[Any]] = {c: [] for c in reachable}
-    while spent < max_draws and (still := [c for c in reachable if len(items[c]) < wanted[c]]):
-        still = still[: max_draws - spent]
-        lack = max(wanted[c] - len(items[c]) for c in still)
-        each = min(math.ceil(lack / max(rate, 1e-9)), MEASURED, (max_draws - spent) // len(still))
-        drawn, more, where = draw(still, each)
+    while (left := max_draws - len(log_weights)) and (lacking := [c for c in reachable if len(items[c]) < wanted[c]]):
+        lacking = lacking[:left]
+        lack = max(wanted[c] - len(items[c]) for c in lacking)
+        each = min(math.ceil(lack / max(rate, 1e-9)), MEASURED, left // len(lacking))
+        drawn, drawn_log_weights, drawn_index = draw(lacking, each)
         uniform = torch.rand(len(drawn), generator=generator, dtype=torch.float64)
-        accepted = uniform < acceptance_probability(more, log_z[where], beta)
-        for item, c, yes in zip(drawn, where.tolist(), accepted.tolist(), strict=True):
+        accepted = uniform < acceptance_probability(drawn_log_weights, log_z[drawn_index], beta)
+        for item, c, yes in zip(drawn, drawn_index.tolist(), accepted.tolist(), strict=True):
             if yes and len(items[c]) < wanted[c]:
                 items[c].append(item)
-        spent += len(drawn)
-        log_weights, owner = torch.cat([log_weights, more]), torch.cat([owner, where])
+        log_weights = torch.cat([log_weights, drawn_log_weights])
+        context_index = torch.cat([context_index, drawn_index])
     by_turn = [items[c][i] for i in range(max(wanted.values(), default=0)) for c in reachable if i < len(items[c])]
-    quality = estimate(log_weights, owner, sorted({*BETAS, beta}))
+    quality = estimate(log_weights, context_index, sorted({*BETAS, beta}))
     unreachable = [c for c in range(contexts) if c not in wanted]
-    return Kept(by_turn, spent, unreachable, quality)
-
-
-def _log_z(log_weights: Tensor, owner: Tensor, share: Tensor | None = None) -> Tensor:
-    """log Z_c of each sample's context, [B]: the mean of P/q, or its sum under masses `share` [B]; −inf where 0."""
-    if share is None:
-        share = (1 / owner.bincount().double())[owner]
-    largest = torch.full((len(owner.bincount()),), -math.inf, dtype=torch.float64)
-    largest = largest.scatter_reduce(0, owner, log_weights, "amax")
-    shift = largest.masked_fill(largest.isneginf(), 0.0)[owner]
-    return _sums((share * (log_weights - shift).exp())[:, None], owner)[owner, 0].log() + shift
-
-
-def _sums(values: Tensor, owner: Tensor) -> Tensor:
-    """By context, [B, K] → [C, K]."""
-    return torch.zeros(len(owner.bincount()), values.shape[1], dtype=torch.float64).index_add(0, owner, values)
+    return Kept(by_turn, len(log_weights), unreachable, quality)
