@@ -25,6 +25,18 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     Raises:
         UserError: one line with the key, its value and what would be valid.
     """
+    data = read_yaml(path)
+    for key, text in (overrides or {}).items():
+        _override(data, key, text)
+    return parse_config(data)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -33,9 +45,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         raise UserError(f"config: {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"config: {str(path)!r} must hold keys and values, e.g. 'model: examples/tiny-python-lm'")
-    for key, text in (overrides or {}).items():
-        _override(data, key, text)
-    return parse_config(data)
+    return data
 
 
 def parse_config(data: Mapping[str, Any]) -> TrainConfig:

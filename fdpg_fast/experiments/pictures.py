@@ -11,7 +11,7 @@ from typing import Any
 
 from ..runs.plots import PALETTE, finite
 from ..runs.tables import label_of
-from .findings import average, within_seeds
+from .intervals import average, within_seeds
 from .rows import Row, settings_of
 
 CURVES = ("policy/kl_to_base", "policy/entropy_per_token", "policy/pseudo_reward_std", "policy/ratio_ess")

@@ -15,11 +15,8 @@ from fdpg_fast.experiments.findings import (
     MoreFinding,
     SameOrderFinding,
     UndominatedFinding,
-    average,
-    difference,
-    t_quantile,
-    within_seeds,
 )
+from fdpg_fast.experiments.intervals import average, difference, t_quantile, within_seeds
 from fdpg_fast.experiments.rows import Row, append_row, read_rows
 from fdpg_fast.experiments.sweep import run_experiment
 from fdpg_fast.measure.estimators import Estimate
