@@ -219,7 +219,6 @@ def _experiment(options: argparse.Namespace) -> int:
         divergences=options.divergences and options.divergences.split(","),
         output=options.output,
         jobs=options.jobs,
-        say=_say,
     )
     print(f"{page.read_text(encoding='utf-8').partition('## How')[0]}\n{page}")
     return 0
