@@ -24,14 +24,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     Raises:
         UserError: one line with the key, its value and what would be valid.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config: cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"config: {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"config: {str(path)!r} must hold keys and values, e.g. 'model: examples/tiny-python-lm'")
+    data = read_yaml(path)
     for key, text in (overrides or {}).items():
         try:
             value = yaml.safe_load(text)
@@ -41,6 +34,23 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         # text as typed: YAML would make a number of 2024, a bool of "no" and a list of "[a-z]"
         set_key(data, key, text if holds_text and value is not None else value)
     return parse_config(data)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"config: {str(path)!r} must hold keys and values, e.g. 'model: examples/tiny-python-lm'")
+    return data
 
 
 def parse_config(data: Mapping[str, Any]) -> TrainConfig:

@@ -7,6 +7,7 @@ fdpg_kernels except `packed_loss`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +33,13 @@ class Bed:
     prefix_length: Tensor  # [P], the beginning included
 
     @property
-    def owner(self) -> Tensor:
+    def text_index(self) -> Tensor:
+        """Which text each token belongs to, [T]."""
         return torch.repeat_interleave(torch.arange(len(self.length)), self.length)
 
     def sum_tokens(self, values: Tensor) -> Tensor:
         """Token values [T] → their sum per text [B]."""
-        return values.new_zeros(len(self.length)).index_add(0, self.owner, values)
+        return values.new_zeros(len(self.length)).index_add(0, self.text_index, values)
 
     def contains(self, token: int) -> Tensor:
         return self.sum_tokens((self.tokens == token).double()) > 0
@@ -64,6 +66,11 @@ def make_bed(vocab: int = 4, max_length: int = 4) -> Bed:
         prefixes=prefixes,
         prefix_length=torch.tensor([len(prefix) + 1 for prefix in index]),
     )
+
+
+def _normal(seed: int) -> Callable[..., Tensor]:
+    """A source of normal numbers in float64, of any shape."""
+    return functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Policy(nn.Module):
@@ -99,8 +106,7 @@ class Tabular(Policy):
 
     def __init__(self, bed: Bed, seed: int, *, width: int = 6, spread: float = 0.3):
         super().__init__()
-        rng = torch.Generator().manual_seed(seed)
-        normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
+        normal = _normal(seed)
         self.table = nn.Parameter(normal(len(bed.prefixes), width) * spread)
         self.head = nn.Parameter(normal(bed.vocab, width))
 
@@ -114,12 +120,12 @@ class Transformer(Policy):
     def __init__(self, bed: Bed, seed: int, *, width: int = 8):
         super().__init__()
         self.bed = bed
-        rng = torch.Generator().manual_seed(seed)
-        normal = lambda *shape: nn.Parameter(torch.randn(*shape, generator=rng, dtype=torch.float64))  # noqa: E731
-        self.tokens, self.positions = normal(bed.vocab + 1, width), normal(bed.prefixes.shape[1], width)
-        self.query_key_value, self.out = normal(3 * width, width), normal(width, width)
-        self.up, self.down = normal(2 * width, width), normal(width, 2 * width)
-        self.head = normal(bed.vocab, width)
+        normal = _normal(seed)
+        self.tokens = nn.Parameter(normal(bed.vocab + 1, width))
+        self.positions = nn.Parameter(normal(bed.prefixes.shape[1], width))
+        self.query_key_value, self.out = nn.Parameter(normal(3 * width, width)), nn.Parameter(normal(width, width))
+        self.up, self.down = nn.Parameter(normal(2 * width, width)), nn.Parameter(normal(width, 2 * width))
+        self.head = nn.Parameter(normal(bed.vocab, width))
 
     def hidden(self) -> Tensor:
         x = self.tokens[self.bed.prefixes] + self.positions  # [P, L, D]
@@ -133,7 +139,7 @@ class Transformer(Policy):
 
 
 @dataclass(frozen=True)
-class Target:
+class ExactTarget:
     """P = a·φ over every text."""
 
     log_score: Tensor  # [B] log P
@@ -147,15 +153,15 @@ class Target:
         return (self.log_score - self.log_z).exp()
 
 
-def soft_target(bed: Bed, base: Policy, beta: float = 0.7) -> Target:
+def soft_target(bed: Bed, base: Policy, beta: float = 0.7) -> ExactTarget:
     """a·exp(r/β), r = how often token 2 appears: positive on every text, Z ≈ 3."""
     reward = bed.sum_tokens((bed.tokens == 2).double())
-    return Target(base.logprob(bed)[1].detach() + reward / beta)
+    return ExactTarget(base.logprob(bed)[1].detach() + reward / beta)
 
 
-def hard_target(bed: Bed, base: Policy) -> Target:
+def hard_target(bed: Bed, base: Policy) -> ExactTarget:
     """a·1[token 2 appears]: zero on about half of the texts."""
-    return Target(base.logprob(bed)[1].detach().masked_fill(~bed.contains(2), -torch.inf))
+    return ExactTarget(base.logprob(bed)[1].detach().masked_fill(~bed.contains(2), -torch.inf))
 
 
 def _xlogy(a: Tensor, b: Tensor) -> Tensor:
@@ -187,7 +193,7 @@ def packed_loss(
     policy: Policy,
     picks: Tensor,
     behavior: Tensor,
-    target: Target,
+    target: ExactTarget,
     divergence: str | Divergence,
     **options: Any,
 ) -> FDPGLoss:
@@ -209,11 +215,39 @@ def packed_loss(
     )
 
 
-def exact_gradient(bed: Bed, policy: Policy, target: Target, measure: Measure) -> Tensor:
+def exact_gradient(bed: Bed, policy: Policy, target: ExactTarget, measure: Measure) -> Tensor:
     """∇D(π, p) by automatic differentiation of the closed form over every text, flat [parameters]."""
     return policy.flat_grad(measure(policy.logprob(bed)[1].exp(), target.p))
 
 
 def uniform_sampler(bed: Bed) -> Tensor:
     """Token log-probs [T] of q = 1/B: the mean of a loss over every text once is then its expectation."""
-    return (-torch.tensor(float(len(bed.length)), dtype=torch.float64).log() / bed.length)[bed.owner]
+    return (-torch.tensor(float(len(bed.length)), dtype=torch.float64).log() / bed.length)[bed.text_index]
+
+
+def constant_baseline_variance(scores: Tensor, pi: Tensor, advantage: Tensor, samples: int) -> float:
+    """Trace of the covariance of (1/n)·Σ (r_i − B)·∇log π(x_i) over texts drawn from π.
+
+    Args:
+        scores: ∇log π of every text, [B, parameters].
+        pi, advantage: π and r − B of every text, [B].
+        samples: n.
+    """
+    weighted = advantage[:, None] * scores
+    return float(pi @ (weighted - pi @ weighted).square().sum(1)) / samples
+
+
+def leave_one_out_variance(scores: Tensor, pi: Tensor, rewards: Tensor, samples: int) -> float:
+    """The same with B_i the mean reward of the other n − 1 texts.
+
+    The estimate is then the U-statistic of h(x, y) = (r_x − r_y)·(∇log π(x) − ∇log π(y))/2, whose variance is
+    (4(n − 2)·Var E[h|x] + 2·Var h)/(n(n − 1)) (Hoeffding 1948).
+    """
+    mean_reward, mean = pi @ rewards, pi @ (rewards[:, None] * scores)
+    first = ((rewards - mean_reward)[:, None] * scores + mean) / 2  # E[h|x], as E[∇log π] = 0
+    var_first = pi @ (first - mean).square().sum(1)
+    lengths = scores.square().sum(1)  # [B]
+    distances = lengths[:, None] + lengths - 2 * scores @ scores.T  # [B, B]
+    second_moment = pi @ ((rewards[:, None] - rewards).square() * distances) @ pi / 4
+    var_pair = second_moment - mean.square().sum()
+    return float((4 * (samples - 2) * var_first + 2 * var_pair) / (samples * (samples - 1)))

@@ -17,18 +17,20 @@ from ..partition import Baseline, PartitionFunction, pseudo_rewards
 from .enumerable import (
     D_F,
     Bed,
+    ExactTarget,
     Policy,
     Tabular,
-    Target,
     Transformer,
+    constant_baseline_variance,
     exact_gradient,
     hard_target,
+    leave_one_out_variance,
     make_bed,
     packed_loss,
     soft_target,
     uniform_sampler,
 )
-from .exact_case import Case, parse_case
+from .exact_case import ExactCase, parse_case
 from .rows import Row
 
 CURVE_POINTS = 20
@@ -40,7 +42,7 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     """Train a policy of the enumerable bed and measure what came out, without any sampling error.
 
     Args:
-        settings: fields of `Case`.
+        settings: fields of `ExactCase`.
         seed: of the base, the policy and the samples.
         folder: not used: a case has nothing to keep but its row.
 
@@ -80,7 +82,7 @@ def run_case(settings: dict[str, Any], seed: int, folder: Path) -> Row:
     return Row({}, seed, metrics, curve[::step])
 
 
-def _make_policy(case: Case, bed: Bed, seed: int) -> Policy:
+def _make_policy(case: ExactCase, bed: Bed, seed: int) -> Policy:
     if case.policy == "transformer":
         policy: Policy = Transformer(bed, seed)
     else:
@@ -92,7 +94,7 @@ def _make_policy(case: Case, bed: Bed, seed: int) -> Policy:
 
 
 def _train(
-    case: Case, bed: Bed, base: Policy, policy: Policy, target: Target, rng: torch.Generator
+    case: ExactCase, bed: Bed, base: Policy, policy: Policy, target: ExactTarget, rng: torch.Generator
 ) -> list[dict[str, float]]:
     """The trainer's round, with exact numbers of the policy before every step and after the last."""
     texts = len(bed.length)
@@ -129,20 +131,20 @@ def _train(
     return curve
 
 
-def _baseline(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+def _baseline(case: ExactCase) -> Callable[[Tensor, Tensor], Tensor]:
     if isinstance(case.baseline, float):
         constant = case.baseline
         return lambda rewards, context: torch.full_like(rewards, constant)
     return Baseline(case.baseline)
 
 
-def _rewards(case: Case, log_pi: Tensor, target: Target) -> Tensor:
+def _rewards(case: ExactCase, log_pi: Tensor, target: ExactTarget) -> Tensor:
     """Pseudo-reward of every text, [B], with the true Z times z_scale."""
     log_z = (target.log_z + math.log(case.z_scale)).expand_as(log_pi)
     return pseudo_rewards(log_pi, target.log_score, log_z, divergences.get(case.divergence), reward_cap=None)
 
 
-def _feature(case: Case, bed: Bed) -> Tensor:
+def _feature(case: ExactCase, bed: Bed) -> Tensor:
     """φ of every text, [B]: how often token 2 appears in it, or whether it does."""
     return bed.sum_tokens((bed.tokens == 2).double()) if case.target == "soft" else bed.contains(2).double()
 
@@ -151,7 +153,7 @@ def _entropy(probabilities: Tensor) -> float:
     return float(torch.special.entr(probabilities).sum())
 
 
-def _point(case: Case, bed: Bed, log_pi: Tensor, target: Target) -> dict[str, float]:
+def _point(case: ExactCase, bed: Bed, log_pi: Tensor, target: ExactTarget) -> dict[str, float]:
     """What is followed over the rounds."""
     pi, rewards = log_pi.exp(), _rewards(case, log_pi, target)
     return {
@@ -163,7 +165,7 @@ def _point(case: Case, bed: Bed, log_pi: Tensor, target: Target) -> dict[str, fl
 
 
 @torch.no_grad()
-def _measure(case: Case, bed: Bed, base: Policy, policy: Policy, target: Target) -> dict[str, float]:
+def _measure(case: ExactCase, bed: Bed, base: Policy, policy: Policy, target: ExactTarget) -> dict[str, float]:
     """Exact numbers of the policy as it is."""
     log_pi, log_a = (model.logprob(bed)[1] for model in (policy, base))
     pi, feature = log_pi.exp(), _feature(case, bed)
@@ -180,7 +182,7 @@ def _measure(case: Case, bed: Bed, base: Policy, policy: Policy, target: Target)
 
 
 def _gradient_metrics(
-    case: Case, bed: Bed, policy: Policy, target: Target, rng: torch.Generator
+    case: ExactCase, bed: Bed, policy: Policy, target: ExactTarget, rng: torch.Generator
 ) -> dict[str, Estimate]:
     """Bias and variance of the gradient of `samples` texts, enumerated, and sampled through fdpg_loss.
 
@@ -239,31 +241,3 @@ def _gradient_metrics(
         "gradient/variance_ratio": Estimate(spread / variance, error / variance, float(len(sampled))),
         "gradient/bias_sampled": Estimate(off, off_error, float(len(sampled))),
     }
-
-
-def constant_baseline_variance(scores: Tensor, pi: Tensor, advantage: Tensor, samples: int) -> float:
-    """Trace of the covariance of (1/n)·Σ (r_i − B)·∇log π(x_i) over texts drawn from π.
-
-    Args:
-        scores: ∇log π of every text, [B, parameters].
-        pi, advantage: π and r − B of every text, [B].
-        samples: n.
-    """
-    weighted = advantage[:, None] * scores
-    return float(pi @ (weighted - pi @ weighted).square().sum(1)) / samples
-
-
-def leave_one_out_variance(scores: Tensor, pi: Tensor, rewards: Tensor, samples: int) -> float:
-    """The same with B_i the mean reward of the other n − 1 texts.
-
-    The estimate is then the U-statistic of h(x, y) = (r_x − r_y)·(∇log π(x) − ∇log π(y))/2, whose variance is
-    (4(n − 2)·Var E[h|x] + 2·Var h)/(n(n − 1)) (Hoeffding 1948).
-    """
-    mean_reward, mean = pi @ rewards, pi @ (rewards[:, None] * scores)
-    first = ((rewards - mean_reward)[:, None] * scores + mean) / 2  # E[h|x], as E[∇log π] = 0
-    var_first = pi @ (first - mean).square().sum(1)
-    lengths = scores.square().sum(1)  # [B]
-    distances = lengths[:, None] + lengths - 2 * scores @ scores.T  # [B, B]
-    second_moment = pi @ ((rewards[:, None] - rewards).square() * distances) @ pi / 4
-    var_pair = second_moment - mean.square().sum()
-    return float((4 * (samples - 2) * var_first + 2 * var_pair) / (samples * (samples - 1)))

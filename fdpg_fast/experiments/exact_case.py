@@ -12,7 +12,7 @@ from ..errors import UserError
 from .enumerable import D_F
 
 
-class Case(BaseModel):
+class ExactCase(BaseModel):
     """The settings of one case."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -63,14 +63,14 @@ class Case(BaseModel):
         return self
 
 
-def parse_case(settings: dict[str, Any]) -> Case:
+def parse_case(settings: dict[str, Any]) -> ExactCase:
     """Validate plain data.
 
     Raises:
         UserError: one line with the setting, its value and what would be valid.
     """
     try:
-        return Case.model_validate(settings)
+        return ExactCase.model_validate(settings)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
 
@@ -78,6 +78,6 @@ def parse_case(settings: dict[str, Any]) -> Case:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "extra_forbidden":
-        return f"exact case: {first['loc'][0]}: there is no such setting; choose of {', '.join(Case.model_fields)}"
+        return f"exact case: {first['loc'][0]}: there is no such setting; choose of {', '.join(ExactCase.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     return f"exact case: {first['loc'][0]}: {first['input']!r}: {message}" if first["loc"] else f"exact case: {message}"

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..config.load import set_key
+from ..config.load import read_yaml, set_key
 from ..errors import UserError
 from .findings import Finding
 
@@ -109,10 +108,7 @@ def load_experiment(folder: Path) -> Experiment:
     """
     path = folder / "experiment.yaml"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Experiment.model_validate(data)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+        return Experiment.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -10,7 +10,7 @@ from ..measure.estimators import Estimate
 from ..runs.folder import write_whole
 from ..runs.tables import DOUBT, FEATURE_LABELS, LABELS, doubtful, label_of, with_error
 from .experiment import Experiment
-from .findings import average
+from .intervals import average
 from .pictures import draw_curves, draw_trade_offs
 from .rows import Row, settings_of
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs.plots import PALETTE, finite
+from ..runs.plots import PALETTE, draw_line, draw_point, style_axes
 from ..runs.tables import label_of
-from .findings import average, within_seeds
+from .intervals import average, within_seeds
 from .rows import Row, settings_of
 
 CURVES = ("policy/kl_to_base", "policy/entropy_per_token", "policy/pseudo_reward_std", "policy/ratio_ess")
@@ -39,10 +39,8 @@ def draw_trade_offs(studies: dict[str, list[Row]], path: Path) -> bool:
                 here = [row for row in rows if _rest(row.labels, axis) == rest]
                 places = zip(settings_of(here), within_seeds(here, across), within_seeds(here, alignment), strict=True)
                 for labels, x, y in places:
-                    if math.isfinite(x.mean) and math.isfinite(y.mean):
-                        bars = {"xerr": finite(x.half_width, 0.0), "yerr": finite(y.half_width, 0.0), "linewidth": 0.8}
-                        colour = colours[labels[axis]]
-                        axes.errorbar(x.mean, y.mean, fmt=marker, color=colour, markersize=5, **bars)
+                    at = ((x.mean, x.half_width), (y.mean, y.half_width))
+                    draw_point(axes, *at, colours[labels[axis]], marker)
             axes.set(xlabel=label_of(across), ylabel=label_of(alignment))
             axes.set_title(study, fontsize=9)
         handles = [_handle(colour, "s", label) for label, colour in colours.items()]
@@ -84,10 +82,9 @@ def draw_curves(studies: dict[str, list[Row]], path: Path) -> bool:
 
 def _draw_curve(axes: Any, key: str, curves: Sequence[list[dict[str, float]]], colour: str) -> None:
     points = list(zip(*curves, strict=False))  # of all seeds, by round
-    x = [point[0]["round"] for point in points]
     values = [[at_seed.get(key, math.nan) for at_seed in point] for point in points]
-    axes.plot(x, [sum(column) / len(column) for column in values], color=colour, linewidth=1.2)
-    axes.fill_between(x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15)
+    means, band = [sum(column) / len(column) for column in values], [[*map(min, values)], [*map(max, values)]]
+    draw_line(axes, [point[0]["round"] for point in points], means, band, colour)
 
 
 def _alignment(rows: Sequence[Row]) -> str | None:
@@ -123,12 +120,12 @@ def colour_of(label: str, otherwise: str = PALETTE[-1]) -> str:
 
 
 def _curve_keys(rows: Sequence[Row]) -> list[str]:
-    found = dict.fromkeys(key for row in rows for point in row.curve[:1] for key in point if key != "round")
+    measured = dict.fromkeys(key for row in rows for point in row.curve[:1] for key in point if key != "round")
     aligned = [f"target/{str(_alignment(rows)).removeprefix('feature/')}"]
-    usual = [key for key in (*aligned, *CURVES) if key in found]
+    usual = [key for key in (*aligned, *CURVES) if key in measured]
     if all(point.get("policy/ratio_ess", 1) > 0.99 for row in rows for point in row.curve):  # nothing is off-policy
         usual = [key for key in usual if key != "policy/ratio_ess"]
-    return usual or [key for key in found if not key.endswith("_se")][:5]
+    return usual or [key for key in measured if not key.endswith("_se")][:5]
 
 
 def _rest(labels: dict[str, str], axis: str) -> str:
@@ -141,11 +138,7 @@ def _figure(rows: int, columns: int) -> tuple[Any, list[list[Any]]]:
     figure = Figure(figsize=(3.6 * columns + 1.5, 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2, linewidth=0.6)
-        axes.tick_params(labelsize=8)
-        axes.xaxis.label.set_fontsize(8)
-        axes.yaxis.label.set_fontsize(8)
+        style_axes(axes, 8)
     return figure, panels.tolist()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import logging
 import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from .experiment import Case, cases, find_folder, load_experiment
 from .page import write_page
 from .rows import Row, append_row, forget_torn_line, read_rows
 
+log = logging.getLogger(__name__)
+
 
 def run_experiment(
     name: str,
@@ -29,7 +33,6 @@ def run_experiment(
     divergences: list[str] | None,
     output: str | None,
     jobs: int,
-    say: Callable[[str], None],
 ) -> Path:
     """Run what is left of an experiment and write results.md with its pictures; returns that page.
 
@@ -39,7 +42,6 @@ def run_experiment(
         seeds, divergences: as `experiment.cases`.
         output: folder of results.jsonl, the runs and the page; left out, runs/experiments/NAME/BUDGET.
         jobs: runs side by side, each with its share of the CPU's cores.
-        say: takes a line for each run.
 
     Raises:
         UserError: the experiment is not one, or results of other settings lie in `output`.
@@ -49,22 +51,19 @@ def run_experiment(
     experiment = load_experiment(folder)
     wanted = cases(experiment, budget, seeds, divergences)
     place = Path(output or Path("runs/experiments") / folder.resolve().name / budget)
-    lock = RunFolder(place)  # one process at a time
-    try:
+    with contextlib.closing(RunFolder(place)):  # one process at a time
         done = _done(place / "results.jsonl", wanted)
         left = [case for case in wanted if case.name not in done]
-        say(f"{experiment.claim}\n{len(wanted)} runs, {len(left)} of them left, in {place}")
+        log.info("%s\n%d runs, %d of them left, in %s", experiment.claim, len(wanted), len(left), place)
         started = time.perf_counter()
         for number, (case, row) in enumerate(_run_all(left, place, jobs), start=1):
             append_row(place / "results.jsonl", row)
             done[case.name] = row
             seconds = (time.perf_counter() - started) / number * (len(left) - number)
             place_of = f"{len(wanted) - len(left) + number}/{len(wanted)}"
-            say(f"{place_of}  {case.name}  {row.seconds:.0f} s  {_time(seconds)} left")
+            log.info("%s  %s  %.0f s  %s left", place_of, case.name, row.seconds, _time(seconds))
         rows = [done[case.name] for case in wanted]
         return write_page(place, folder.resolve().name, budget, experiment, rows)
-    finally:
-        lock.close()
 
 
 def _done(path: Path, wanted: list[Case]) -> dict[str, Row]:
@@ -107,12 +106,17 @@ def _limit_threads(threads: int) -> None:
 def _run(case: Case, place: Path) -> Row:
     started = time.perf_counter()
     runner = import_object(case.runner)
+    runs_log = logging.getLogger("fdpg_fast")
+    level = runs_log.level
+    runs_log.setLevel(logging.CRITICAL)  # the lines of its rounds would drown those of the sweep
     try:
         row = runner(copy.deepcopy(case.settings), case.seed, place / case.name)
     except UserError as error:
         raise UserError(f"{case.name}: {error}") from None
     except RunError as error:
         raise RunError(f"{case.name}: {error}") from None
+    finally:
+        runs_log.setLevel(level)
     seconds = time.perf_counter() - started
     return replace(
         row, labels=case.labels, seed=case.seed, seconds=seconds, fingerprint=case.fingerprint, machine=machine()

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from ..config.load import dump_config, load_config
+from ..config.load import dump_config, load_config, read_yaml
 from ..config.schema import TrainConfig
 from ..divergence import last_divergence
 from ..errors import RunError, UserError
@@ -126,12 +124,7 @@ def read_run(run_dir: str | Path) -> Run:
         UserError: there is no run, or one of its files is damaged; names file and line.
     """
     path = _config_path(run_dir)
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold keys and values")
+    config = read_yaml(path)
     metrics = read_jsonl(path.with_name("metrics.jsonl"), lambda row: {key: to_float(row[key]) for key in row})
     samples, rows = (read_jsonl(path.with_name(f"{name}.jsonl"), dict) for name in ("samples", "evaluation"))
     trained = str(config.get("divergence", "?"))

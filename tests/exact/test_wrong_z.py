@@ -104,7 +104,7 @@ def test_total_variation_stops_short_of_the_target():
 def set_distribution(policy, p):
     """Make a tabular policy equal to p: its next-token probabilities are ratios of prefix masses."""
     mass = torch.zeros(len(BED.prefixes), BED.vocab, dtype=torch.float64)
-    mass.index_put_((BED.prefix, BED.tokens), p[BED.owner], accumulate=True)
+    mass.index_put_((BED.prefix, BED.tokens), p[BED.text_index], accumulate=True)
     with torch.no_grad():
         policy.head.zero_()[:, : BED.vocab] = torch.eye(BED.vocab)
         policy.table.zero_()[:, : BED.vocab] = mass.log()

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from fdpg_fast.errors import UserError
-from fdpg_fast.experiments.enumerable import D_F, Tabular, make_bed, packed_loss, soft_target
-from fdpg_fast.experiments.exact import constant_baseline_variance, leave_one_out_variance, run_case
+from fdpg_fast.experiments.enumerable import (
+    D_F,
+    Tabular,
+    constant_baseline_variance,
+    leave_one_out_variance,
+    make_bed,
+    packed_loss,
+    soft_target,
+)
+from fdpg_fast.experiments.exact import run_case
 from fdpg_kernels import sequence_weights
 
 SHORT = {"rounds": 20, "samples": 32, "gradient_batches": 5}

@@ -15,11 +15,8 @@ from fdpg_fast.experiments.findings import (
     MoreFinding,
     SameOrderFinding,
     UndominatedFinding,
-    average,
-    difference,
-    t_quantile,
-    within_seeds,
 )
+from fdpg_fast.experiments.intervals import average, difference, t_quantile, within_seeds
 from fdpg_fast.experiments.rows import Row, append_row, read_rows
 from fdpg_fast.experiments.sweep import run_experiment
 from fdpg_fast.measure.estimators import Estimate
@@ -33,9 +30,7 @@ def rows_of(values, metric="x", error=math.nan, **labels):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_experiment_in_miniature(name, tmp_path):
-    page = run_experiment(
-        name, budget="mini", seeds=None, divergences=None, output=str(tmp_path), jobs=1, say=lambda line: None
-    )
+    page = run_experiment(name, budget="mini", seeds=None, divergences=None, output=str(tmp_path), jobs=1)
     experiment = load_experiment(find_folder(name))
     rows = read_rows(tmp_path / "results.jsonl")
     assert len(rows) == len(cases(experiment, "mini"))
@@ -74,18 +69,18 @@ def test_a_stopped_experiment_goes_on_and_other_settings_are_refused(tmp_path):
     (folder / "experiment.yaml").write_text(spec % 2)
     options = dict(budget="full", seeds=None, divergences=None, output=str(tmp_path / "out"), jobs=1)
     with pytest.raises(SystemExit):
-        run_experiment(str(folder), **options, say=lambda line: None)
+        run_experiment(str(folder), **options)
     assert len(read_rows(tmp_path / "out" / "results.jsonl")) == 1
     with open(tmp_path / "out" / "results.jsonl", "a") as file:
         file.write('{"labels": {"stu')  # a kill in the middle of a line
     (folder / "runner.py").write_text((folder / "runner.py").read_text().replace("raise SystemExit", "pass"))
-    page = run_experiment(str(folder), **options, say=lambda line: None)
+    page = run_experiment(str(folder), **options)
     assert len(read_rows(tmp_path / "out" / "results.jsonl")) == 4
     assert (tmp_path / "out" / "calls").read_text() == "x" * 5  # the first row was not run again
     assert "**shown**" in page.read_text()
     (folder / "experiment.yaml").write_text(spec % 9)
     with pytest.raises(UserError, match="other settings"):
-        run_experiment(str(folder), **options, say=lambda line: None)
+        run_experiment(str(folder), **options)
 
 
 def test_rows_are_read_as_written(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast.experiments import enumerable
-from fdpg_fast.experiments.enumerable import Bed, Policy, Target, alpha
+from fdpg_fast.experiments.enumerable import Bed, ExactTarget, Policy, alpha
 from fdpg_kernels import Divergence, FDPGLoss, divergences
 
 D_F = {name: enumerable.D_F[name] for name in divergences.NAMES} | {
@@ -27,12 +27,12 @@ def divergence(name: str) -> str | Divergence:
 
 
 def packed_loss(
-    bed: Bed, policy: Policy, picks: Tensor, behavior: Tensor, target: Target, name: str, **options
+    bed: Bed, policy: Policy, picks: Tensor, behavior: Tensor, target: ExactTarget, name: str, **options
 ) -> FDPGLoss:
     return enumerable.packed_loss(bed, policy, picks, behavior, target, divergence(name), **options)
 
 
-def gradient_per_text(bed: Bed, policy: Policy, behavior: Tensor, target: Target, name: str, **options) -> Tensor:
+def gradient_per_text(bed: Bed, policy: Policy, behavior: Tensor, target: ExactTarget, name: str, **options) -> Tensor:
     """∇ of fdpg_loss of each text alone, [B, parameters]; E_q of its rows is the expected gradient."""
     rows = []
     for i in range(len(bed.length)):
@@ -41,11 +41,11 @@ def gradient_per_text(bed: Bed, policy: Policy, behavior: Tensor, target: Target
     return torch.stack(rows)
 
 
-def exact_gradient(bed: Bed, policy: Policy, target: Target, name: str) -> Tensor:
+def exact_gradient(bed: Bed, policy: Policy, target: ExactTarget, name: str) -> Tensor:
     return enumerable.exact_gradient(bed, policy, target, D_F[name])
 
 
-def exact_divergence(bed: Bed, policy: Policy, target: Target, name: str) -> float:
+def exact_divergence(bed: Bed, policy: Policy, target: ExactTarget, name: str) -> float:
     with torch.no_grad():
         return float(D_F[name](policy.logprob(bed)[1].exp(), target.p))
 
