@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import disk_errors
 from ..measure.estimators import Estimate
-from ..runs.folder import Json, disk_errors, read_jsonl, to_float, to_json, write_whole
+from ..runs.folder import Json, read_jsonl, to_float, to_json, write_whole
 
 
 @dataclass(frozen=True)

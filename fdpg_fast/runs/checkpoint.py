@@ -30,12 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..contexts import Context
-from ..errors import RunError, UserError
+from ..errors import RunError, UserError, disk_errors
 from ..learner import Learner
 from ..partition import Estimates
 from ..rollouts import Rollouts
 from ..sampling import Sampling
-from .folder import disk_errors, fsync_folder
+from .folder import fsync_folder
 
 TENSORS, STATE, SUMS = "trainer.safetensors", "trainer.json", "SHA256SUMS"
 NEWEST = 2  # checkpoints that stay; older ones are deleted once a newer one is complete

@@ -10,7 +10,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from ..config.load import dump_config, load_config, read_yaml
 from ..config.schema import TrainConfig
 from ..divergence import last_divergence
-from ..errors import RunError, UserError
+from ..errors import UserError, disk_errors
 from ..measure.estimators import Estimate
 
 Json = dict[str, Any]
@@ -213,15 +213,6 @@ def write_whole(path: Path, text: str) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     return path
-
-
-@contextlib.contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Say plainly that the disk is full or not writable."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{what}: {error.strerror or error}; free some space and continue with --resume") from error
 
 
 def fsync_folder(path: Path) -> None:
