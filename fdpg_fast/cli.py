@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
-import math
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
 from .errors import RunError, UserError
+from .progress import lines_for_a_person
 
-# before torch loads: threads that wait for the next loop spin for some 20 µs; for longer, as OpenMP's do by themselves,
-# and a busy machine runs small models many times slower
+# threads that wait for the next loop spin for some 20 µs: for longer, as OpenMP's do by themselves, and a busy machine
+# runs small models many times slower
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-WITH_OVERRIDES = ("train", "doctor")  # commands that take --dotted.key=value
 TRAIN_OPTIONS = ("--resume", "--dry-run", "--keys", "--help")
 MAX_DRAWS = 4096
 
@@ -29,23 +25,18 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_environment()
     try:
         known, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
-        options = _parser().parse_args(known)
-        options.overrides = overrides
-        with _lines_for_a_person():
+        options = _parser().parse_args(known, argparse.Namespace(overrides=overrides))
+        with lines_for_a_person():
             options.run(options)
-            return 0
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"fdpg-fast: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"fdpg-fast: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("fdpg-fast: stopped; continue with --resume", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return 0
 
 
 def prepare_environment() -> None:
@@ -64,93 +55,80 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fdpg-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser(
-        "train",
-        help="train a policy",
-        description="Train as CONFIG.yaml says; any key can be overridden, e.g. --trainer.rounds=20. "
+    def command(run: Any, summary: str, description: str = "") -> Any:
+        added = commands.add_parser(run.__name__.strip("_"), help=summary, description=description or summary)
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command(
+        _train,
+        "train a policy",
+        "Train as CONFIG.yaml says; any key can be overridden, e.g. --trainer.rounds=20. "
         "`fdpg-fast train --keys` lists every key.",
     )
-    train.add_argument("config", nargs="?", help="YAML file")
-    train.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
-    train.add_argument("--dry-run", action="store_true", help="print the resolved config and what would be done")
-    train.add_argument("--keys", action="store_true", help="list the config keys with their documentation")
-    train.set_defaults(run=_train)
+    add("config", nargs="?", help="YAML file")
+    add("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    add("--dry-run", action="store_true", help="print the resolved config and what would be done")
+    add("--keys", action="store_true", help="list the config keys with their documentation")
 
-    evaluate = commands.add_parser("evaluate", help="measure a run's newest checkpoint on a fresh sample")
-    evaluate.add_argument("run_dir", metavar="RUN")
-    evaluate.add_argument("--samples", type=_positive, help="completions per context (default: the run's)")
-    evaluate.add_argument("--seed", type=int, default=1, help="of the fresh sample")
-    evaluate.set_defaults(run=_evaluate)
+    add = command(_evaluate, "measure a run's newest checkpoint on a fresh sample")
+    add("run_dir", metavar="RUN")
+    add("--samples", type=_positive, help="completions per context (default: the run's)")
+    add("--seed", type=int, default=1, help="of the fresh sample")
 
-    compare = commands.add_parser(
-        "compare",
-        help="measure several runs alike: a table and a Pareto plot",
-        description="Every run's newest checkpoint is sampled on the evaluation contexts of the first, with one seed, "
-        "and held against Z from one large sample of the base, which is kept in the first run's folder.",
+    add = command(
+        _compare,
+        "measure several runs alike: a table and a Pareto plot",
+        "Every run's newest checkpoint is sampled on the evaluation contexts of the first, with one seed, and held "
+        "against Z from one large sample of the base, which is kept in the first run's folder.",
     )
-    compare.add_argument("run_dirs", nargs="+", metavar="RUN")
-    compare.add_argument("--output", default="comparison.html", help="HTML file to write")
-    compare.add_argument("--samples", type=_positive, default=32, help="completions per context of each run")
-    compare.add_argument("--base-samples", type=_positive, default=256, help="completions per context of the base")
-    compare.add_argument("--seed", type=int, default=1, help="of the samples")
-    compare.set_defaults(run=_compare)
+    add("run_dirs", nargs="+", metavar="RUN")
+    add("--output", default="comparison.html", help="HTML file to write")
+    add("--samples", type=_positive, default=32, help="completions per context of each run")
+    add("--base-samples", type=_positive, default=256, help="completions per context of the base")
+    add("--seed", type=int, default=1, help="of the samples")
 
-    sample = commands.add_parser("sample", help="print completions of a run's newest checkpoint as JSON lines")
-    sample.add_argument("run_dir", metavar="RUN")
-    sample.add_argument("--prompt", help="continue this text (default: the run's evaluation contexts)")
-    sample.add_argument("--count", type=_positive, default=8, help="how many completions")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument(
-        "--quasi-rejection-beta",
-        type=_positive_number,
-        metavar="B",
-        help="keep a draw with probability min(1, p/(B·policy)): nearer to the target p the larger B is, and fewer; "
-        "also prints what other values would do",
-    )
-    sample.add_argument(
-        "--max-draws", type=_positive, help=f"with the former: give up after so many (default: {MAX_DRAWS})"
-    )
-    sample.set_defaults(run=_sample)
+    add = command(_sample, "print completions of a run's newest checkpoint as JSON lines")
+    add("run_dir", metavar="RUN")
+    add("--prompt", help="continue this text (default: the run's evaluation contexts)")
+    add("--count", type=_positive, default=8, help="how many completions")
+    add("--seed", type=int, default=0)
+    beta = "keep a draw with probability min(1, p/(B·policy)): nearer to the target p the larger B is, and fewer; also "
+    add("--quasi-rejection-beta", type=_positive_number, metavar="B", help=f"{beta}prints what other values would do")
+    add("--max-draws", type=_positive, help=f"with the former: give up after so many (default: {MAX_DRAWS})")
 
-    experiment = commands.add_parser(
-        "experiment",
-        help="a sweep of runs whose findings are judged from their numbers",
-        description="Runs the cases of examples/experiments/NAME that are not done yet, or of any folder with an "
-        "experiment.yaml, and writes results.md. Stopped, it goes on where it was.",
+    add = command(
+        _experiment,
+        "a sweep of runs whose findings are judged from their numbers",
+        "Runs the cases of examples/experiments/NAME that are not done yet, or of any folder with an experiment.yaml, "
+        "and writes results.md. Stopped, it goes on where it was.",
     )
-    experiment.add_argument("name", metavar="NAME")
-    experiment.add_argument("--budget", default="quick", help="quick (default), full, or another one of the experiment")
-    experiment.add_argument("--divergences", help="only these, separated by commas")
-    experiment.add_argument("--seeds", type=_positive, help="how many (default: the budget's)")
-    experiment.add_argument("--output", help="folder for runs and results (default: runs/experiments/NAME/BUDGET)")
-    experiment.add_argument("--jobs", type=_positive, default=1, help="runs side by side on the CPU")
-    experiment.set_defaults(run=_experiment)
+    add("name", metavar="NAME")
+    add("--budget", default="quick", help="quick (default), full, or another one of the experiment")
+    add("--divergences", help="only these, separated by commas")
+    add("--seeds", type=_positive, help="how many (default: the budget's)")
+    add("--output", help="folder for runs and results (default: runs/experiments/NAME/BUDGET)")
+    add("--jobs", type=_positive, default=1, help="runs side by side on the CPU")
 
-    doctor = commands.add_parser(
-        "doctor",
-        help="what this machine can run, and why not more",
-        description="With CONFIG.yaml also what its run would do; keys can be overridden as for `train`.",
+    add = command(
+        _doctor,
+        "what this machine can run, and why not more",
+        "With CONFIG.yaml also what its run would do; keys can be overridden as for `train`.",
     )
-    doctor.add_argument("config", nargs="?", help="YAML file")
-    doctor.set_defaults(run=_doctor)
+    add("config", nargs="?", help="YAML file")
     return parser
 
 
 def _train(options: argparse.Namespace) -> None:
     from .config.load import config_keys, dump_config, load_config
-    from .config.schema import RESUMABLE
     from .runs.folder import read_config
 
     if options.keys:
-        for key, text in config_keys().items():
-            print(f"{key}\n    {text}")
+        print("\n".join(f"{key}\n    {text}" for key, text in config_keys().items()))
         return
     if options.resume is not None:
         if options.config is not None:
             raise UserError("train: --resume takes the run's own config; leave CONFIG.yaml out")
-        for key in options.overrides:
-            if key not in RESUMABLE:
-                raise UserError(f"--{key}: a resumed run keeps its config; only {', '.join(RESUMABLE)} may change")
         config = read_config(options.resume, options.overrides)
     elif options.config is None:
         raise UserError("train: give a CONFIG.yaml, or --resume RUN")
@@ -163,7 +141,7 @@ def _train(options: argparse.Namespace) -> None:
 
     trainer = Trainer(config, resume=options.resume is not None)
     if options.dry_run:
-        print(f"{dump_config(config)}\n{describe(trainer.session)}\nnothing was done yet")
+        print(f"{dump_config(config)}\n{describe(trainer.session)}; nothing was done yet")
         return
     result = trainer.train()
     print(f"\n{before_after_table(result.run_dir)}\n\nreport: {result.report}")
@@ -223,14 +201,9 @@ def _sample(options: argparse.Namespace) -> None:
 def _experiment(options: argparse.Namespace) -> None:
     from .experiments.sweep import run_experiment
 
-    page = run_experiment(
-        options.name,
-        budget=options.budget,
-        seeds=options.seeds,
-        divergences=options.divergences and options.divergences.split(","),
-        output=options.output,
-        jobs=options.jobs,
-    )
+    wanted = {name: getattr(options, name) for name in ("budget", "seeds", "output", "jobs")}
+    only = options.divergences and options.divergences.split(",")
+    page = run_experiment(options.name, divergences=only, **wanted)
     print(f"{page.read_text(encoding='utf-8').partition('## How')[0]}\n{page}")
 
 
@@ -240,14 +213,13 @@ def _doctor(options: argparse.Namespace) -> None:
 
     if options.config is None and options.overrides:
         raise UserError(f"doctor: --{next(iter(options.overrides))} changes a config; give a CONFIG.yaml")
-    config = None if options.config is None else load_config(options.config, options.overrides)
-    for line in report(config):
+    for line in report(options.config and load_config(options.config, options.overrides)):
         print(line, flush=True)
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """Take --a.b=c and --a.b c out of the arguments of a command that has a config; argparse knows no such."""
-    if not arguments or arguments[0] not in WITH_OVERRIDES:
+    if arguments[:1] not in (["train"], ["doctor"]):
         return arguments, {}
     known, overrides = [], {}
     waiting = iter(arguments)
@@ -264,38 +236,6 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return known, overrides
 
 
-@contextlib.contextmanager
-def _lines_for_a_person() -> Iterator[None]:
-    """Our log goes to stderr as plain lines; on a terminal what is going on has a live line below them."""
-    logger, handler = logging.getLogger("fdpg_fast"), _Lines()
-    logger.addHandler(handler)
-    before, logger.level = logger.level, logging.INFO
-    try:
-        if not sys.stderr.isatty():
-            yield
-            return
-        from rich.console import Console
-
-        from .progress import activity, show
-
-        handler.console = Console(stderr=True, soft_wrap=True)
-        with show(handler.console), activity("starting"):
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.level = before
-
-
-class _Lines(logging.Handler):
-    console: Any = None  # of rich, where a live line must stay the last one
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.console is None:
-            print(record.getMessage(), file=sys.stderr, flush=True)
-        else:
-            self.console.print(record.getMessage(), markup=False, highlight=False)
-
-
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
@@ -306,8 +246,8 @@ def _positive_number(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
+        number = -1.0
+    if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return number
 

@@ -120,11 +120,13 @@ class Estimates:
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` takes."""
-        return self.partition.state() | {f"baseline_{name}": tensor for name, tensor in self.baseline.state().items()}
+        parts = {"partition": self.partition.state(), "baseline": self.baseline.state()}
+        return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.partition.load_state(state)
-        self.baseline.load_state({name.removeprefix("baseline_"): tensor for name, tensor in state.items()})
+        for part in ("partition", "baseline"):
+            own = {name.removeprefix(f"{part}."): x for name, x in state.items() if name.startswith(f"{part}.")}
+            getattr(self, part).load_state(own)
 
 
 def pseudo_rewards(

@@ -1,13 +1,14 @@
 """What is going on, for a person who waits: a live line on a terminal, plain lines elsewhere.
 
 Whoever does something that takes a while says so with `activity`, and whoever does a part of it with `advance`; neither
-knows who shows it. Until `show` is called, that is as a library, it goes to the log alone.
+knows who shows it. As a library, that is outside `lines_for_a_person`, it goes to the log alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,13 +32,9 @@ class _Activity:
 
 @contextlib.contextmanager
 def activity(what: str, total: int = 0) -> Iterator[None]:
-    """Something that takes a while.
-
-    Args:
-        what: as a person reads it, such as "loading models/smollm2".
-        total: items that `advance` will count; 0: not counted.
-    """
+    """Something that takes a while, as a person reads it ("loading models/smollm2"); `advance` counts `total` items."""
     current, ended = _Activity(what, total), threading.Event()
+    _show_innermost(False)
     _activities.append(current)
     if _display is not None:
         current.task = _display.add_task(what, total=total or None)
@@ -47,40 +44,68 @@ def activity(what: str, total: int = 0) -> Iterator[None]:
         yield
     finally:
         ended.set()
+        _show_innermost(False)
         _activities.remove(current)
-        if current.task is not None and _display is not None:
-            _display.remove_task(current.task)
+        _show_innermost(True)
 
 
 def advance(count: int) -> None:
     """Say that so many items of the innermost activity are done; without an activity it says nothing."""
     if _activities:
-        current = _activities[-1]
-        current.done += count
-        if current.task is not None:
-            _display.advance(current.task, count)
+        _activities[-1].done += count
+        if _activities[-1].task is not None:
+            _display.advance(_activities[-1].task, count)
 
 
-@contextlib.contextmanager
-def show(console: Any) -> Iterator[None]:
-    """Show activities as live lines on a rich console while the block runs."""
-    global _display
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as _display:
-        try:
-            yield
-        finally:
-            _display = None
+def _show_innermost(visible: bool) -> None:
+    if _activities and _activities[-1].task is not None and _display is not None:
+        _display.update(_activities[-1].task, visible=visible)
 
 
 def _say(current: _Activity, ended: threading.Event) -> None:
-    if ended.wait(AFTER):
-        return
-    log.info("%s", current.what)
-    said = 0
-    while not ended.wait(EVERY):
+    pause, said = AFTER, -1
+    while not ended.wait(pause):
         if current.done > said:
-            said = current.done
-            log.info("%s: %s of %s", current.what, f"{said:,}", f"{current.total:,}")
+            counted = f": {current.done:,} of {current.total:,}" if current.done else ""
+            log.info("%s%s", current.what, counted)
+        pause, said = EVERY, current.done
+
+
+@contextlib.contextmanager
+def lines_for_a_person() -> Iterator[None]:
+    """Our log goes to stderr as plain lines; on a terminal a live line below them says what is going on."""
+    logger, handler = logging.getLogger("fdpg_fast"), _Lines()
+    before, logger.level = logger.level, logging.INFO
+    logger.addHandler(handler)
+    try:
+        with _live(handler) if sys.stderr.isatty() else contextlib.nullcontext():
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level = before
+
+
+class _Lines(logging.Handler):
+    console: Any = None  # of rich, where the live line must stay the last one
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.console is None:
+            print(record.getMessage(), file=sys.stderr, flush=True)
+        else:
+            self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _live(handler: _Lines) -> Iterator[None]:
+    global _display
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    handler.console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=handler.console, transient=True) as _display:
+        try:
+            with activity("working"):
+                yield
+        finally:
+            _display = None

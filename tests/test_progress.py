@@ -2,10 +2,10 @@
 
 import io
 import logging
+import sys
 import threading
 
 import pytest
-from rich.console import Console
 
 from fdpg_fast import progress
 from fdpg_fast.progress import activity, advance
@@ -53,13 +53,31 @@ def test_items_count_for_the_innermost_activity(said):
         assert not any(line.startswith("outer:") for line in said())
 
 
-def test_a_terminal_has_a_live_line_and_the_log_no_others(said):
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=80)
-    with progress.show(console), activity("loading [model]", total=8):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_live_line_and_the_log_above_it(said, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress.lines_for_a_person(), activity("loading [model]", total=8):
         advance(2)
+        logging.getLogger("fdpg_fast").info("a line [with] brackets, longer than a terminal is wide" + 80 * ".")
         threading.Event().wait(0.3)
-    assert "loading [model]" in screen.getvalue() and "2/8" in screen.getvalue()
-    assert said() == []
+    shown = screen.getvalue()
+    assert "loading [model]" in shown and "2/8" in shown
+    assert "a line [with] brackets, longer than a terminal is wide" + 80 * "." in shown
+    assert [line for line in said() if "loading" in line] == []
     with activity("afterwards"):  # in plain lines again
-        wait_for(lambda: said() == ["afterwards"])
+        wait_for(lambda: "afterwards" in said())
+
+
+def test_plain_lines_go_to_stderr_and_nothing_is_left_behind(capsys):
+    logger = logging.getLogger("fdpg_fast")
+    before = logger.level, list(logger.handlers)
+    with progress.lines_for_a_person():
+        logger.getChild("trainer").info("round 1/2")
+    logger.info("nobody asked for this")
+    assert capsys.readouterr() == ("", "round 1/2\n")
+    assert (logger.level, logger.handlers) == before

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config.load import dump_config, load_config, read_yaml
-from ..config.schema import TrainConfig
+from ..config.schema import RESUMABLE, TrainConfig
 from ..divergence import last_divergence
 from ..errors import UserError, disk_errors
 from ..measure.estimators import Estimate
@@ -152,7 +152,14 @@ def estimates_of(evaluation: Json | None = None) -> dict[str, Estimate]:
 
 
 def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) -> TrainConfig:
-    """The config of an existing run; raises UserError where there is none, and as `load_config`."""
+    """The config of an existing run, of which only what is RESUMABLE may change.
+
+    Raises:
+        UserError: there is no run, another key is overridden, and as `load_config`.
+    """
+    for key in overrides or {}:
+        if key not in RESUMABLE:
+            raise UserError(f"--{key}: a resumed run keeps its config; only {', '.join(RESUMABLE)} may change")
     return load_config(_config_path(run_dir), {**(overrides or {}), "run_dir": str(run_dir)})
 
 
