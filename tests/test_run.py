@@ -234,6 +234,7 @@ def test_library_does_what_the_command_line_does(tiny_model, tmp_path, caplog):
     shell = runs.train(tiny_model, tmp_path, "shell")
     data = load_config(shell / "config.yaml").model_dump() | {"run_dir": str(tmp_path / "library")}
     trainer = Trainer(parse_config(data))
+    caplog.clear()
     with caplog.at_level("INFO", "fdpg_fast"):
         result = trainer.train()
     said = [record.getMessage() for record in caplog.records]
