@@ -93,10 +93,10 @@ class Baseline:
         return baseline.expand(len(rewards))
 
     def state(self) -> dict[str, Tensor]:
-        return {"sum": self._sum, "count": self._count}
+        return {"reward_sum": self._sum, "reward_count": self._count}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self._sum, self._count = state["sum"], state["count"]
+        self._sum, self._count = state["reward_sum"], state["reward_count"]
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,11 @@ class Estimates:
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` takes."""
-        parts = {"partition": self.partition.state(), "baseline": self.baseline.state()}
-        return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+        return self.partition.state() | self.baseline.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for part in ("partition", "baseline"):
-            own = {name.removeprefix(f"{part}."): x for name, x in state.items() if name.startswith(f"{part}.")}
-            getattr(self, part).load_state(own)
+        self.partition.load_state(state)
+        self.baseline.load_state(state)
 
 
 def pseudo_rewards(

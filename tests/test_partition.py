@@ -251,3 +251,14 @@ def test_estimates_know_a_context_by_its_place_in_the_data_set():
     again = pack(contexts[1:], [[text, text]])
     log_z, _ = estimates.update(again, scores_of(tensor(-1, -1), tensor(-INF, -1)), js)
     assert log_z.exp().tolist() == pytest.approx([(3 * z[1] + 0 + 1) / 5] * 2)
+
+
+def test_estimates_continue_from_their_state():
+    text, js = ([5, 0], [-1.0, -1.0], True), divergences.get("jensen_shannon")
+    rollouts = pack([Context(0, "", (1,)), Context(1, "", (1,))], [[text], [text, text]])
+    one, other = (Estimates(PartitionFunction(2), Baseline("running")) for _ in range(2))
+    one.update(rollouts, scores_of(tensor(-1, -2, -3), tensor(-3, -2, -2)), js)
+    other.load_state(one.state())
+    again = rollouts, scores_of(tensor(-2, -2, -1), tensor(-1, -INF, -4)), js
+    found, expected = one.update(*again), other.update(*again)
+    assert [x.tolist() for x in found] == [x.tolist() for x in expected] and float(found[1][0]) != 0
