@@ -169,10 +169,10 @@ def _measure(case: ExactCase, bed: Bed, base: Policy, policy: Policy, target: Ex
     """Exact numbers of the policy as it is."""
     log_pi, log_a = (model.logprob(bed)[1] for model in (policy, base))
     pi, feature = log_pi.exp(), _feature(case, bed)
-    found = {name: float(measure(pi, target.p)) for name, measure in D_F.items()}
-    values = {f"divergence/{name}": value for name, value in found.items() if math.isfinite(value)}
+    distances = {name: float(measure(pi, target.p)) for name, measure in D_F.items()}
+    values = {f"divergence/{name}": value for name, value in distances.items() if math.isfinite(value)}
     return values | {
-        "divergence/jensen_shannon_half": found["jensen_shannon"] / 2,
+        "divergence/jensen_shannon_half": distances["jensen_shannon"] / 2,
         "kl_to_base": float(pi @ (log_pi - log_a)),
         "entropy_per_sequence": _entropy(pi),
         "entropy_of_target": _entropy(target.p),
