@@ -132,10 +132,11 @@ def _train(
 
 
 def _baseline(case: ExactCase) -> Callable[[Tensor, Tensor], Tensor]:
-    if isinstance(case.baseline, float):
-        constant = case.baseline
-        return lambda rewards, context: torch.full_like(rewards, constant)
-    return Baseline(case.baseline)
+    return _constant(case.baseline) if isinstance(case.baseline, float) else Baseline(case.baseline)
+
+
+def _constant(value: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda rewards, context: torch.full_like(rewards, value)
 
 
 def _rewards(case: ExactCase, log_pi: Tensor, target: ExactTarget) -> Tensor:
@@ -169,10 +170,10 @@ def _measure(case: ExactCase, bed: Bed, base: Policy, policy: Policy, target: Ex
     """Exact numbers of the policy as it is."""
     log_pi, log_a = (model.logprob(bed)[1] for model in (policy, base))
     pi, feature = log_pi.exp(), _feature(case, bed)
-    found = {name: float(measure(pi, target.p)) for name, measure in D_F.items()}
-    values = {f"divergence/{name}": value for name, value in found.items() if math.isfinite(value)}
+    distances = {name: float(measure(pi, target.p)) for name, measure in D_F.items()}
+    values = {f"divergence/{name}": value for name, value in distances.items() if math.isfinite(value)}
     return values | {
-        "divergence/jensen_shannon_half": found["jensen_shannon"] / 2,
+        "divergence/jensen_shannon_half": distances["jensen_shannon"] / 2,
         "kl_to_base": float(pi @ (log_pi - log_a)),
         "entropy_per_sequence": _entropy(pi),
         "entropy_of_target": _entropy(target.p),
@@ -198,10 +199,7 @@ def _gradient_metrics(
     with torch.no_grad():
         behavior, log_pi = policy.logprob(bed)
     pi, rewards = log_pi.exp(), _rewards(case, log_pi, target)
-    baseline = _baseline(case)
-    if case.baseline == "running":
-        mean_reward = pi @ rewards
-        baseline = lambda drawn, context: mean_reward.expand_as(drawn)  # noqa: E731
+    baseline = _constant(float(pi @ rewards)) if case.baseline == "running" else _baseline(case)
     log_z = target.log_z + math.log(case.z_scale)
 
     def gradient(picks: Tensor, token_logprob: Tensor, offset: Tensor) -> Tensor:

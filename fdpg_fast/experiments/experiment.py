@@ -76,13 +76,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         parts = [*self.labels.values(), f"seed-{self.seed}"]
         return "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in part) for part in parts)
 
     @property
     def fingerprint(self) -> str:
-        """Of all that the result depends on besides the code."""
+        """A hash of all that the result depends on besides the code."""
         return hashlib.sha256(json.dumps([self.settings, self.runner], sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -129,7 +129,7 @@ def cases(
     if budget_name not in experiment.budgets:
         raise UserError(f"--budget: {budget_name!r} is not one of {', '.join(experiment.budgets)}")
     budget = experiment.budgets[budget_name]
-    found = [
+    chosen = [
         _case(experiment, study_name, labels, seed, budget)
         for seed in range(seeds or budget.seeds)
         for study_name, study in experiment.studies.items()
@@ -141,7 +141,7 @@ def cases(
     for name in divergences or ():
         if name not in known:
             raise UserError(f"--divergences: {name!r} is not one of this experiment's: {', '.join(sorted(known))}")
-    return found
+    return chosen
 
 
 def _products(study: Study, only: dict[str, list[str]]) -> list[dict[str, str]]:
@@ -152,8 +152,8 @@ def _products(study: Study, only: dict[str, list[str]]) -> list[dict[str, str]]:
 def _case(experiment: Experiment, study_name: str, labels: dict[str, str], seed: int, budget: Budget) -> Case:
     study = experiment.studies[study_name]
     settings: Settings = {}
-    chosen = [study.options(axis)[label] for axis, label in labels.items()]
-    for layer in (experiment.run, study.run, *chosen, budget.run):
+    by_label = [study.options(axis)[label] for axis, label in labels.items()]
+    for layer in (experiment.run, study.run, *by_label, budget.run):
         _merge(settings, layer)
     return Case({"study": study_name, **labels}, seed, settings, study.runner or experiment.runner)
 

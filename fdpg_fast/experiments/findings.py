@@ -56,9 +56,9 @@ class MoreFinding(_Finding):
     """By more than that."""
 
     def _judge(self, rows: list[Row]) -> tuple[Verdicts, str]:
-        found = difference(rows, self.metric, self.more, self.less)
+        interval = difference(rows, self.metric, self.more, self.less)
         least = math.nextafter(self.margin, math.inf)  # equal, as where nothing was trained, is not more
-        return found.verdict(least, math.inf), f"difference of {self.metric}: {found}"
+        return interval.verdict(least, math.inf), f"difference of {self.metric}: {interval}"
 
 
 class EqualFinding(_Finding):
@@ -69,8 +69,8 @@ class EqualFinding(_Finding):
     within: float
 
     def _judge(self, rows: list[Row]) -> tuple[Verdicts, str]:
-        found = difference(rows, self.metric, *self.equal)
-        return found.verdict(-self.within, self.within), f"difference of {self.metric}: {found}"
+        interval = difference(rows, self.metric, *self.equal)
+        return interval.verdict(-self.within, self.within), f"difference of {self.metric}: {interval}"
 
 
 class BetweenFinding(_Finding):
@@ -87,8 +87,8 @@ class BetweenFinding(_Finding):
         if self.minus is not None:
             metric = f"{self.metric} − {self.minus}"
             rows = [_with_difference(row, metric, self.metric, self.minus) for row in rows]
-        found = average(rows, metric, self.of)
-        return found.verdict(*self.between), f"{metric}: {found}"
+        interval = average(rows, metric, self.of)
+        return interval.verdict(*self.between), f"{metric}: {interval}"
 
 
 class UndominatedFinding(_Finding):

@@ -20,7 +20,7 @@ Setting = tuple[tuple[str, str], ...]
 Measured = tuple[float, float]  # a value and its own error
 Strata = dict[Setting, list[Measured]]  # by the other labels, one a seed
 Verdicts = Literal["shown", "not shown", "inconclusive"]
-# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom
+# for 1, 2, … degrees of freedom
 T_QUANTILES = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -28,7 +28,7 @@ T_QUANTILES = (
 
 
 def t_quantile(degrees: int) -> float:
-    """Beyond 30 degrees of freedom by the first terms of Cornish and Fisher's expansion."""
+    """The 97.5 % quantile of Student's t; beyond 30 degrees of freedom by Cornish and Fisher's expansion."""
     if degrees <= len(T_QUANTILES):
         return T_QUANTILES[degrees - 1]
     return 1.95996 + 2.3722 / degrees + 2.8225 / degrees**2
@@ -51,7 +51,7 @@ class Interval:
         return self.mean + self.half_width
 
     def verdict(self, low: float, high: float) -> Verdicts:
-        """Of the claim that the mean lies in [low, high]."""
+        """What is to be thought of the claim that the mean lies in [low, high]."""
         if low <= self.low and self.high <= high:
             return "shown"
         return "not shown" if self.high < low or self.low > high else "inconclusive"
@@ -63,13 +63,13 @@ class Interval:
 
 
 def difference(rows: Sequence[Row], metric: str, of: Labels, minus: Labels) -> Interval:
-    """Between runs that have some labels and runs that have others."""
+    """How much higher a metric is in runs that have the labels `of` than in runs that have `minus`."""
     differences = paired_differences(rows, metric, of, minus)
     return mean_interval(differences, differences)
 
 
 def average(rows: Sequence[Row], metric: str, of: Labels) -> Interval:
-    """Over runs that have some labels."""
+    """The mean of a metric over runs that have some labels."""
     strata: Strata = {}
     for (setting, _), measured in _by_setting(rows, metric, of, of).items():
         strata.setdefault(setting, []).append(measured)
@@ -77,7 +77,7 @@ def average(rows: Sequence[Row], metric: str, of: Labels) -> Interval:
 
 
 def within_seeds(rows: Sequence[Row], metric: str) -> list[Interval]:
-    """Of a metric, for each setting of the rows, to see settings side by side.
+    """The mean of a metric in each setting of the rows, to see settings side by side.
 
     What seeds differ in alike for all settings is left out: the error is that of the residuals after the means of
     settings and of seeds, pooled (Loftus & Masson 1994). With one seed, or a run missing, it is `average`'s.
@@ -93,13 +93,13 @@ def within_seeds(rows: Sequence[Row], metric: str) -> list[Interval]:
     for seed in seeds:
         here = [values[tuple(labels.items()), seed] for labels in settings]
         shift = sum(here) / len(here) - whole
-        squares += sum((value - shift - found.mean) ** 2 for value, found in zip(here, means, strict=True))
+        squares += sum((value - shift - interval.mean) ** 2 for value, interval in zip(here, means, strict=True))
     half_width = t_quantile(degrees) * math.sqrt(squares / degrees / len(seeds))
-    return [replace(found, half_width=half_width) for found in means]
+    return [replace(interval, half_width=half_width) for interval in means]
 
 
 def paired_differences(rows: Sequence[Row], metric: str, of: Labels, minus: Labels) -> Strata:
-    """Between runs that are alike but for the labels `of` and `minus`."""
+    """Differences of a metric between runs that are alike but for the labels `of` and `minus`."""
     first, second = (_by_setting(rows, metric, labels, {*of, *minus}) for labels in (of, minus))
     strata: Strata = {}
     for key, (value, error) in first.items():

@@ -43,8 +43,8 @@ def write_page(place: Path, name: str, budget: str, experiment: Experiment, rows
         *([f"Not run here, so not judged: the findings on {', '.join(elsewhere)}."] if elsewhere else []),
         *pictures,
     ]
-    for study, found in studies.items():
-        lines += [f"## {study}", _study_table(found)]
+    for study, rows_of_study in studies.items():
+        lines += [f"## {study}", _study_table(rows_of_study)]
     hours = sum(row.seconds for row in rows) / 3600
     lines += [
         "## How it was made",
@@ -58,10 +58,10 @@ def write_page(place: Path, name: str, budget: str, experiment: Experiment, rows
 
 
 def _study_table(rows: list[Row]) -> str:
-    found = dict.fromkeys(key for row in rows for key in row.metrics)
-    keys = [key for key in found if key.startswith(FEATURES) and not _certain(rows, key)]
-    keys += [key for key in COLUMNS if key in found and not _certain(rows, key)]
-    keys += [key for key in found if key not in LABELS and not key.startswith((*FEATURES, "divergence/"))]
+    measured = dict.fromkeys(key for row in rows for key in row.metrics)
+    keys = [key for key in measured if key.startswith(FEATURES) and not _certain(rows, key)]
+    keys += [key for key in COLUMNS if key in measured and not _certain(rows, key)]
+    keys += [key for key in measured if key not in LABELS and not key.startswith((*FEATURES, "divergence/"))]
     # a column of nothing but infinities or unknowns says nothing
     keys = [key for key in keys if any(math.isfinite(row.metrics[key].value) for row in rows if key in row.metrics)]
     axes = [axis for axis in rows[0].labels if axis != "study"]
@@ -80,10 +80,10 @@ def _study_table(rows: list[Row]) -> str:
 
 def _certain(rows: Sequence[Row], key: str) -> bool:
     """Whether it only repeats that the target is a hard constraint: all texts have it, and KL(p‖a) is −log Z."""
-    found = [row.metrics for row in rows if key in row.metrics]
+    evaluations = [row.metrics for row in rows if key in row.metrics]
     if key == "kl_of_target_to_base":
-        return all(abs(metrics[key].value + metrics["log_z"].value) < 1e-6 for metrics in found)
-    return key.startswith("feature_of_target/") and all(abs(metrics[key].value - 1) < 1e-9 for metrics in found)
+        return all(abs(metrics[key].value + metrics["log_z"].value) < 1e-6 for metrics in evaluations)
+    return key.startswith("feature_of_target/") and all(abs(metrics[key].value - 1) < 1e-9 for metrics in evaluations)
 
 
 def _least_ess(rows: Sequence[Row], key: str) -> float:

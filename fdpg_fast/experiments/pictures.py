@@ -120,12 +120,12 @@ def colour_of(label: str, otherwise: str = PALETTE[-1]) -> str:
 
 
 def _curve_keys(rows: Sequence[Row]) -> list[str]:
-    measured = dict.fromkeys(key for row in rows for point in row.curve[:1] for key in point if key != "round")
+    recorded = dict.fromkeys(key for row in rows for point in row.curve[:1] for key in point if key != "round")
     aligned = [f"target/{str(_alignment(rows)).removeprefix('feature/')}"]
-    usual = [key for key in (*aligned, *CURVES) if key in measured]
+    usual = [key for key in (*aligned, *CURVES) if key in recorded]
     if all(point.get("policy/ratio_ess", 1) > 0.99 for row in rows for point in row.curve):  # nothing is off-policy
         usual = [key for key in usual if key != "policy/ratio_ess"]
-    return usual or [key for key in measured if not key.endswith("_se")][:5]
+    return usual or [key for key in recorded if not key.endswith("_se")][:5]
 
 
 def _rest(labels: dict[str, str], axis: str) -> str:

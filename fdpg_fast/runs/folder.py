@@ -27,10 +27,7 @@ TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a
 
 
 class RunFolder:
-    """The folder of a run that this process owns until `close`.
-
-    Args:
-        path: made if it is not there.
+    """The folder of a run, made if it is not there, which this process owns until `close`.
 
     Raises:
         UserError: another process is using it, or it cannot be written.
@@ -133,9 +130,9 @@ def read_run(run_dir: str | Path) -> Run:
     elif trained.startswith("alpha:"):  # of a path of α the last one is measured
         trained = last_divergence(trained).name
     # a lone evaluation is the base model's if it says round 0
-    has_before = len(rows) > 1 or (rows and rows[0].get("round") == 0)
-    before, after = (rows[:1], rows[1:][-1:]) if has_before else ([], rows)
-    return Run(path.parent, config, trained, metrics, samples, *(estimates_of(*row) for row in (before, after)))
+    has_before = len(rows) > 1 or any(row.get("round") == 0 for row in rows)
+    before, after = rows[0] if has_before else {}, rows[-1] if len(rows) > has_before else {}
+    return Run(path.parent, config, trained, metrics, samples, estimates_of(before), estimates_of(after))
 
 
 def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
@@ -145,9 +142,9 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
     return [read_run(run_dir) for run_dir in run_dirs]
 
 
-def estimates_of(evaluation: Json | None = None) -> dict[str, Estimate]:
+def estimates_of(evaluation: Json) -> dict[str, Estimate]:
     """The metrics of a line of evaluation.jsonl."""
-    metrics = (evaluation or {}).get("metrics") or {}
+    metrics = evaluation.get("metrics") or {}
     return {key: Estimate(**{name: to_float(x) for name, x in metric.items()}) for key, metric in metrics.items()}
 
 

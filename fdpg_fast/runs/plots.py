@@ -71,6 +71,7 @@ def scatter(ends: Iterable[tuple[str, str, dict[str, Estimate]]], x_key: str, y_
 
 
 def coloured(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each of the different names, in their order."""
     return dict(zip(dict.fromkeys(names), cycle(PALETTE), strict=False))
 
 

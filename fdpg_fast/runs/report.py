@@ -58,18 +58,18 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
     names = [run.divergence for run in runs]
     names = names if len(set(names)) > 1 else header[1:]  # what tells the runs apart
     colours = coloured(names)
-    ends = [(name, colours[name], run.after) for name, run in zip(names, runs, strict=True)]
+    named = list(zip(names, runs, strict=True))
+    ends = [(name, colours[name], run.after) for name, run in named]
     features = metric_keys(runs, "feature/")
-    curves = {f"target/{key.removeprefix('feature/')}": label_of(key) for key in features}
-    curves |= {key: CURVES[key] for key in ("policy/kl_to_base", "policy/entropy_per_token")}
-    lines = {key: [(run, key, colours[name]) for name, run in zip(names, runs, strict=True)] for key in curves}
+    titles = {f"target/{key.removeprefix('feature/')}": label_of(key) for key in features}
+    titles |= {key: CURVES[key] for key in ("policy/kl_to_base", "policy/entropy_per_token")}
     return _write_page(
         Path(path),
         "comparison.html.j2",
         runs=runs,
         colours=colours,
         trade_offs=[scatter(ends, x, y) for y in features for x in ("entropy_per_token", "kl_to_base")],
-        curves=[curve(title, lines[key]) for key, title in curves.items()],
+        curves=[curve(titles[key], [(run, key, colours[name]) for name, run in named]) for key in titles],
         quality=list(zip(header, *quality, strict=True)),
         divergences=list(zip(header, *divergences, strict=True)),
         doubt=DOUBT if any("?" in cell for row in divergences for cell in row) else "",

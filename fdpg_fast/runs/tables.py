@@ -18,8 +18,8 @@ from ..measure.estimators import Estimate
 from ..measure.quasi_rejection import Kept, Quality
 from .folder import Json, Run, estimates_of, read_run
 
-_NAMED = [(name, divergences.get(name).label) for name in divergences.NAMES]
-_NAMED.insert(divergences.NAMES.index("jensen_shannon") + 1, ("jensen_shannon_half", "Jensen–Shannon, ½–½"))
+_DIVERGENCES = [(name, divergences.get(name).label) for name in divergences.NAMES]
+_DIVERGENCES.insert(divergences.NAMES.index("jensen_shannon") + 1, ("jensen_shannon_half", "Jensen–Shannon, ½–½"))
 LABELS = {  # in the order of the tables
     "kl_to_base": "KL to base (nats)",
     "kl_of_target_to_base": "KL of target to base (nats)",
@@ -33,7 +33,7 @@ LABELS = {  # in the order of the tables
     "perplexity_under_base": "perplexity under base",
     "log_z": "log Z",
     "contexts_left_out": "contexts without support",
-    **{f"divergence/{name}": label for name, label in _NAMED},
+    **{f"divergence/{name}": label for name, label in _DIVERGENCES},
 }
 # of what every feature has, in the order of the tables
 FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the target", "exponent": "λ of {}"}
@@ -60,15 +60,15 @@ def with_error(value: float, error: float) -> str:
     """A number ± an error, to two digits of the error, or three of the number where the error is not known."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "∞" if value > 0 else "-∞"
-    known = math.isfinite(error)
+    has_error = math.isfinite(error)
     if abs(value) >= 1e6:
-        return f"{value:.2e}" + (f" ± {error:.0e}" if known else "")
-    if not known and value == round(value):
+        return f"{value:.2e}" + (f" ± {error:.0e}" if has_error else "")
+    if not has_error and value == round(value):
         return f"{value:,.0f}"
-    leading, digits = (error, 1) if known and error > 0 else (value, 2)
+    leading, digits = (error, 1) if has_error and error > 0 else (value, 2)
     places = min(max(digits - math.floor(math.log10(abs(leading) or 1.0)), 0), 4)
     value = round(value, places) + 0.0  # no "-0.000"
-    return f"{value:,.{places}f}" + (f" ± {error:,.{places}f}" if known else "")
+    return f"{value:,.{places}f}" + (f" ± {error:,.{places}f}" if has_error else "")
 
 
 def label_of(key: str) -> str:

@@ -5,10 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from rich.cells import cell_len
 
 from fdpg_fast.errors import UserError
 from fdpg_fast.measure.estimators import Estimate
-from fdpg_fast.runs.folder import read_runs
+from fdpg_fast.runs.folder import read_jsonl, read_runs, to_float, to_json
 from fdpg_fast.runs.report import write_comparison, write_report
 from fdpg_fast.runs.tables import before_after_table, compare_table, evaluation_table, text_of, with_error
 
@@ -263,6 +264,39 @@ def test_table_keeps_its_width_with_a_long_feature_name(make_run):
     assert max(map(len, before_after_table(run).splitlines())) <= 100
 
 
+def test_tables_are_plain_text_whatever_the_names(make_run, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    run = make_run()
+    names = ("[red]no markup[/red]", "宽的名字", "\\[escaped]", ":smile:", "http://a.b/c")
+    row = evaluation(4, 0.5, 1.0)
+    features = {f"feature/{name}": row["metrics"]["feature/parses"] for name in names}
+    write_jsonl(run / "evaluation.jsonl", [row | {"metrics": features | row["metrics"]}])
+    table = before_after_table(run)
+    assert "\x1b" not in table and all(f"E[{name}]" in table for name in names)
+    # every ± is below the others on a terminal, where some characters take two columns
+    assert len({cell_len(line[: line.index("±")]) for line in table.splitlines() if "±" in line}) == 1
+
+
+@pytest.mark.parametrize(
+    ("divergence", "recorded", "name"),
+    [
+        ("alpha:0.2..0.9", {}, "alpha:0.9"),
+        ("alpha:0.2..0.9", {"divergence": "alpha:0.9"}, "alpha:0.9"),
+        ("../mine/file.py:mine", {"divergence": "mine"}, "mine"),
+        ("../mine/file.py:mine", {}, "../mine/file.py:mine"),
+    ],
+)
+def test_the_trained_divergence_is_found_under_the_name_that_was_measured(make_run, divergence, recorded, name):
+    run = make_run(divergence=divergence)
+    row = evaluation(4, 0.5, 1.0)
+    row["metrics"][f"divergence/{name}"] = {"value": 0.125, "standard_error": 0.01, "ess": 64.0}
+    write_jsonl(run / "evaluation.jsonl", [row | recorded])
+    (line,) = (line for line in before_after_table(run).splitlines() if "(trained)" in line)
+    assert line.startswith(f"to target: {name} (trained)") and line.endswith("0.125 ± 0.020")
+    assert f"to minimise {divergence} between" in Page(write_report(run)).text
+    compare_table(read_runs([run, run]))
+
+
 def test_evaluation_table():
     lines = evaluation_table(evaluation(4, 0.75, 1.5)).splitlines()
     assert lines[0].split() == ["round", "4"]
@@ -320,6 +354,27 @@ def test_runs_of_one_divergence_are_told_apart_by_name(make_run, tmp_path):
     runs = [make_run("fast$_$"), make_run("slow$_$", after=(0.9, 2.0))]
     page = assert_self_contained(write_comparison(read_runs(runs), tmp_path / "compare.html"))
     assert page.text.count("slow$_$") == 5  # legend, a label in each trade-off, two tables
+
+
+def test_json_holds_every_float(tmp_path):
+    row = {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": 0.1, "e": "inf", "f": None, "g": True, "h": "\u2028é"}
+    line = to_json(row)
+    assert json.loads(line, parse_constant=pytest.fail) == {**row, "a": None, "b": ["inf", {"c": "-inf"}]}
+    (tmp_path / "rows.jsonl").write_text(line + "\n\n" + line, encoding="utf-8")
+    assert read_jsonl(tmp_path / "rows.jsonl", dict) == [json.loads(line)] * 2
+    assert read_jsonl(tmp_path / "nothing.jsonl", dict) == []
+    assert math.isnan(to_float(None)) and [to_float(x) for x in ("inf", "-inf", 0.1, 3)] == [
+        math.inf,
+        -math.inf,
+        0.1,
+        3,
+    ]
+
+
+def test_markup_in_names_of_runs_is_escaped(make_run, tmp_path):
+    runs = [make_run("<b>a&amp;-1", "<script>alert(1)"), make_run("{{ 7 * 7 }}", "reverse_kl")]
+    page = assert_self_contained(write_comparison(read_runs(runs), tmp_path / "compare.html"))
+    assert "<b>a&amp;\u20111" in page.text and "<script>alert(1)" in page.text and "{{ 7 * 7 }}" in page.text
 
 
 def test_damaged_line_is_named(make_run):
