@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-_INTERVAL = 0.1  # seconds from one interruption to the next: a bare `except:` swallows the first
+_INTERVAL = 0.1  # seconds from one interruption to the next: a bare `except:` may swallow the first
 # not SIGALRM, with which functions limit their own parts; nor one that libraries or schedulers use
 _WAKE = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
 
@@ -114,21 +114,20 @@ def _call_interruptibly(function: Callable[..., Any], arguments: Mapping[str, An
     A thread sends the signal. A function that holds the GIL, such as a regular expression gone exponential, keeps that
     thread from running; but it uses the CPU, and a timer of CPU time signals without the GIL.
     """
-    armed, due, over = False, deadline, threading.Event()
+    armed, over, main_thread = False, threading.Event(), threading.get_ident()
 
     def interrupt(_signal: int, _frame: Any) -> None:
-        nonlocal due
-        if armed and time.monotonic() >= due:
-            due = time.monotonic() + _INTERVAL
+        if armed and time.monotonic() >= deadline:
             raise TimeUp
 
     def watch() -> None:
         pause = deadline - time.monotonic()
         while not over.wait(pause):
-            signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+            signal.pthread_kill(main_thread, _WAKE)
             pause = _INTERVAL
 
     before = {number: signal.signal(number, interrupt) for number in (_WAKE, signal.SIGPROF)}
+    signal.siginterrupt(signal.SIGPROF, False)  # system calls of all threads go on: _WAKE is for those of this one
     timer = signal.setitimer(signal.ITIMER_PROF, _INTERVAL, _INTERVAL)
     watchdog = threading.Thread(target=watch, daemon=True)
     watchdog.start()
@@ -151,17 +150,20 @@ def _call_interruptibly(function: Callable[..., Any], arguments: Mapping[str, An
 class _DaemonThreads(ThreadPoolExecutor):
     """Where `asyncio.to_thread` of async functions runs; the standard pool is waited for when the process ends."""
 
-    _places = threading.Semaphore(32)  # as many threads as asyncio's own pool has at most
+    def __init__(self) -> None:
+        super().__init__()
+        self._places = threading.Semaphore(32)  # the most that asyncio's own pool has
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
         future: Future[Any] = Future()
 
         def run() -> None:
             with self._places:
-                try:
-                    future.set_result(function(*arguments, **keywords))
-                except BaseException as error:
-                    future.set_exception(error)
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(function(*arguments, **keywords))
+                    except BaseException as error:
+                        future.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
         return future

@@ -194,7 +194,7 @@ def test_training_moves_the_adapter_and_nothing_else(dtype, tiny_model, tmp_path
 
 
 def test_checkpoint_is_an_adapter_that_peft_and_transformers_open(finished, tiny_model):
-    (folder,) = finished.glob("checkpoints/round-*")
+    folder = finished / "checkpoints/round-000006"
     assert not (folder / "model.safetensors").exists()
     row = torch.tensor([[5, 80, 33, 7, 66, 72]])
     with torch.no_grad():
