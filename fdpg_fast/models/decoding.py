@@ -110,8 +110,10 @@ class _RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states  # [C, H, P, d]
             return key_states, value_states
-        if start == self.keys.shape[2]:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, self._room)) for x in (self.keys, self.values))
+        missing = self._used - self.keys.shape[2]
+        if missing > 0:
+            more = (0, 0, 0, max(missing, self._room))
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
         self.keys[:, :, start : self._used], self.values[:, :, start : self._used] = key_states, value_states
         return self.keys[:, :, : self._used], self.values[:, :, : self._used]
 
