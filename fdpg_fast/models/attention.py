@@ -1,14 +1,16 @@
 """Packed rows: prompts and completions without padding through a model's layers, each prompt computed once.
 
 C prompts and their B completions become one row of tokens, prompts first. Only attention has to know who belongs to
-whom, so it is the one thing replaced, through transformers' attention registry. What it is told is a `Layout`, handed
-to the model's forward pass; without one the registered function is plain SDPA, so that the model stays an ordinary
-transformers model.
+whom, so it is the one thing replaced, through transformers' attention registry. It asks a layout that the forward pass
+is given; without one it is plain SDPA, so that the model stays an ordinary transformers model. A layout has
+
+* `max_length`: tokens of the longest text, prompt and completion together, and
+* `attend(query, key, value, scale)`: [R, H, T, d] each (fewer heads in key and value) → [R, T, H, d].
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +23,6 @@ from ..errors import UserError
 from ..rollouts import Rollouts
 
 IMPLEMENTATION = "fdpg_packed"
-
-
-class Layout(Protocol):
-    """Who attends to whom in one forward pass.
-
-    Attributes:
-        max_length: tokens of the longest text, prompt and completion together.
-    """
-
-    max_length: int
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """[R, H, T, d] each (fewer heads in key and value) → [R, T, H, d]."""
-        ...
 
 
 def _attention(module, query, key, value, attention_mask, *, layout=None, scaling=None, **options):
@@ -53,7 +41,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def run(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Layout, cache: Cache | None = None
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Any, cache: Cache | None = None
 ) -> Tensor:
     """Final hidden states of rows of tokens, [R, T] → [R, T, D]; layers add their keys and values to the cache."""
     output = model.base_model(
@@ -73,11 +61,13 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, **optio
 
 
 class PackedBatch:
-    """A `Layout`: the rollouts of a micro-batch as one row of M tokens.
+    """The layout of a micro-batch of rollouts as one row of M tokens.
 
     Attributes:
         input_ids: every prompt once, then every completion without its last token, which predicts nothing, [1, M].
         position_ids: of each token in its text, [1, M].
+        prompts, completions: the stretches of the row that are theirs.
+        context_index: which prompt each completion continues, [B].
         target_rows: the row of the hidden states that predicts each completion token, [N].
     """
 
@@ -87,8 +77,8 @@ class PackedBatch:
         context_index, input_lengths = rollouts.context_index.cpu(), rollouts.lengths.cpu() - 1
         prompts_end, own_prompt_length = int(prompt_lengths.sum()), prompt_lengths[context_index]
         self.max_length = int((own_prompt_length + input_lengths).max()) + 1
-        self._prompts, self._completions = _Segments(prompt_lengths, device), _Segments(input_lengths, device)
-        self._context_index, self._prompts_end = context_index.to(device), prompts_end
+        self.prompts, self.completions = Segments(prompt_lengths, device), Segments(input_lengths, device)
+        self.context_index, self._prompts_end = context_index.to(device), prompts_end
 
         ends = rollouts.cu_seqlens.long().cpu()
         is_first, is_last = torch.zeros(2, rollouts.num_tokens, dtype=torch.bool)
@@ -103,28 +93,28 @@ class PackedBatch:
         target_rows[~is_first] = torch.arange(prompts_end, int(lengths.sum()))
         self.target_rows = target_rows.to(device)
 
-        longest = self._completions.longest
+        longest = self.completions.longest
         own = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(len(input_lengths), -1, -1)
-        prompt = self._prompts.is_real[self._context_index][:, None].expand(-1, longest, -1)
+        prompt = self.prompts.is_real[self.context_index][:, None].expand(-1, longest, -1)
         allowed = torch.cat([prompt, own], dim=2)[:, None]  # [B, 1, T, P+T]; padding of completions comes after all
         self._mask = torch.zeros(allowed.shape, device=device, dtype=dtype).masked_fill_(~allowed, float("-inf"))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """As `Layout.attend`, of the one row [1, H, M, d]: completions see their own prompt's keys and their own."""
+        """Attention in the one row, [1, H, M, d] each → [1, M, H, d]: a completion sees its prompt and itself."""
         lengths = [self._prompts_end, query.shape[2] - self._prompts_end]
         of_prompts, own = zip(*(x[0].split(lengths, dim=1) for x in (query, key, value)), strict=True)
-        q, k, v = map(self._prompts.pad, of_prompts)
-        rows = [self._prompts.unpad(sdpa(q, k, v, scale, is_causal=True))]
-        if self._completions.longest:
-            own_q, own_k, own_v = map(self._completions.pad, own)
-            keys = torch.cat([k.index_select(0, self._context_index), own_k], dim=2)
-            values = torch.cat([v.index_select(0, self._context_index), own_v], dim=2)
+        q, k, v = map(self.prompts.pad, of_prompts)
+        rows = [self.prompts.unpad(sdpa(q, k, v, scale, is_causal=True))]
+        if self.completions.longest:
+            own_q, own_k, own_v = map(self.completions.pad, own)
+            keys = torch.cat([k.index_select(0, self.context_index), own_k], dim=2)
+            values = torch.cat([v.index_select(0, self.context_index), own_v], dim=2)
             attended = sdpa(own_q, keys, values, scale, attn_mask=self._mask.to(query.dtype))
-            rows.append(self._completions.unpad(attended))
+            rows.append(self.completions.unpad(attended))
         return torch.cat(rows)[None]
 
 
-class _Segments:
+class Segments:
     """S ragged stretches of tokens, one behind the other, and their padded view."""
 
     def __init__(self, lengths: Tensor, device: torch.device):

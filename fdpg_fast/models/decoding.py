@@ -17,39 +17,11 @@ from ..contexts import Context
 from . import attention
 
 
-class RoomyCache(DynamicCache):
-    """A cache with room for this many tokens behind its first: a token is appended without copying those before it."""
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.layer_class_to_replicate = functools.partial(_RoomyLayer, room)  # type: ignore[assignment]
-
-
-class _RoomyLayer(DynamicLayer):
-    def __init__(self, room: int):
-        super().__init__()
-        self._room, self._used = room, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        start, self._used = self._used, self._used + key_states.shape[2]
-        if self.keys is None or self.values is None:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states  # [C, H, P, d]
-            return key_states, value_states
-        if start == self.keys.shape[2]:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, self._room)) for x in (self.keys, self.values))
-        self.keys[:, :, start : self._used], self.values[:, :, start : self._used] = key_states, value_states
-        return self.keys[:, :, : self._used], self.values[:, :, : self._used]
-
-    def get_seq_length(self) -> int:
-        return self._used
-
-
 class Decoding:
     """Completions that grow, a token at a time; a subclass says how its model is run.
 
     Args:
-        cache: keys and values of what was computed so far, whatever its kind.
+        cache: keys and values of what was computed so far.
         rows: what a forward pass is told of each completion besides its tokens, [B, …] each.
 
     Attributes:
@@ -76,34 +48,24 @@ class Decoding:
 
     def _begin(self, states: Tensor, context_index: Tensor) -> None:
         """From C prompts, whose last states [C, D] these are, to B completions, [B] indices of their prompts."""
+        context_index = context_index.to(states.device)
         self.first = states.index_select(0, context_index)
         self.select(context_index)
 
 
 class ContinuedDecoding(Decoding):
-    """Completions that continue their prompts; also the `attention.Layout` of that.
-
-    Prompts are padded at their end, where causal attention never looks. Completions begin behind the padding, which is
-    masked for them.
-
-    Args:
-        contexts: C prompts.
-        context_index: which of them each completion continues, [B].
-        max_new_tokens: that a completion may have.
-    """
+    """Completions that continue their prompts, begun behind the prompts' padding; see `LanguageModel.start`."""
 
     def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int):
-        self._model, device = model, model.device
-        prompts = [torch.tensor(context.token_ids) for context in contexts]
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = max(map(len, prompts))
-        self.max_length, self._is_padded = longest + max_new_tokens, any(len(prompt) < longest for prompt in prompts)
-        slots = torch.arange(self.max_length, device=device)
-        attended = (slots < lengths[:, None]) | (slots >= longest)  # [C, P + max_new_tokens]
-        super().__init__(RoomyCache(max_new_tokens), attended=attended, next_position=lengths[:, None])
-        input_ids = pad_sequence(prompts, batch_first=True).to(device)  # [C, P]
-        states = attention.run(model, input_ids, slots[None, :longest], self, self._cache)
-        self._begin(states[torch.arange(len(prompts), device=device), lengths - 1], context_index.to(device))
+        self._model = model
+        input_ids, is_real = pad_prompts(contexts, model.device)
+        lengths, longest = is_real.sum(1, keepdim=True), is_real.shape[1]
+        self.max_length, self._is_padded = longest + max_new_tokens, not bool(is_real.all())
+        attended = F.pad(is_real, (0, max_new_tokens), value=True)  # [C, P + max_new_tokens]
+        super().__init__(roomy_cache(max_new_tokens), attended=attended, next_position=lengths)
+        positions = torch.arange(longest, device=model.device)[None]
+        states = attention.run(model, input_ids, positions, self, self._cache)  # [C, P, D]
+        self._begin(states.take_along_dim(lengths[:, :, None] - 1, dim=1)[:, 0], context_index)
 
     def run(self, tokens: Tensor) -> Tensor:
         """As `Decoding.run`, of one token: T = 1."""
@@ -112,7 +74,7 @@ class ContinuedDecoding(Decoding):
         return states
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """As `Layout.attend`, of whole prompts [C, H, P, d], or of one token [B, H, 1, d] and all that precede it."""
+        """Attention of whole prompts [C, H, P, d], or of one token [B, H, 1, d] to all before it; see `attention`."""
         batch, heads, length, width = query.shape
         slots = key.shape[2]
         if length == slots:
@@ -121,3 +83,39 @@ class ContinuedDecoding(Decoding):
         grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
         mask = self._rows["attended"][:, None, None, :slots] if self._is_padded else None
         return attention.sdpa(grouped, key, value, scale, attn_mask=mask).reshape(batch, 1, heads, -1)
+
+
+def pad_prompts(contexts: Sequence[Context], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [C, P] of prompts, padded at their end, and which of them are real, [C, P] bool."""
+    prompts = [torch.tensor(context.token_ids) for context in contexts]
+    is_real = pad_sequence([torch.ones_like(prompt, dtype=torch.bool) for prompt in prompts], batch_first=True)
+    return pad_sequence(prompts, batch_first=True).to(device), is_real.to(device)
+
+
+def roomy_cache(room: int) -> DynamicCache:
+    """A cache with room for this many tokens behind its first: they are appended without copying those before."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = functools.partial(_RoomyLayer, room)  # type: ignore[assignment]
+    return cache
+
+
+class _RoomyLayer(DynamicLayer):
+    def __init__(self, room: int):
+        super().__init__()
+        self._room, self._used = room, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start, self._used = self._used, self._used + key_states.shape[2]
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states  # [C, H, P, d]
+            return key_states, value_states
+        missing = self._used - self.keys.shape[2]
+        if missing > 0:
+            more = (0, 0, 0, max(missing, self._room))
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+        self.keys[:, :, start : self._used], self.values[:, :, start : self._used] = key_states, value_states
+        return self.keys[:, :, : self._used], self.values[:, :, : self._used]
+
+    def get_seq_length(self) -> int:
+        return self._used

@@ -2,9 +2,8 @@
 
 The prompt goes through the encoder, once however many completions it has; the decoder starts from its start token,
 whose hidden state predicts the completion's first token. Scoring and sampling run the same two steps: the start token
-once a prompt, which leaves the prompt's keys and values in transformers' own cache, and then the completions, a token
-or a block of them at a time. Rows of a batch are padded at their end, where causal attention never looks, and prompts
-are masked.
+once a prompt, which leaves the prompt's keys and values in transformers' cache, and then the completions, all tokens
+at once or one at a time. Completions are padded at their end, where causal attention never looks.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from ..contexts import Context
 from ..errors import UserError
 from ..rollouts import Rollouts
-from .decoding import Decoding, RoomyCache
+from .decoding import Decoding, pad_prompts, roomy_cache
 from .head import FusedHead
 from .language_model import LanguageModel
 
@@ -70,32 +69,24 @@ class EncoderDecoderModel(LanguageModel):
         if int(lengths.max()) > 1:
             tokens = pad_sequence(rollouts.token_ids.split(lengths.tolist()), batch_first=True)  # [B, T]
             states = torch.cat([states, decoding.run(tokens[:, :-1].to(self.device))], dim=1)
-        real = torch.arange(states.shape[1]) < lengths[:, None]
-        return states.flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0].to(self.device))
+        is_real = torch.arange(states.shape[1]) < lengths[:, None]
+        return states.flatten(0, 1).index_select(0, is_real.flatten().nonzero()[:, 0].to(self.device))
 
     def _own_logits(self, prompt: Tensor, completion: Tensor) -> Tensor:
         return self.model(prompt[None], labels=completion[None]).logits[0]
 
 
 class _AnswerDecoding(Decoding):
-    """Completions that grow behind the start token and see their prompt through the encoder.
-
-    Args:
-        contexts: C prompts.
-        context_index: which of them each completion answers, [B].
-        max_new_tokens: that a completion may have.
-    """
+    """Completions behind a start token, which see their prompt through the encoder; see `LanguageModel.start`."""
 
     def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int):
-        self._decoder, device = model.get_decoder(), model.device
-        prompts = [torch.tensor(context.token_ids) for context in contexts]
-        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True).to(device)  # [C, S]
-        input_ids = pad_sequence(prompts, batch_first=True).to(device)
-        encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        cache = EncoderDecoderCache(RoomyCache(max_new_tokens), DynamicCache())
-        super().__init__(cache, encoder_hidden_states=encoded, encoder_attention_mask=mask)
-        start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=device)
-        self._begin(self.run(start)[:, 0], context_index.to(device))
+        self._decoder = model.get_decoder()
+        input_ids, is_real = pad_prompts(contexts, model.device)
+        encoded = model.get_encoder()(input_ids=input_ids, attention_mask=is_real).last_hidden_state
+        cache = EncoderDecoderCache(roomy_cache(max_new_tokens), DynamicCache())
+        super().__init__(cache, encoder_hidden_states=encoded, encoder_attention_mask=is_real)
+        start = torch.full_like(input_ids[:, :1], model.config.decoder_start_token_id)
+        self._begin(self.run(start)[:, 0], context_index)
 
     def run(self, tokens: Tensor) -> Tensor:
         """As `Decoding.run`."""

@@ -38,21 +38,10 @@ class FusedHead(nn.Module):
         """What is added to the logits, [V]."""
         return getattr(self.layer, "bias", None) if self._bias is None else self._bias
 
-    def forward(
-        self,
-        hidden: Tensor,
-        token_ids: Tensor,
-        cu_seqlens: Tensor,
-        behavior_logprob: Tensor,
-        target_log_score: Tensor,
-        log_z: Tensor,
-        **options: Any,
-    ) -> FDPGLoss:
-        """The loss of B sequences whose N tokens have hidden states [N, D]; everything is as in `fdpg_loss`."""
-        options |= self._scaling()
-        return fdpg_loss(
-            hidden, self.weight, token_ids, cu_seqlens, behavior_logprob, target_log_score, log_z, **options
-        )
+    def forward(self, hidden: Tensor, token_ids: Tensor, *sequences: Tensor, **options: Any) -> FDPGLoss:
+        """The loss of N tokens with hidden states [N, D]; cu_seqlens and what follows it are as in `fdpg_loss`."""
+        settings: Any = options | self._scaling()
+        return fdpg_loss(hidden, self.weight, token_ids, *sequences, **settings)
 
     def logprob(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """log-probs of tokens [N] that states [N, D] predict, [N] float32; differentiable."""

@@ -114,28 +114,26 @@ class LanguageModel:
         texts, lengths = torch.randint(vocabulary, (2, 7), generator=generator), (2, 4)
         prompts = [Context(i, "", tuple(texts[i, :n].tolist())) for i, n in enumerate(lengths)]
         probe = pack(prompts, [[(texts[i, n:].tolist(), [0.0] * (7 - n), False)] for i, n in enumerate(lengths)])
-        kind, dtype = type(self.model).__name__, self.model.dtype
+        kind, own = type(self.model).__name__, []
         try:
             ours = self.token_logprobs(probe, micro_batch_tokens=1024)
-            own = torch.cat([self._own_logprobs(texts[i, :n], texts[i, n:]) for i, n in enumerate(lengths)])
+            for text, n in zip(texts.to(self.device), lengths, strict=True):
+                logprob = self._own_logits(text[:n], text[n:]).float().log_softmax(-1)
+                own.append(logprob.gather(1, text[n:, None])[:, 0].cpu())
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"model: {kind} cannot run {self._layout}: {type(error).__name__}: {error}") from error
-        gap = float((ours - own).abs().max())
-        limit = 1e-3 if dtype == torch.float32 else 0.25
+        gap = float((ours - torch.cat(own)).abs().max())
+        limit = 1e-3 if self.model.dtype == torch.float32 else 0.25
         if not gap < limit:
             raise UserError(
                 f"model: {kind} cannot be scored {self._layout}: its log-probs differ from the model's own by "
                 f"{gap:.3g} nats (limit {limit:g}); its attention or its head is of a kind that is not supported"
             )
 
-    def _own_logprobs(self, prompt: Tensor, completion: Tensor) -> Tensor:
-        logits = self._own_logits(prompt.to(self.device), completion.to(self.device))
-        return logits.float().log_softmax(-1).cpu().gather(1, completion[:, None])[:, 0]
-
     def _own_logits(self, prompt: Tensor, completion: Tensor) -> Tensor:
-        """That the model itself gives for a completion's tokens, [n, V]."""
+        """What the model itself gives for a completion's n tokens, [n, V]."""
         return self.model(torch.cat([prompt, completion])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
 
 

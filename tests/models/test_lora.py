@@ -96,6 +96,33 @@ def test_base_is_the_untouched_model_and_the_policy_comes_back(folders):
     assert torch.equal(fresh.token_logprobs(samples, 4096), untouched.token_logprobs(samples, 4096))
 
 
+def test_the_adapter_comes_back_after_an_error_and_after_the_outer_of_two(folders):
+    policy = make(folders[True])
+    samples = rollouts(policy)
+    before = policy.token_logprobs(samples, 4096)
+    with pytest.raises(RuntimeError, match="amid"), policy.as_base():
+        raise RuntimeError("amid")
+    assert torch.equal(policy.token_logprobs(samples, 4096), before)
+    with policy.as_base() as base, base.as_base():
+        off = base.token_logprobs(samples, 4096)
+        with base.as_base():
+            pass
+        assert torch.equal(base.token_logprobs(samples, 4096), off) and not torch.equal(off, before)
+    assert torch.equal(policy.token_logprobs(samples, 4096), before)
+    assert all(parameter.requires_grad == (".lora_" in name) for name, parameter in policy.model.named_parameters())
+    model = load(folders[True])
+    with model.as_base() as base:
+        assert base is model  # nothing to switch off
+
+
+def test_samples_of_the_base_are_drawn_with_the_adapter_off(finished, tiny_model):
+    trainer = Trainer(parse_config(runs.yaml.safe_load((finished / "config.yaml").read_text())), resume=True)
+    drawn = sample_base(trainer, 4, seed=1)
+    expected, of_policy = (m.token_logprobs(drawn, 4096) for m in (load(tiny_model), trainer.state.learner.policy))
+    torch.testing.assert_close(drawn.behavior_logprob, expected, atol=TOLERANCE, rtol=0)
+    assert (drawn.behavior_logprob - of_policy).abs().max() > 1e-3
+
+
 def test_adapter_of_a_bfloat16_model_is_float32(folders, tmp_path):
     policy = make(folders[True], "bfloat16")
     assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.float32}
