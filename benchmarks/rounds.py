@@ -25,10 +25,10 @@ from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import TrainConfig
 from fdpg_fast.contexts import load_contexts, schedule
 from fdpg_fast.engines.memory import peak_memory
+from fdpg_fast.models import onednn
 from fdpg_fast.runs.folder import RunFolder
 from fdpg_fast.session import build_feature
 from fdpg_fast.trainer import Trainer
-from fdpg_kernels import onednn
 from plain_pipeline import PlainPipeline
 
 ROOT = Path(__file__).resolve().parents[1]

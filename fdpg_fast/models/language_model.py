@@ -12,12 +12,12 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from fdpg_kernels import linear_logprob, onednn
+from fdpg_kernels import linear_logprob
 
 from ..contexts import Context
 from ..errors import UserError
 from ..rollouts import Rollouts
-from . import attention
+from . import attention, onednn
 from .linear_layers import use_fast_products
 
 

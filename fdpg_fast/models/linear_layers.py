@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fdpg_kernels import onednn
+from . import onednn
 
 
 class _Linear(nn.Linear):

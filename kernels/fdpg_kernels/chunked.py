@@ -11,7 +11,6 @@ follows as soon as weights are known.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .onednn import add_matmul, add_outer, matmul, pad_rows
 from .reference import IGNORED, SequenceWeights
 from .sequence_weights import result_dtype, sum_by_sequence, weights_from_sums
 
-BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block, without padding
+BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block
 BLOCK_ROWS = 1024  # at most; a small vocabulary needs no more
 TILE_BYTES = 8 * 2**20  # of the one [C, V'] tile; smaller and larger ones were slower
 
@@ -45,7 +43,7 @@ class _Head:
 
     def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
         """Logits of these rows and vocabulary entries, [C, V']."""
-        logits = matmul(hidden, self.weight[columns].T)
+        logits = torch.mm(hidden, self.weight[columns].T)
         if self.bias is not None:
             logits += self.bias[columns]
         if self.softcap is not None:
@@ -64,12 +62,9 @@ class _Head:
         """Ranges of the vocabulary whose logits of so many rows make a tile."""
         return _chunks(0, len(self.weight), max(1, TILE_BYTES // (self.weight.element_size() * num_rows)))
 
-    def pad(self, rows: Tensor, value: float = 0.0) -> Tensor:
-        return pad_rows(rows, self.weight, value)
-
     def rows(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a chunk [C', D] and [C'], in the dtypes that are computed with; C' ≥ C where products pad their rows."""
-        return self.pad(hidden.to(self.weight.dtype)), self.pad(target_ids.long())
+        """Of a chunk [C, D] and [C], in the dtypes that are computed with."""
+        return hidden.to(self.weight.dtype), target_ids.long()
 
     def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, _Block]:
         """log-probs [C] and what the backward needs of these rows."""
@@ -81,31 +76,31 @@ class _Head:
         exponentials = logits.sub_(largest).exp_()
         total = exponentials.sum(dim=1)
         logprob = target_logit - largest[:, 0] - total.log()
-        return logprob[: len(hidden)], _Block(x, targets, exponentials, total, slope)
+        return logprob, _Block(x, targets, exponentials, total, slope)
 
     def backward(self, block: _Block, gradient: Tensor, wants_hidden: bool) -> Tensor | None:
         """Add the head's gradient of Σ gradient·log π, return that of hidden [C, D]; overwrites the block."""
-        scale = -self.pad(gradient) / (block.total * self.temperature)  # [C']
+        scale = -gradient / (block.total * self.temperature)  # [C]
         minus_one_hot = block.exponentials
         minus_one_hot.scatter_add_(1, block.targets[:, None], -block.total[:, None])
         if block.slope is not None:
             minus_one_hot.mul_(block.slope)
         if self.weight_grad is not None:
-            add_outer(self.weight_grad, minus_one_hot, block.x * scale[:, None])
+            self.weight_grad.addmm_(minus_one_hot.T, block.x * scale[:, None])
         if self.bias_grad is not None:
             self.bias_grad.addmv_(minus_one_hot.T, scale)
         if not wants_hidden:
             return None
-        return matmul(minus_one_hot, self.weight).mul_(scale[:, None])[: len(gradient)]
+        return torch.mm(minus_one_hot, self.weight).mul_(scale[:, None])
 
 
 @dataclass(frozen=True)
 class _Block:
-    x: Tensor  # [C', D]
-    targets: Tensor  # [C']
-    exponentials: Tensor  # [C', V]
-    total: Tensor  # [C']
-    slope: Tensor | None  # [C', V], d capped logit / d logit
+    x: Tensor  # [C, D]
+    targets: Tensor  # [C]
+    exponentials: Tensor  # [C, V]
+    total: Tensor  # [C]
+    slope: Tensor | None  # [C, V], d capped logit / d logit
 
 
 def _head(weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> _Head:
@@ -124,8 +119,7 @@ def linear_logprob_forward(
     head = _head(weight, bias, temperature, softcap)
     logprob, kept = head.weight.new_zeros(len(hidden)), head.weight.new_zeros(2, len(hidden))
     for rows in _kept_chunks(target_ids, BLOCK_ROWS):
-        chosen = target_ids[rows]
-        x, targets = head.rows(hidden[rows], chosen)
+        x, targets = head.rows(hidden[rows], target_ids[rows])
         target_logit, total = x.new_zeros(len(x)), x.new_zeros(len(x))
         largest = x.new_full((len(x),), torch.finfo(x.dtype).min)  # not −inf: a whole tile may be −inf by its bias
         for columns in head.tiles(len(x)):
@@ -135,8 +129,8 @@ def linear_logprob_forward(
             previous, largest = largest, torch.maximum(largest, logits.amax(1))
             total = total * (previous - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
             del logits  # or it would live beside the next one
-        logprob[rows] = (target_logit - largest - total.log())[: len(chosen)]
-        kept[0, rows], kept[1, rows] = largest[: len(chosen)], total[: len(chosen)]
+        logprob[rows] = target_logit - largest - total.log()
+        kept[0, rows], kept[1, rows] = largest, total
     return logprob, kept
 
 
@@ -159,8 +153,7 @@ def linear_logprob_backward(
     for rows in _kept_chunks(target_ids, BLOCK_ROWS):
         x, targets = head.rows(hidden[rows], target_ids[rows])
         largest, total = kept[:, rows]
-        row_scale = -gradient[rows] / (total * temperature)
-        scale, largest, total = head.pad(row_scale), head.pad(largest, math.inf), head.pad(total)  # where padded, E = 0
+        scale = -gradient[rows] / (total * temperature)
         scaled, x_grad = x * scale[:, None], torch.zeros_like(x)
         for columns in head.tiles(len(x)):
             logits = head.logits(x, columns)
@@ -171,14 +164,14 @@ def linear_logprob_backward(
             if slope is not None:
                 minus_one_hot.mul_(slope)
             if head.weight_grad is not None:
-                add_outer(head.weight_grad[columns], minus_one_hot, scaled)
+                head.weight_grad[columns].addmm_(minus_one_hot.T, scaled)
             if head.bias_grad is not None:
                 head.bias_grad[columns].addmv_(minus_one_hot.T, scale)
             if hidden_grad is not None:
-                add_matmul(x_grad, minus_one_hot, head.weight[columns])
+                x_grad.addmm_(minus_one_hot, head.weight[columns])
             del logits, minus_one_hot, slope  # or they would live beside the next ones
         if hidden_grad is not None:
-            hidden_grad[rows] = x_grad.mul_(scale[:, None])[: len(row_scale)].to(hidden.dtype)
+            hidden_grad[rows] = x_grad.mul_(scale[:, None]).to(hidden.dtype)
     return hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias)
 
 

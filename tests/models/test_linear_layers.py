@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from fdpg_fast.models import onednn
 from fdpg_fast.models.linear_layers import use_fast_products
-from fdpg_kernels import onednn
 
 SIZES = {
     "llama": lambda: LlamaForCausalLM(

@@ -35,7 +35,6 @@ class Head:
     weight_grad: Tensor | None = None  # [V, D] float32, accumulated
     bias_grad: Tensor | None = None  # [V] float32, accumulated
     weight_grad_is_empty: bool = False  # the first chunk writes instead of adding
-    tile: tiles.Config | None = None  # left out, the tuned one or what the rule gives
     _e: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -47,15 +46,13 @@ class Head:
         item = self.hidden.element_size()
         self.pitch = -(-self.vocabulary * item // 16) * 16 // item  # of a row of E: TMA wants multiples of 16 bytes
         self.aligned = self.width * item % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (self.hidden, self.weight))
-        self.capability, self.processors, chip = 0, 1, "interpreter"
+        self.capability, self.processors = 0, 1
         if not INTERPRETED:
             properties = torch.cuda.get_device_properties(self.hidden.device)
-            self.capability, chip = 10 * properties.major + properties.minor, properties.name
+            self.capability = 10 * properties.major + properties.minor
             self.processors = properties.multi_processor_count
         plain = self.bias is None and self.softcap is None
-        tuned = tiles.tuned(chip).get(self.width) if self.aligned and plain else None
-        rule = tiles.choose(self.capability, self.width, aligned=self.aligned, plain=plain)
-        self.config: tiles.Config = self.tile or tuned or rule
+        self.config = tiles.choose(self.capability, self.width, aligned=self.aligned, plain=plain)
         limit = max(1, CHUNK_BYTES // (self.pitch * item))
         self.chunk_rows = min(CHUNK_ROWS, max(self.config.BM, limit // self.config.BM * self.config.BM))
         self.columns = triton.cdiv(self.vocabulary, self.config.BV)
