@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fdpg_kernels.dispatch import choose_impl
+from fdpg_kernels.operators import choose_impl
 
 from . import session
 from .config.schema import EngineConfig, LoRAConfig, TrainConfig

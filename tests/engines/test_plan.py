@@ -20,7 +20,7 @@ from fdpg_fast.models.lora import LoRAPolicy
 from fdpg_fast.rollouts import Rollouts
 from fdpg_fast.session import Sharing, plan_on_gpu
 from fdpg_kernels import chunked, divergences
-from ops_memory import Storages
+from support.storages import Storages
 from support.vllm_cases import EOS, save_model
 
 GIB = 2**30

@@ -19,6 +19,7 @@ import torch
 import triton.runtime.interpreter as interpreter
 
 from fdpg_kernels import Divergence, divergences, fdpg_loss, linear_logprob, sequence_weights
+from fdpg_kernels.arguments import Head
 from fdpg_kernels.triton import head as head_module
 from fdpg_kernels.triton import launch
 from fdpg_kernels.triton import tiles as configs
@@ -154,7 +155,7 @@ def test_padding_columns_of_minus_infinity_and_no_rows(loads):
 def test_a_target_outside_the_vocabulary_is_nan_where_nobody_may_look():
     leaves, target_ids = head(6, 8, 11, torch.float32)
     target_ids[2] = 11
-    logprob, _ = launch.linear_logprob_forward(*leaves[:2], target_ids, None, 1.0, None)
+    logprob, _ = launch.linear_logprob(leaves[0], target_ids, Head(leaves[1], None, 1.0, None))
     assert logprob.isnan().tolist() == [False, False, True, False, False, False]
 
 
@@ -163,9 +164,9 @@ def test_a_target_outside_the_vocabulary_spoils_its_own_row_alone(outside):
     leaves, target_ids = head(6, 8, 11, torch.float32)
     leaves, hidden_grads = [x.detach() for x in leaves], []
     for target_ids[2] in (-100, outside):
-        inputs = (*leaves[:2], target_ids, None)
-        kept = launch.linear_logprob_forward(*inputs, 1.0, None)
-        found = launch.linear_logprob_backward(torch.ones(6), *inputs, *kept, 1.0, None, (True, True, False))
+        inputs = (leaves[0], target_ids, Head(leaves[1], None, 1.0, None))
+        results = launch.linear_logprob(*inputs)
+        found = launch.linear_logprob_backward(torch.ones(6), *inputs, results, (True, True, False))
         hidden_grads.append(found[0])
     assert bool(hidden_grads[1][2].isnan().all()) and bool(found[1].isnan().all())
     others = [0, 1, 3, 4, 5]
