@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fdpg_kernels import fdpg_loss, linear_logprob
-from ops_memory import extra_memory
 from replay import Replay
+from support.storages import extra_memory
 
 SHAPES = {"smollm2": (1024, 576, 49152), "tiny": (8192, 256, 2048)}  # N tokens, D hidden, V vocabulary
 REPEATS = {"smollm2": 5, "tiny": 9}

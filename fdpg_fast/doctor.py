@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fdpg_kernels.dispatch import choose_impl
+from fdpg_kernels.operators import choose_impl
 
 from .config.schema import EngineConfig, TrainConfig
 from .engines import build

@@ -12,10 +12,13 @@ Needs torch, and Triton for `impl="triton"`; knows nothing of the trainer.
 
 from . import divergences as divergences
 from .divergences import Divergence as Divergence
-from .fdpg_loss import FDPGLoss as FDPGLoss
-from .fdpg_loss import fdpg_loss as fdpg_loss
-from .linear_logprob import linear_logprob as linear_logprob
 from .reference import SequenceWeights as SequenceWeights
-from .sequence_weights import sequence_weights as sequence_weights
 from .sequence_weights import sum_by_sequence as sum_by_sequence
+
+# isort: split
+# after the module of the same name, which would take its place
+from .ops import FDPGLoss as FDPGLoss
+from .ops import fdpg_loss as fdpg_loss
+from .ops import linear_logprob as linear_logprob
+from .ops import sequence_weights as sequence_weights
 from .tensor_parallel import sharded_linear_logprob as sharded_linear_logprob

@@ -10,12 +10,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from . import derived
+
 LOG_2 = math.log(2.0)
+_BY_KEY: WeakValueDictionary[str, Divergence] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,12 @@ class Divergence:
         power: (κ, c) where f'(t) = c·(t^κ − 1). Such an f lets the importance ratio and t^κ be
             multiplied as one exponent; leave it out for any other f.
         f_over_t_from_log: L → f(e^L)/e^L, stable for |L| ≤ 700. Left out, it follows from power, or else from f.
-        f_at_zero: lim f(t) for t → 0, finite or `math.inf`; every value comes from the f that is normalised. Left out,
-            it follows from power, or else from f, which then must come within 1e-6 of its limit at t = e^-350.
-        kernel_family: the branch of `triton/weigh.slope_of` that computes this f'; "power" where power is given.
+        f_at_zero: lim f(t) for t → 0, finite or `math.inf`. Left out, it follows from power, or else from f, which then
+            must be within 1e-6 of its limit at t = e^-350.
+        kernel_family: the branch of `triton/weigh.slope_of` that computes this f', "power" where power is given.
             Left out, PyTorch evaluates f' between two launches.
         label: shown in tables; the name where it is left out.
+        key: a string that `get` takes for this very object while it lives; an operator takes no functions.
 
     Raises:
         ValueError: f is not convex, f(1) ≠ 0, f'(1) ≠ 0, or another attribute does not belong to f.
@@ -52,10 +57,11 @@ class Divergence:
     f_at_zero: float = math.nan
     kernel_family: str | None = None
     label: str = ""
+    key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.f_prime_from_log is None:
-            f, slope = self.f, _differentiate(self.f)
+            f, slope = self.f, derived.differentiate(self.f)
             at_one = float(slope(torch.zeros(1, dtype=torch.float64)))
             self._set(
                 f=lambda t: f(t) - at_one * (t - 1),
@@ -63,13 +69,15 @@ class Divergence:
                 f_prime_at_infinity=self.f_prime_at_infinity - at_one,
             )
         if math.isnan(self.f_at_zero):
-            self._set(f_at_zero=_limit_at_zero(self))
+            self._set(f_at_zero=derived.limit_at_zero(self.f, self.power))
         if self.f_over_t_from_log is None:
-            self._set(f_over_t_from_log=_divide(self) if self.power is None else _divide_power(*self.power))
+            limits = self.f_at_zero, self.f_prime_at_infinity
+            self._set(f_over_t_from_log=derived.divide(self.f, self.power, *limits))
         if self.power is not None:
             self._set(kernel_family="power")
-        self._set(label=self.label or self.name)
+        self._set(label=self.label or self.name, key=f"{self.name} at {id(self):#x}")
         _check(self)
+        _BY_KEY[self.key] = self
 
     def _set(self, **attributes: object) -> None:
         for name, value in attributes.items():
@@ -100,83 +108,38 @@ class Divergence:
         """f(t)/t from log t, |log t| ≤ 700; f'(∞) where log t = +inf: what D_f pays for a sample of π."""
         assert self.f_over_t_from_log is not None
         off_support = torch.isposinf(log_t)
-        return self.f_over_t_from_log(log_t.masked_fill(off_support, 0.0)).masked_fill(
-            off_support, self.f_prime_at_infinity
-        )
-
-
-def _differentiate(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def derivative(log_t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            t = log_t.detach().double().clamp(-80.0, 80.0).exp().requires_grad_()
-            (gradient,) = torch.autograd.grad(f(t).sum(), t)
-        return gradient.to(log_t.dtype)
-
-    return derivative
-
-
-def _divide(divergence: Divergence) -> Callable[[Tensor], Tensor]:
-    """f(t)/t for an f that has no closed form without t: its limits where f(t) leaves the range of float64."""
-
-    def f_over_t(log_t: Tensor) -> Tensor:
-        wide = log_t.double()
-        ratio = divergence.f(wide.exp()) / wide.exp()
-        limit = torch.where(wide > 0, divergence.f_prime_at_infinity, divergence.f_at_zero * (-wide).exp())
-        return torch.where(ratio.isfinite(), ratio, limit).to(log_t.dtype)
-
-    return f_over_t
-
-
-def _divide_power(exponent: float, factor: float) -> Callable[[Tensor], Tensor]:
-    """f(t)/t of the integral of c·(t^κ − 1), without forming t."""
-    if exponent == -1:  # the one power whose integral is a logarithm
-        return lambda log_t: -factor * (1 - (1 + log_t) * (-log_t).exp())
-    scale = factor / (exponent + 1)
-    return lambda log_t: scale * (torch.expm1(exponent * log_t) + exponent * torch.expm1(-log_t))
-
-
-def _limit_at_zero(divergence: Divergence) -> float:
-    if divergence.power is not None:
-        exponent, factor = divergence.power
-        return factor * exponent / (exponent + 1) if exponent > -1 else math.inf
-    near, nearer = divergence.f(torch.tensor([-350.0, -700.0], dtype=torch.float64).exp()).tolist()
-    return nearer if abs(nearer - near) <= 1e-6 * (1 + abs(near)) else math.inf
+        finite = self.f_over_t_from_log(log_t.masked_fill(off_support, 0.0))
+        return finite.masked_fill(off_support, self.f_prime_at_infinity)
 
 
 def _check(divergence: Divergence) -> None:
     """Compare f and what was given beside it on a grid; the messages are for whoever wrote f."""
-    where = f"divergence {divergence.name!r}"
-    log_t = torch.arange(-240, 241, dtype=torch.float64) / 40  # exactly 0 in the middle
+    log_t = torch.arange(-240, 241, dtype=torch.float64) / 40  # exactly 0 at 240
     t, step = log_t.exp(), 1e-6
-    f, slope = divergence.f, divergence.f_prime(log_t)
+    f, slope, ratio = divergence.f, divergence.f_prime(log_t), divergence.f_over_t(log_t)
+    at_infinity, at_zero = divergence.f_prime_at_infinity, divergence.f_at_zero
     value_at_one = float(f(torch.ones(1, dtype=torch.float64)))
-    if not abs(value_at_one) < 1e-9:
-        raise ValueError(f"{where}: f(1) is {value_at_one:.3g}; a divergence needs f(1) = 0")
-    if not bool(torch.isfinite(slope).all()):
-        raise ValueError(f"{where}: f' is not finite for every t in [e^-6, e^6]")
     # an f whose f'(1) = s is the same divergence as f − s·(t−1): compare derivatives up to that constant
-    numeric = (f(t * (1 + step)) - f(t * (1 - step))) / (2 * step * t)
-    drift = numeric - slope
-    drift = drift - drift[len(drift) // 2 + 1]
-    smooth = torch.ones_like(t, dtype=torch.bool)
-    smooth[len(t) // 2] = False  # t = 1, where total variation has its kink
-    if not bool((drift.abs() <= 1e-4 * (1 + slope.abs()))[smooth].all()):
-        raise ValueError(f"{where}: f_prime_from_log is not the derivative of f")
-    if not bool((slope.diff() >= -1e-9 * (1 + slope[1:].abs())).all()):
-        raise ValueError(f"{where}: f is not convex (f' decreases somewhere in [e^-6, e^6])")
-    if not abs(float(slope[len(t) // 2])) < 1e-9:
-        raise ValueError(f"{where}: f'(1) is not 0; subtract f'(1)·(t−1), which leaves the divergence unchanged")
-    if divergence.power is not None:
-        exponent, factor = divergence.power
-        if not torch.allclose(factor * torch.expm1(exponent * log_t), slope, rtol=1e-9):
-            raise ValueError(f"{where}: power={divergence.power} does not describe f': it must be c·(t^κ − 1)")
-    if not float(slope[-1]) <= divergence.f_prime_at_infinity + 1e-9:
-        raise ValueError(f"{where}: f' exceeds f_prime_at_infinity={divergence.f_prime_at_infinity}")
-    ratio, values = divergence.f_over_t(log_t), f(t)
-    if not bool(((ratio - values / t).abs() <= 1e-9 * (1 + ratio.abs())).all()):
-        raise ValueError(f"{where}: f_over_t_from_log is not f(t)/t of the f with f(1) = f'(1) = 0")
-    if not float(values[0]) <= divergence.f_at_zero + 1e-9:
-        raise ValueError(f"{where}: f(e^-6) exceeds f_at_zero={divergence.f_at_zero}")
+    drift = (f(t * (1 + step)) - f(t * (1 - step))) / (2 * step * t) - slope
+    drift = drift - drift[241]
+    drift[240] = 0  # t = 1, where total variation has its kink
+    rises = slope.diff() >= -1e-9 * (1 + slope[1:].abs())
+    exponent, factor = divergence.power or (0.0, 0.0)
+    is_power = divergence.power is None or torch.allclose(factor * torch.expm1(exponent * log_t), slope, rtol=1e-9)
+    demands = (  # in the order in which an author meets them
+        (abs(value_at_one) < 1e-9, f"f(1) is {value_at_one:.3g}; a divergence needs f(1) = 0"),
+        (slope.isfinite().all(), "f' is not finite for every t in [e^-6, e^6]"),
+        ((drift.abs() <= 1e-4 * (1 + slope.abs())).all(), "f_prime_from_log is not the derivative of f"),
+        (rises.all(), "f is not convex (f' decreases somewhere in [e^-6, e^6])"),
+        (abs(slope[240]) < 1e-9, "f'(1) is not 0; subtract f'(1)·(t−1), which leaves the divergence unchanged"),
+        (is_power, f"power={divergence.power} does not describe f': it must be c·(t^κ − 1)"),
+        (slope[-1] <= at_infinity + 1e-9, f"f' exceeds f_prime_at_infinity={at_infinity}"),
+        (((ratio - f(t) / t).abs() <= 1e-9 * (1 + ratio.abs())).all(), "f_over_t_from_log is not f(t)/t"),
+        (f(t)[0] <= at_zero + 1e-9, f"f(e^-6) exceeds f_at_zero={at_zero}"),
+    )
+    for is_met, message in demands:
+        if not bool(is_met):
+            raise ValueError(f"divergence {divergence.name!r}: {message}")
 
 
 def _power(name: str, f: Callable[[Tensor], Tensor], exponent: float, factor: float, label: str = "") -> Divergence:
@@ -206,7 +169,11 @@ def alpha(a: float) -> Divergence:
     """Amari's α-divergence, 0 < a < 1: a → 0 is forward KL, a → 1 reverse KL, ½ is 2·squared Hellinger."""
     if not 1e-4 <= a <= 1 - 1e-4:
         raise ValueError(f"alpha:{a:g} is outside (0, 1) or within 0.0001 of its ends, forward_kl and reverse_kl")
-    return _power(f"alpha:{a:g}", lambda t: (t**a - a * t - (1 - a)) / (a * (a - 1)), a - 1, 1 / (a - 1))
+    made = _power(f"alpha:{a:g}", lambda t: (t**a - a * t - (1 - a)) / (a * (a - 1)), a - 1, 1 / (a - 1))
+    if a == float(f"{a:g}"):  # the name says it all
+        made._set(key=made.name)
+        _TABLE[made.name] = made
+    return made
 
 
 _TABLE = {
@@ -249,6 +216,8 @@ _TABLE = {
     )
 }
 NAMES = tuple(_TABLE)
+for _row in _TABLE.values():
+    _row._set(key=_row.name)
 
 
 @torch.compiler.assume_constant_result  # a name means the same at every call: torch.compile need not look inside
@@ -262,8 +231,8 @@ def get(divergence: str | Divergence) -> Divergence:
         return divergence
     if not isinstance(divergence, str):
         raise ValueError(f"divergence {divergence!r}: give a name or a Divergence")
-    if divergence in _TABLE:
-        return _TABLE[divergence]
+    if known := _TABLE.get(divergence) or _BY_KEY.get(divergence):
+        return known
     family, _, parameter = divergence.partition(":")
     if family == "alpha":
         try:

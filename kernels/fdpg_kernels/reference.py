@@ -8,9 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import Divergence
-
-IGNORED = -100
+from .arguments import IGNORED, Head, Options, Sequences
 
 
 class SequenceWeights(NamedTuple):
@@ -35,49 +33,31 @@ class SequenceWeights(NamedTuple):
     clipped: Tensor
 
 
-def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-) -> Tensor:
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Tensor:
     """log softmax(head(hidden))[target] per row, [N] float64."""
-    logits = hidden.double() @ weight.double().T  # [N, V]
-    if bias is not None:
-        logits = logits + bias.double()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    logits = hidden.double() @ head.weight.double().T  # [N, V]
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logprobs = torch.log_softmax(logits / head.temperature, dim=-1)
     ignored = target_ids == IGNORED
     picked = logprobs.gather(1, target_ids.masked_fill(ignored, 0).long()[:, None])[:, 0]
     return torch.where(ignored, 0.0, picked)
 
 
-def sequence_weights(
-    policy_logprob: Tensor,
-    behavior_logprob: Tensor,
-    cu_seqlens: Tensor,
-    target_log_score: Tensor,
-    log_z: Tensor,
-    *,
-    divergence: Divergence,
-    baseline: Tensor | float | None,
-    ratio: str,
-    ratio_cap: float | None,
-    reward_cap: float | None,
-) -> SequenceWeights:
+def sequence_weights(policy_logprob: Tensor, sequences: Sequences, options: Options) -> SequenceWeights:
     """The definition, sequence by sequence: exponentials are formed where they are written."""
+    divergence, baseline, ratio, ratio_cap, reward_cap = options
+    cu_seqlens, behavior_logprob, target_log_score, log_z, _ = sequences
     num_sequences = len(cu_seqlens) - 1
     baselines = torch.as_tensor(0.0 if baseline is None else baseline, dtype=torch.float64).expand(num_sequences)
-    log_zs = torch.as_tensor(log_z, dtype=torch.float64).expand(num_sequences)
+    log_zs = log_z.double().expand(num_sequences)
     rows = []
     for i in range(num_sequences):
         tokens = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
         log_pi = policy_logprob[tokens].detach().double().sum()
-        log_q = behavior_logprob[tokens].detach().double().sum()
+        log_q = behavior_logprob[tokens].double().sum()
         if log_zs[i] == -math.inf:
             log_t, reward, weight_factor = torch.tensor(0.0).double(), torch.tensor(0.0).double(), 0.0
         else:
@@ -93,30 +73,17 @@ def sequence_weights(
 
 
 def fdpg_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    cu_seqlens: Tensor,
-    behavior_logprob: Tensor,
-    target_log_score: Tensor,
-    log_z: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    total_sequences: int,
-    weight_grad_out: Tensor | None,
-    **options,
+    hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options
 ) -> tuple[Tensor, SequenceWeights]:
-    """mean over sequences of −weight·log π, left to autograd."""
-    if weight_grad_out is not None:
-        weight = weight.detach().requires_grad_()
-    policy = linear_logprob(hidden, weight, target_ids, bias=bias, temperature=temperature, softcap=softcap)
-    behavior = torch.where(target_ids == IGNORED, 0.0, behavior_logprob.double())
-    weights = sequence_weights(policy, behavior, cu_seqlens, target_log_score, log_z, **options)
-    num_sequences = len(cu_seqlens) - 1
-    log_pi = torch.stack([policy[cu_seqlens[i] : cu_seqlens[i + 1]].sum() for i in range(num_sequences)])
-    loss = -(weights.weight * log_pi).sum() / total_sequences
-    if weight_grad_out is not None and torch.is_grad_enabled():
-        weight_grad_out += torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    """Σ over sequences of −weight·log π, divided by their total, left to autograd."""
+    if head.weight_grad_out is not None:
+        head = head._replace(weight=head.weight.detach().requires_grad_())
+    policy = linear_logprob(hidden, target_ids, head)
+    behavior = torch.where(target_ids == IGNORED, 0.0, sequences.behavior_logprob.double())
+    weights = sequence_weights(policy, sequences._replace(behavior_logprob=behavior), options)
+    ends = sequences.cu_seqlens
+    log_pi = torch.stack([policy[ends[i] : ends[i + 1]].sum() for i in range(len(ends) - 1)])
+    loss = -(weights.weight * log_pi).sum() / sequences.total
+    if head.weight_grad_out is not None and torch.is_grad_enabled():
+        head.weight_grad_out.add_(torch.autograd.grad(loss, head.weight, retain_graph=True)[0])
     return loss, weights

@@ -1,24 +1,20 @@
 """linear_logprob where the vocabulary of the head is sharded over the ranks of a process group.
 
 Rank r holds rows vocab_start : vocab_start + V_r of the head; hidden states and targets are the same everywhere.
-With z_y the logit of the target and lse_r the log-sum-exp of a shard, log π(y) = z_y − log Σ_r exp(lse_r). No op
-returns lse_r, but z_t − linear_logprob(t) is lse_r for any token t of the shard: here the target where the shard has
-it, else the shard's first token. So a shard is the business of `linear_logprob`, whichever impl runs it.
+With z_y the logit of the target and lse_r the log-sum-exp of a shard, log π(y) = z_y − log Σ_r exp(lse_r), and the
+gradients of a shard are those of its own logits with the log-sum-exp of all: whichever impl runs it, a shard is one
+more head, some of whose targets lie elsewhere.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import choose_impl
-from .linear_logprob import check_head, linear_logprob
-from .reference import IGNORED
-from .sequence_weights import result_dtype
+from . import operators
+from .arguments import ELSEWHERE, IGNORED, Head, check_head, result_dtype
 
 
 def sharded_linear_logprob(
@@ -65,129 +61,59 @@ def sharded_linear_logprob(
             target lies in no shard or in several; on a GPU, which is not asked to wait, the first gives -inf.
     """
     anywhere = torch.full_like(target_ids, IGNORED)  # that each target has an owner is known after the gather only
-    check_head(hidden, weight_shard, anywhere, bias, temperature, softcap)
-    impl = choose_impl(impl, hidden, multiplies=True)
+    check_head(hidden, anywhere, Head(weight_shard, bias, temperature, softcap))
+    impl = operators.choose_impl(impl, hidden, multiplies=True)
     if vocab_start < 0:
         raise ValueError(f"vocab_start={vocab_start}; it must be the id of the shard's first token, 0 or more")
     if bias is not None and bias.device.type == "cpu" and not bool(bias.isfinite().all()):
         raise ValueError("bias must be finite")
-    scaling, with_grad = (temperature, softcap), torch.is_grad_enabled()
-    return _ShardedLogprob.apply(
-        hidden, weight_shard, bias, target_ids.long(), vocab_start, group, scaling, impl, with_grad
-    )
+    if impl == "reference":
+        hidden, weight_shard = hidden.double(), weight_shard.double()
+        bias = None if bias is None else bias.double()
+    impl = "triton" if impl == "triton" and len(weight_shard) else "chunked"  # which takes an empty shard, too
+    settings = temperature, softcap, vocab_start, group, impl
+    return _ShardedLogprob.apply(hidden, weight_shard, bias, target_ids.long(), settings)
 
 
 class _ShardedLogprob(torch.autograd.Function):
-    """The graph of the shard's own log-probs is kept inside: what flows into it is known after the gather."""
-
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, vocab_start, group, scaling, impl, with_grad):
-        dtype = torch.float64 if impl == "reference" else result_dtype(hidden)
-        kept, local_ids = target_ids != IGNORED, target_ids - vocab_start
-        owned = kept & (local_ids >= 0) & (local_ids < len(weight))
-        local_ids = local_ids.masked_fill(~owned, 0)  # [N], the token whose log-prob tells the log-sum-exp
-
-        lse = target_logit = torch.full(target_ids.shape, -torch.inf, dtype=dtype, device=hidden.device)  # [N]
-        if len(weight):
-            leaves: list[Any] = [
-                None if x is None else x.detach().requires_grad_(wanted)
-                for x, wanted in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-            ]
-            with torch.set_grad_enabled(with_grad):
-                logprob = linear_logprob(
-                    leaves[0],
-                    leaves[1],
-                    local_ids.masked_fill(~kept, IGNORED),
-                    bias=leaves[2],
-                    temperature=scaling[0],
-                    softcap=scaling[1],
-                    impl=impl,
-                )
-            ctx.logprob, ctx.leaves = logprob, leaves
-            logit, _ = _logits(_rows(hidden, kept, dtype), weight, bias, local_ids, *scaling)
-            lse = logit - logprob.detach()
-            target_logit = logit.masked_fill(~owned, -torch.inf)
-
-        mine = torch.stack([lse, target_logit])
+    def forward(ctx, hidden, weight, bias, target_ids, settings):
+        temperature, softcap, vocab_start, group, impl = settings
+        ignored, local_ids = target_ids == IGNORED, target_ids - vocab_start
+        owned = ~ignored & (local_ids >= 0) & (local_ids < len(weight))
+        local_ids = local_ids.masked_fill(~owned, ELSEWHERE).masked_fill(ignored, IGNORED)
+        head = Head(weight, bias, temperature, softcap)
+        logprob, (offset, total) = operators.linear_logprob(hidden, local_ids, head, impl)
+        lse = offset + total.log()
+        mine = torch.stack([lse, (logprob + lse).masked_fill(~owned, -torch.inf)])  # [2, N]
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(ranks, mine, group=group)
         lses, target_logits = torch.stack(ranks).unbind(1)  # [R, N] each
-        if hidden.device.type == "cpu":
-            _check_owners(target_ids[kept], (~target_logits[:, kept].isneginf()).sum(0))
-        total_lse = lses.logsumexp(0)
-        ctx.save_for_backward(hidden, weight, bias, local_ids, kept, owned, lse, total_lse)
-        ctx.group, ctx.scaling = group, scaling
-        return (target_logits.amax(0) - total_lse).masked_fill(~kept, 0.0)
+        owners = (~target_logits.isneginf()).sum(0)
+        wrong = ~ignored & (owners != 1)
+        if hidden.device.type == "cpu" and bool(wrong.any()):
+            target, count = int(target_ids[wrong][0]), int(owners[wrong][0])
+            raise ValueError(
+                f"target {target} lies in {count or 'no'} shards; check vocab_start and the sizes of the shards"
+            )
+        total_lse = lses.logsumexp(0).masked_fill(ignored, 0.0)
+        logprob = (target_logits.amax(0) - total_lse).masked_fill(ignored, 0.0)
+        statistics = torch.stack([total_lse, torch.ones_like(total_lse)])
+        ctx.save_for_backward(hidden, weight, bias, local_ids, logprob, statistics)
+        ctx.settings = settings
+        return logprob
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        hidden_grad, weight_grad, bias_grad = _shard_gradients(ctx, gradient)
-        if hidden_grad is not None:
-            dist.all_reduce(hidden_grad, group=ctx.group)
-        hidden, weight, bias, *_ = ctx.saved_tensors
-        pairs = (hidden_grad, hidden), (weight_grad, weight), (bias_grad, bias)
-        return *(None if g is None else g.to(x.dtype) for g, x in pairs), *[None] * 6
-
-
-def _shard_gradients(ctx, gradient: Tensor) -> list[Tensor | None]:
-    """What this shard contributes to the gradients of hidden, weight and bias, in the dtype of the log-probs.
-
-    d log π = owned·dz − share·d lse with lse = z − logprob: z is the logit of local_ids, logprob the shard's own
-    log-prob of it, share the part of the probability that lies in this shard.
-    """
-    hidden, weight, bias, local_ids, kept, owned, lse, total_lse = ctx.saved_tensors
-    wanted, dtype = ctx.needs_input_grad[:3], lse.dtype
-    if not len(weight):
-        pairs = zip((hidden, weight, bias), wanted, strict=True)
-        return [torch.zeros_like(x, dtype=dtype) if w else None for x, w in pairs]
-    gradient = gradient.masked_fill(~kept, 0.0)
-    share = (lse - total_lse).exp()  # [N]
-    leaves = [x for x, w in zip(ctx.leaves, wanted, strict=True) if w]
-    found = iter(torch.autograd.grad(ctx.logprob, leaves, gradient * share, retain_graph=True))
-    hidden_grad, weight_grad, bias_grad = (next(found).to(dtype) if w else None for w in wanted)
-
-    x = _rows(hidden, kept, dtype)
-    z_grad = gradient * (owned.to(dtype) - share) * _logits(x, weight, bias, local_ids, *ctx.scaling)[1]  # [N]
-    if hidden_grad is not None:
-        hidden_grad.addcmul_(z_grad[:, None], weight[local_ids].to(dtype))
-    # Rows that are not owned send the first token two opposite gradients, through z and through logprob, which leave
-    # their rounding behind: in bfloat16 2⁻⁸ of a sum over the batch. What it should get is computed directly.
-    first = local_ids.new_zeros(1)
-    first_logit, first_slope = _logits(x, weight, bias, first, *ctx.scaling)
-    is_target = (owned & (local_ids == 0)).to(dtype)
-    first_grad = gradient * (is_target - (first_logit - total_lse).exp()) * first_slope  # [N]
-    z_grad = z_grad.masked_fill(~owned, 0.0)
-    if weight_grad is not None:
-        weight_grad.index_add_(0, local_ids, z_grad[:, None] * x)[0] = first_grad @ x
-    if bias_grad is not None:
-        bias_grad.index_add_(0, local_ids, z_grad)[0] = first_grad.sum()
-    return [hidden_grad, weight_grad, bias_grad]
-
-
-def _rows(hidden: Tensor, kept: Tensor, dtype: torch.dtype) -> Tensor:
-    """hidden without what lies under ignored tokens, [N, D]."""
-    return hidden.detach().masked_fill(~kept[:, None], 0.0).to(dtype)
-
-
-def _logits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """The logit of token ids[i] in row i, [N], and its derivative in the raw product; ids [1] is one for all rows."""
-    logit = (x * weight[ids].to(x.dtype)).sum(1)
-    if bias is not None:
-        logit = logit + bias[ids].to(x.dtype)
-    slope = torch.ones_like(logit)
-    if softcap is not None:
-        tanh = (logit / softcap).tanh()
-        logit, slope = softcap * tanh, 1 - tanh.square()
-    return logit / temperature, slope / temperature
-
-
-def _check_owners(target_ids: Tensor, owners: Tensor) -> None:
-    wrong = owners != 1
-    if bool(wrong.any()):
-        target, count = int(target_ids[wrong][0]), int(owners[wrong][0])
-        raise ValueError(
-            f"target {target} lies in {count or 'no'} shards; check vocab_start and the sizes of the shards"
+        hidden, weight, bias, local_ids, *results = ctx.saved_tensors
+        temperature, softcap, _, group, impl = ctx.settings
+        head, wants = Head(weight, bias, temperature, softcap), ctx.needs_input_grad[:3]
+        hidden_grad, *of_shard = operators.linear_logprob_backward(
+            gradient, hidden, local_ids, head, results, wants, impl
         )
+        if hidden_grad is not None:
+            wide = hidden_grad.to(result_dtype(hidden))  # the sum over ranks is rounded once
+            dist.all_reduce(wide, group=group)
+            hidden_grad = wide.to(hidden.dtype)
+        return hidden_grad, *of_shard, None, None

@@ -19,8 +19,9 @@ import torch
 import triton.runtime.interpreter as interpreter
 
 from fdpg_kernels import Divergence, divergences, fdpg_loss, linear_logprob, sequence_weights
+from fdpg_kernels.arguments import Head
 from fdpg_kernels.triton import head as head_module
-from fdpg_kernels.triton import launch, tune
+from fdpg_kernels.triton import launch
 from fdpg_kernels.triton import tiles as configs
 from support.kernel_cases import ALLOW_ZEROS, NAMES, batch, head_batch
 
@@ -154,7 +155,7 @@ def test_padding_columns_of_minus_infinity_and_no_rows(loads):
 def test_a_target_outside_the_vocabulary_is_nan_where_nobody_may_look():
     leaves, target_ids = head(6, 8, 11, torch.float32)
     target_ids[2] = 11
-    logprob, _ = launch.linear_logprob_forward(*leaves[:2], target_ids, None, 1.0, None)
+    logprob, _ = launch.linear_logprob(leaves[0], target_ids, Head(leaves[1], None, 1.0, None))
     assert logprob.isnan().tolist() == [False, False, True, False, False, False]
 
 
@@ -163,9 +164,9 @@ def test_a_target_outside_the_vocabulary_spoils_its_own_row_alone(outside):
     leaves, target_ids = head(6, 8, 11, torch.float32)
     leaves, hidden_grads = [x.detach() for x in leaves], []
     for target_ids[2] in (-100, outside):
-        inputs = (*leaves[:2], target_ids, None)
-        kept = launch.linear_logprob_forward(*inputs, 1.0, None)
-        found = launch.linear_logprob_backward(torch.ones(6), *inputs, *kept, 1.0, None, (True, True, False))
+        inputs = (leaves[0], target_ids, Head(leaves[1], None, 1.0, None))
+        results = launch.linear_logprob(*inputs)
+        found = launch.linear_logprob_backward(torch.ones(6), *inputs, results, (True, True, False))
         hidden_grads.append(found[0])
     assert bool(hidden_grads[1][2].isnan().all()) and bool(found[1].isnan().all())
     others = [0, 1, 3, 4, 5]
@@ -350,21 +351,6 @@ def test_the_choice_of_a_tile(width, aligned, plain, chip, expected):
     chosen = configs.choose(chip, width, aligned=aligned, plain=plain)
     assert configs.replace(chosen, group_rows=expected.group_rows) == expected
     assert 8 <= chosen.group_rows <= 64
-
-
-def test_a_tuned_tile_is_written_and_taken(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(configs, "TUNED", tmp_path / "cache/tiles.json")
-    timed = iter((2.0, 1.0))  # milliseconds with descriptors, with pointers
-    monkeypatch.setattr(tune.triton.testing, "do_bench", lambda run: run() or next(timed))
-    monkeypatch.setattr(tune.tune, "__defaults__", (32, "cpu"))
-    configs.tuned.cache_clear()
-    tune.main(["16x40"], device="cpu")
-    configs.tuned.cache_clear()
-    leaves, target_ids = head(6, 16, 40, torch.float32)
-    pointers = head_module.Head(*leaves[:2], target_ids, None, 1.0, None).config
-    assert pointers.tma is False and head_module.Head(*leaves[:2], target_ids, leaves[2], 1.0, None).config.tma
-    assert "16x40 16×32×16 pointers: 1.000 ms" in capsys.readouterr().out
-    configs.tuned.cache_clear()
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):

@@ -114,14 +114,10 @@ def head_gemm(
     num_rows, num_columns = tl.cdiv(N, BM), tl.cdiv(V, BV)
     for item in tl.range(tl.program_id(0), num_rows * num_columns, tl.num_programs(0), flatten=False):
         tile_row, tile_column = tile_of(item, num_rows, num_columns, GROUP_M)
+        run = True
         if GUARDED:
-            if tl.load(flag_ptr + tile_row) != 0:
-                one_tile(
-                    x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr,
-                    tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
-                    ANCHORED, HAS_BIAS, HAS_SOFTCAP, RAGGED, TMA, EVEN_D, UPCAST, BM, BV, BD,
-                )  # fmt: skip
-        else:
+            run = tl.load(flag_ptr + tile_row) != 0
+        if run:
             one_tile(
                 x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr,
                 tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,

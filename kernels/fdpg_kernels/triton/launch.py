@@ -6,164 +6,97 @@ Nothing here waits for the GPU, except where cu_seqlens lies there: chunks are c
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..chunked import sequence_groups
-from ..divergences import Divergence
+from ..arguments import Gradients, Head, Options, Sequences, Wants
 from ..reference import SequenceWeights
+from ..sequence_weights import sequence_groups
 from . import weigh
-from .head import Head
-from .sequences import BLOCK, Law, Packing, to_device
+from .head import LOG2_E, Products
+from .sequences import BLOCK, finish, make_blocks, make_weighing, to_device
 
 
-def linear_logprob_forward(
-    hidden: Tensor, weight: Tensor, target_ids: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """log-probs [N] and −lse [N] in log₂ units, which the backward anchors with."""
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """log-probs [N]; and for the backward the log-sum-exp of each row and 1, [2, N]."""
     with _on(hidden):
-        head = Head(hidden, weight, target_ids, bias, temperature, softcap)
-        target, anchor, top = head.target_logits(None)
-        head.statistics(target, anchor, top, slice(0, head.num_tokens))
-    return top, anchor
+        products = Products(hidden, target_ids, head)
+        products.find_targets()
+        products.statistics(slice(0, len(hidden)))
+        return products.top, torch.stack([products.anchor / -LOG2_E, torch.ones_like(products.anchor)])
 
 
 def linear_logprob_backward(
     gradient: Tensor,
     hidden: Tensor,
-    weight: Tensor,
     target_ids: Tensor,
-    bias: Tensor | None,
-    logprob: Tensor,
-    anchor: Tensor,
-    temperature: float,
-    softcap: float | None,
-    wants: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    head: Head,
+    results: tuple[Tensor, Tensor],
+    wants: Wants,
+) -> Gradients:
     """Gradients of hidden, weight and bias; logits are formed again in row chunks."""
     with _on(hidden):
-        head = Head(hidden, weight, target_ids, bias, temperature, softcap)
-        hidden_grad = torch.empty_like(hidden) if wants[0] else None
-        _allocate(head, wants[1], wants[2])
-        # z_y is needed for the slope of the cap only
-        target = head.target_logits(None)[0] if softcap is not None else logprob
-        total = torch.ones_like(logprob)
-        for chunk in head.chunks(0, head.num_tokens, head.chunk_rows):
-            head.anchored(target, anchor, logprob, chunk, guard=False)
-            head.gradients(chunk, target, logprob, total, gradient.contiguous(), hidden_grad)
-    return hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias)
+        products = Products(hidden, target_ids, head, wants)
+        if head.softcap is not None:
+            products.find_targets()  # for the slope of the cap
+        products.top, statistics = results
+        products.anchor, products.total = statistics[0] * -LOG2_E, statistics[1]
+        for chunk in products.chunks(0, len(hidden)):
+            products.anchored(chunk, guard=False)
+            products.add_gradients(chunk, gradient.contiguous())
+        return products.gradients()
 
 
-def sequence_weights(
-    policy: Tensor,
-    behavior: Tensor,
-    cu_seqlens: Tensor,
-    score: Tensor,
-    log_z: Tensor,
-    *,
-    divergence: Divergence,
-    baseline: Tensor | float | None,
-    ratio: str,
-    ratio_cap: float | None,
-    reward_cap: float | None,
-) -> SequenceWeights:
+def sequence_weights(policy_logprob: Tensor, sequences: Sequences, options: Options) -> SequenceWeights:
     """One launch; float32, or float64 where the policy's log-probs are."""
-    dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
-    law = Law(divergence, len(score), score, log_z, baseline, ratio, ratio_cap, reward_cap, dtype)
-    with _on(policy):
-        weigh.weigh_sequences[(len(score),)](
-            policy.contiguous(),
-            behavior.contiguous(),
-            cu_seqlens.contiguous(),
-            *law.tensors,
-            len(score),
-            *law.strides,
-            BT=BLOCK,
-            **law.constants,
-        )
-        return law.result(0, len(score))
+    dtype = torch.float64 if policy_logprob.dtype == torch.float64 else torch.float32
+    with _on(policy_logprob):
+        weighing = make_weighing(sequences, options, dtype)
+        num_sequences = len(weighing.score)
+        weigh.weigh_sequences[(num_sequences,)](
+            policy_logprob.contiguous(), weighing.behavior, sequences.cu_seqlens.contiguous(), *weighing.per_sequence,
+            num_sequences, *weighing.strides, BT=BLOCK, **weighing.constants,
+        )  # fmt: skip
+        return weighing.results()
 
 
 def fdpg_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    cu_seqlens: Tensor,
-    behavior: Tensor,
-    score: Tensor,
-    log_z: Tensor,
-    total_sequences: int,
-    weight_grad_out: Tensor | None,
-    wants: tuple[bool, bool, bool],
-    options: dict[str, Any],
-) -> tuple[Tensor, SequenceWeights, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options, wants: Wants
+) -> tuple[Tensor, SequenceWeights, Tensor, Gradients]:
     """loss, weights (float64), recomputed [B], and the gradients of hidden, weight and bias.
 
     Where no gradient is wanted the online kernel alone runs and nothing [C, V] is allocated. A sequence longer than a
     chunk is passed over twice: its weight is known when its logits are formed again.
     """
-    ends = cu_seqlens.tolist()
-    num_sequences, device = len(ends) - 1, hidden.device
+    ends, training = sequences.cu_seqlens.tolist(), any(wants)
+    by_pytorch = options.divergence.kernel_family is None
     with _on(hidden):
-        head = Head(hidden, weight, target_ids, bias, temperature, softcap)
-        law = Law(score=score, log_z=log_z, num_sequences=num_sequences, dtype=torch.float64, **options)
-        behavior = behavior.contiguous()
-        hidden_grad = torch.empty_like(hidden) if wants[0] else None
-        _allocate(head, wants[1], wants[2], weight_grad_out)
-        packing = Packing(ends, device)
-        training = any(wants)
-        target, anchor, top = head.target_logits(behavior if training else None)
-        logprob, total = head.per_token(), head.per_token()
-        twice = []
-        for first, last in sequence_groups(ends, head.chunk_rows):
+        products = Products(hidden, target_ids, head, wants)
+        weighing = make_weighing(sequences, options, torch.float64)
+        blocks = make_blocks(ends, hidden.device)
+        products.find_targets(weighing.behavior if training else None)
+        recomputed = []
+        for first, last in sequence_groups(ends, products.chunk_rows):
             span = slice(ends[first], ends[last])
-            fits = training and span.stop - span.start <= head.chunk_rows
+            fits = training and span.stop - span.start <= products.chunk_rows
             sums = None
             if fits and span.stop > span.start:
-                sums = head.anchored(target, anchor, top, span, guard=True)
+                sums = products.anchored(span, guard=True)
             elif span.stop > span.start:
-                head.statistics(target, anchor, top, span)
-            twice += [training and not fits] * (last - first)
-            packing.finish(head, law, first, last, sums, span, top, behavior, logprob, total)
-            if not training:
-                continue
-            law.overwrite_with_users(first, last)
-            for chunk in head.chunks(span.start, span.stop, head.chunk_rows):
+                products.statistics(span)
+            recomputed += [training and not fits] * (last - first)
+            finish(products, weighing, blocks, (first, last), span, sums)
+            if by_pytorch:
+                weighing.weigh_by_pytorch(slice(first, last), options)
+            for chunk in products.chunks(span.start, span.stop) if training else ():
                 if not fits:
-                    head.anchored(target, anchor, top, chunk, guard=False)
-                weight_of = law.results[5]
-                head.gradients(chunk, target, top, total, weight_of, hidden_grad, packing.owner, total_sequences)
-        if not training:
-            law.overwrite_with_users(0, num_sequences)
-        found = law.result(0, num_sequences)
-        loss = (-(found.weight * found.policy_logprob).sum() / total_sequences).float()
-    if weight_grad_out is not None:
-        if head.weight_grad is not None and head.weight_grad is not weight_grad_out:
-            weight_grad_out += head.weight_grad
-        head.weight_grad = None
-    recomputed = to_device(torch.tensor(twice, dtype=torch.bool), device)
-    return loss, found, recomputed, hidden_grad, _like(head.weight_grad, weight), _like(head.bias_grad, bias)
-
-
-def _allocate(head: Head, weight: bool, bias: bool, weight_grad_out: Tensor | None = None) -> None:
-    if weight:
-        head.weight_grad_is_empty = weight_grad_out is None or weight_grad_out.dtype != torch.float32
-        head.weight_grad = weight_grad_out
-        if head.weight_grad_is_empty:
-            head.weight_grad = torch.empty(head.weight.shape, dtype=torch.float32, device=head.weight.device)
-            if not head.num_tokens:
-                head.weight_grad.zero_()
-    if bias and head.bias is not None:
-        head.bias_grad = torch.zeros(head.vocabulary, dtype=torch.float32, device=head.weight.device)
-
-
-def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+                    products.anchored(chunk, guard=False)
+                products.add_gradients(chunk, weighing.columns[5], blocks.sequence_index, sequences.total)
+        weights = weighing.results()
+        loss = (-(weights.weight * weights.policy_logprob).sum() / sequences.total).float()
+        flags = to_device(torch.tensor(recomputed, dtype=torch.bool), hidden.device)
+        return loss, weights, flags, products.gradients()
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:

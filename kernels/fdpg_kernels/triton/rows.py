@@ -13,6 +13,7 @@ from .weigh import weigh_sequence
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 IGNORED = tl.constexpr(-100)
+ELSEWHERE = tl.constexpr(-101)  # the target lies in another shard of the head
 SAFE = tl.constexpr(1.2676506002282294e30)  # 2^100: row sums further from 1 are recomputed around their own maximum
 
 
@@ -43,7 +44,7 @@ def target_logits(
         z += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         z = softcap * tanh(z / softcap)
-    z = tl.where(live & (valid == 0), float("nan"), z * inverse_temperature)
+    z = tl.where(live & (valid == 0) & (target != ELSEWHERE), float("nan"), z * inverse_temperature)
     tl.store(target_ptr + rows, z, mask=inside)
     if ANCHORED:
         behavior = tl.load(behavior_ptr + rows, mask=inside & live, other=0.0).to(tl.float32)
@@ -162,7 +163,7 @@ def finish_sequences(
 
 @triton.jit(do_not_specialize=["offset", "height"])
 def prepare_gradients(
-    x_ptr, scaled_ptr, e_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, gradient_ptr, owner_ptr, scale_ptr,
+    x_ptr, scaled_ptr, e_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, gradient_ptr, sequence_ptr, scale_ptr,
     offset, height, D, V, stride_x, stride_e, temperature, softcap, divisor,
     HAS_SOFTCAP: tl.constexpr, PER_SEQUENCE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -180,11 +181,11 @@ def prepare_gradients(
     valid = (target >= 0) & (target < V)
     total = tl.load(total_ptr + tokens, mask=inside & live, other=1.0)
     if PER_SEQUENCE:
-        owner = tl.load(owner_ptr + tokens, mask=inside, other=0)
-        g = (tl.load(gradient_ptr + owner, mask=inside & live, other=0.0) * (-1 / divisor)).to(tl.float32)
+        sequence = tl.load(sequence_ptr + tokens, mask=inside, other=0)
+        g = (tl.load(gradient_ptr + sequence, mask=inside & live, other=0.0) * (-1 / divisor)).to(tl.float32)
     else:
         g = tl.load(gradient_ptr + tokens, mask=inside & live, other=0.0).to(tl.float32)
-    scale = tl.where(live & (valid == 0), float("nan"), -g / (total * temperature))
+    scale = tl.where(live & (valid == 0) & (target != ELSEWHERE), float("nan"), -g / (total * temperature))
     depth = tl.program_id(1) * BD + tl.arange(0, BD)
     mask = inside[:, None] & (depth < D)[None, :]
     x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * stride_x + depth[None, :], mask=mask, other=0.0)

@@ -11,12 +11,8 @@ The rule, from counts of bytes and instructions (docs/kernels.md):
 
 from __future__ import annotations
 
-import functools
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-TUNED = Path.home() / ".cache/fdpg_kernels/tiles.json"  # written by `python -m fdpg_kernels.triton.tune`
 WIDE = 1024  # D from which the product outweighs the epilogue
 
 
@@ -75,12 +71,3 @@ def choose(capability: int, width: int, *, aligned: bool, plain: bool, l2_bytes:
     config = HOPPER_SMALL if HOPPER_SMALL in possible and width < WIDE else possible[0]
     rows = l2_bytes // 3 // (2 * width * config.BM)
     return replace(config, group_rows=max(8, min(64, rows)))
-
-
-@functools.cache
-def tuned(chip: str) -> dict[int, Config]:
-    """D → the tile that was fastest on this chip, for aligned heads without bias or soft cap; empty without a file."""
-    if not TUNED.exists():
-        return {}
-    found = json.loads(TUNED.read_text()).get(chip, {})
-    return {int(width): Config(**settings) for width, settings in found.items()}

@@ -10,8 +10,25 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fdpg_kernels import operators
 
-class Storages(TorchDispatchMode):
+
+class Watch(TorchDispatchMode):
+    """A dispatch mode that sees inside our operators, each of which is one call to a mode."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fdpg_kernels":
+            with self:
+                return operators.KERNELS[func.overloadpacket.__name__](*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.see(func, args, result)
+        return result
+
+    def see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """An operation of PyTorch that has run."""
+
+
+class Storages(Watch):
     """When which storage was made and freed, and its bytes. What an operation allocates inside itself is not seen."""
 
     def __init__(self, *callers: torch.Tensor):
@@ -22,12 +39,10 @@ class Storages(TorchDispatchMode):
         self.sizes: list[int] = []
         self.events: list[tuple[int, int]] = []  # index, +1 made or -1 freed
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+    def see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor):
                 self._watch(x.untyped_storage())
-        return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         address, index = storage._cdata, len(self.sizes)

@@ -113,7 +113,7 @@ def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: di
 def _row_kernels(chip: int) -> Iterator[Case]:
     head = {"x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "e_ptr": "*bf16", "scaled_ptr": "*bf16"}
     ids = {name: "*i64" for name in ("target_ids_ptr",)}
-    ints = {f"{n}_ptr": "*i32" for n in ("flag", "block_sequence", "first_block", "cu_seqlens", "counter", "owner")}
+    ints = {f"{n}_ptr": "*i32" for n in ("flag", "block_sequence", "first_block", "cu_seqlens", "counter", "sequence")}
     scalars = {name: "fp32" for name in ("inverse_temperature", "temperature", "softcap", "divisor")}
     wide = {f"{n}_ptr": "*fp64" for n in ("score", "log_z", "baseline", "result")} | {"clipped_ptr": "*i8"}
     types = head | ids | ints | scalars | wide

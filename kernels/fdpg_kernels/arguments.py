@@ -1,0 +1,172 @@
+"""What the ops are called with: an LM head, packed sequences and options, and every check of them.
+
+Values are looked at only where that costs nothing: on the CPU, and not while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergences import Divergence
+
+IGNORED = -100  # a target id: nothing of this row counts
+ELSEWHERE = -101  # a target id: the row counts, and its target lies in another shard of the head
+RATIOS = ("sequence", "none")
+
+Wants = tuple[bool, bool, bool]  # whether hidden, weight and bias are to get gradients
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+
+
+class Head(NamedTuple):
+    """An LM head: logit = softcap·tanh((hidden·weightᵀ + bias)/softcap) / temperature.
+
+    Attributes:
+        weight: [V, D].
+        bias: [V] or None.
+        temperature: > 0.
+        softcap: > 0, or None for none.
+        weight_grad_out: [V, D], which the gradient of weight is added to instead of being returned, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    softcap: float | None
+    weight_grad_out: Tensor | None = None
+
+    def gradients(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Gradients:
+        """What has accumulated, in the parameters' dtypes; weight's is added to weight_grad_out if there is one."""
+        if weight is not None and self.weight_grad_out is not None:
+            if weight is not self.weight_grad_out:
+                self.weight_grad_out.add_(weight)
+            weight = None
+        weight = None if weight is None else weight.to(self.weight.dtype)
+        return hidden, weight, None if bias is None or self.bias is None else bias.to(self.bias.dtype)
+
+
+class Sequences(NamedTuple):
+    """B sequences of together N tokens and what is known of them; nothing here gets a gradient.
+
+    Attributes:
+        cu_seqlens: sequence i owns tokens cu_seqlens[i]:cu_seqlens[i+1], [B+1] int32 or int64.
+        behavior_logprob: log q of each token, [N].
+        target_log_score: log P of each sequence, [B]; −inf where the target is zero.
+        log_z: log Z of the target, [] or [B]; −inf where it is not known yet.
+        total: what a loss divides the sum over sequences by.
+    """
+
+    cu_seqlens: Tensor
+    behavior_logprob: Tensor
+    target_log_score: Tensor
+    log_z: Tensor
+    total: int = 1
+
+
+class Options(NamedTuple):
+    """How the weight of a sequence is made of its sums; baseline is [] or [B] float, ratio one of `RATIOS`."""
+
+    divergence: Divergence
+    baseline: Tensor | None
+    ratio: str
+    ratio_cap: float | None
+    reward_cap: float | None
+
+
+def result_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def as_baseline(baseline: Tensor | float | None, device: torch.device) -> Tensor | None:
+    """A baseline as `Options` holds it; a float is made where it is used."""
+    if baseline is None or isinstance(baseline, Tensor):
+        return None if baseline is None else baseline.detach()
+    return torch.full((), float(baseline), dtype=torch.float64, device=device)
+
+
+def check_head(hidden: Tensor, target_ids: Tensor, head: Head) -> None:
+    """Refuse what is no head of these hidden states, with a ValueError that names the argument and what would fit."""
+    weight, bias, into = head.weight, head.bias, head.weight_grad_out
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [N, D] and weight [V, D] with one D; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden and weight must share one floating dtype; got {hidden.dtype} and {weight.dtype}")
+    if target_ids.shape != hidden.shape[:1] or target_ids.is_floating_point():
+        raise ValueError(
+            f"target_ids must be [N]=[{len(hidden)}] integers; got {tuple(target_ids.shape)} {target_ids.dtype}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V]=[{len(weight)}]; got {tuple(bias.shape)}")
+    _check_devices("hidden, weight, target_ids and bias", hidden, weight, target_ids, bias)
+    for name, value in (("temperature", head.temperature), ("softcap", head.softcap)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value}; it must be a positive number")
+    if _may_look(target_ids) and len(target_ids):
+        largest, smallest = int(target_ids.max()), int(target_ids.min())
+        if largest >= len(weight) or (smallest < 0 and bool(((target_ids < 0) & (target_ids != IGNORED)).any())):
+            raise ValueError(
+                f"target_ids must lie in [0, V={len(weight)}) or be {IGNORED}; they span [{smallest}, {largest}]"
+            )
+    if into is not None and (into.shape != weight.shape or into.device != weight.device):
+        raise ValueError(
+            f"weight_grad_out must be {tuple(weight.shape)} on {weight.device}, as weight is; "
+            f"got {tuple(into.shape)} on {into.device}"
+        )
+    if into is not None and (into.dtype not in (result_dtype(weight), weight.dtype) or into.requires_grad):
+        raise ValueError(
+            f"weight_grad_out must be a {result_dtype(weight)} or {weight.dtype} tensor without requires_grad; "
+            f"got {into.dtype}"
+        )
+
+
+def check_sequences(per_token: Tensor, sequences: Sequences, options: Options) -> None:
+    """Refuse sequences that do not fit the tokens `per_token` [N], options, and scores that no weight can come of."""
+    cu_seqlens, behavior, score, log_z, total = sequences
+    num_tokens, num_sequences = len(per_token), len(cu_seqlens) - 1
+    if per_token.ndim != 1 or behavior.shape != per_token.shape:
+        raise ValueError(
+            f"what there is one of for each token must be [N] tensors of one N; "
+            f"got {tuple(per_token.shape)} and {tuple(behavior.shape)}"
+        )
+    if cu_seqlens.ndim != 1 or num_sequences < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be a [B+1] int32 tensor with B ≥ 1; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if _may_look(cu_seqlens):
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != num_tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"cu_seqlens must rise from 0 to N={num_tokens}; it runs from {ends[0]} to {ends[-1]}")
+    if score.shape != (num_sequences,):
+        raise ValueError(f"target_log_score must be [B]=[{num_sequences}]; got {tuple(score.shape)}")
+    _check_devices("log-probs and target_log_score", per_token, behavior, score)
+    for name, value in (("log_z", log_z), ("baseline", options.baseline)):
+        if value is not None and value.shape not in ((), (num_sequences,)):
+            raise ValueError(f"{name} must be a scalar or [B]=[{num_sequences}]; got {tuple(value.shape)}")
+    if options.ratio not in RATIOS:
+        raise ValueError(f"ratio={options.ratio!r}; choose one of {', '.join(RATIOS)}")
+    for name, cap in (("ratio_cap", options.ratio_cap), ("reward_cap", options.reward_cap)):
+        if cap is not None and not cap > 0:
+            raise ValueError(f"{name}={cap}; a cap must be a positive number, or None for no cap")
+    if _may_look(score):
+        if bool((score.isnan() | score.isposinf()).any()):
+            raise ValueError(
+                "target_log_score has a NaN or +inf; it must be a number, or −inf where the target is zero"
+            )
+        if not options.divergence.allows_zeros and bool(score.isneginf().any()):
+            raise ValueError(options.divergence.refusal)
+    if total < 1:
+        raise ValueError(f"total_sequences={total}; it must be a positive number, or None for B")
+
+
+def _check_devices(what: str, *tensors: Tensor | None) -> None:
+    devices = {str(x.device) for x in tensors if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{what} must be on one device; got {', '.join(sorted(devices))}")
+
+
+def _may_look(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,0 +1,207 @@
+"""The ops as PyTorch operators, and which implementation runs them.
+
+An operator is one node for torch.compile and one call for a dispatch mode, whatever happens inside. Its arguments are
+those of `Head`, `Sequences` and `Options` one after the other; a gradient that nobody wants is an empty tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import divergences
+from .arguments import Gradients, Head, Options, Sequences, Wants, result_dtype
+from .reference import SequenceWeights
+
+IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
+HEAD = "Tensor weight, Tensor? bias, float temperature, float? softcap"
+SEQUENCES = "Tensor cu_seqlens, Tensor behavior_logprob, Tensor target_log_score, Tensor log_z"
+OPTIONS = "str divergence, Tensor? baseline, str ratio, float? ratio_cap, float? reward_cap"
+KERNELS: dict[str, Callable] = {}  # what runs inside each operator
+_LIBRARY = torch.library.Library("fdpg_kernels", "DEF")
+
+
+def choose_impl(impl: str, tensor: Tensor, *, multiplies: bool = False) -> str:
+    """`impl`, with "auto" resolved for an op on this tensor: Triton where it can run, else chunked PyTorch.
+
+    multiplies: the op is a product with the head, which on a GPU takes bfloat16: float32 is left to cuBLAS.
+
+    Raises:
+        ValueError: there is no such implementation, or it cannot run here.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r}; choose {', '.join(IMPLEMENTATIONS[:-1])} or reference")
+    if impl not in ("auto", "triton"):
+        return impl
+    obstacle = _obstacle(tensor, multiplies)
+    if impl == "triton" and obstacle:
+        raise ValueError(f"impl='triton' {obstacle}; impl='chunked' runs everywhere")
+    return "chunked" if obstacle or tensor.device.type == "cpu" and impl == "auto" else "triton"
+
+
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, impl: str) -> tuple[Tensor, Tensor]:
+    """log-probs [N], and [2, N] for the backward: an offset m of each row and s = Σ exp(logit − m), so lse = m + log s.
+
+    A row whose target is `ELSEWHERE` has any log-prob; one that is `IGNORED` 0, and anything in [2, N].
+    """
+    return _linear_logprob(hidden, target_ids, *head[:4], impl)
+
+
+def linear_logprob_backward(
+    gradient: Tensor,
+    hidden: Tensor,
+    target_ids: Tensor,
+    head: Head,
+    results: tuple[Tensor, Tensor],
+    wants: Wants,
+    impl: str,
+) -> Gradients:
+    """Gradients for that of each log-prob [N], from the results of `linear_logprob`; logits are formed again."""
+    made = _linear_logprob_backward(gradient, hidden, target_ids, *head[:4], *results, wants, impl)
+    return _only_wanted(made, wants)
+
+
+def sequence_weights(policy: Tensor, sequences: Sequences, options: Options, impl: str) -> SequenceWeights:
+    """The weights of B sequences in float32, or float64 where `policy` [N] is, and from the reference."""
+    columns, clipped = _sequence_weights(policy, *sequences[:4], *_as_schema(options), impl)
+    return SequenceWeights(*columns.unbind(), clipped)  # type: ignore[call-arg]
+
+
+def fdpg_loss(
+    hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options, wants: Wants, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Gradients]:
+    """The loss [], the six float columns of `SequenceWeights` [6, B] and its flags, `recomputed` [B], gradients."""
+    loss, columns, clipped, recomputed, *made = _fdpg_loss(
+        hidden, target_ids, *head, *sequences, *_as_schema(options), wants, impl
+    )
+    return loss, columns, clipped, recomputed, _only_wanted(made, wants)
+
+
+def _operator(schema: str, fake: Callable, *tags: torch.Tag) -> Callable[[Callable], Callable]:
+    """Register an operator and what it is to torch.compile; return what calls it."""
+    name = schema.partition("(")[0]
+
+    def register(kernel: Callable) -> Callable:
+        def run(first: Tensor, *rest: Any) -> Any:
+            if not torch.is_autocast_enabled(first.device.type):
+                return kernel(first, *rest)
+            with torch.autocast(first.device.type, enabled=False):  # products have the dtype they are written with
+                return kernel(first, *rest)
+
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fdpg_kernels::{name}", fake, lib=_LIBRARY)
+        KERNELS[name] = run
+        return getattr(torch.ops.fdpg_kernels, name).default
+
+    return register
+
+
+def _fake_logprob(hidden, *_):
+    dtype = result_dtype(hidden)
+    return hidden.new_empty(len(hidden), dtype=dtype), hidden.new_empty(2, len(hidden), dtype=dtype)
+
+
+@_operator(f"linear_logprob(Tensor hidden, Tensor target_ids, {HEAD}, str impl) -> (Tensor, Tensor)", _fake_logprob)
+def _linear_logprob(hidden, target_ids, *rest):
+    *head, impl = rest
+    return _load(impl).linear_logprob(hidden, target_ids, Head(*head))
+
+
+def _fake_gradients(hidden, weight, bias, wants):
+    pairs = zip((hidden, weight, bias), wants, strict=True)
+    return tuple(hidden.new_empty(0) if x is None or not want else x.new_empty(x.shape) for x, want in pairs)
+
+
+@_operator(
+    f"linear_logprob_backward(Tensor gradient, Tensor hidden, Tensor target_ids, {HEAD}, Tensor logprob, "
+    "Tensor statistics, bool[] wants, str impl) -> (Tensor, Tensor, Tensor)",
+    lambda gradient, hidden, target_ids, weight, bias, *rest: _fake_gradients(hidden, weight, bias, rest[-2]),
+)
+def _linear_logprob_backward(gradient, hidden, target_ids, *rest):
+    *head, logprob, statistics, wants, impl = rest
+    made = _load(impl).linear_logprob_backward(
+        gradient, hidden, target_ids, Head(*head), (logprob, statistics), tuple(wants)
+    )
+    return _all_tensors(made, hidden)
+
+
+def _fake_weights(policy, cu_seqlens, behavior, score, *rest):
+    dtype = torch.float64 if rest[-1] == "reference" else result_dtype(policy)
+    return policy.new_empty(6, len(score), dtype=dtype), policy.new_empty(len(score), dtype=torch.bool)
+
+
+@_operator(f"sequence_weights(Tensor policy, {SEQUENCES}, {OPTIONS}, str impl) -> (Tensor, Tensor)", _fake_weights)
+def _sequence_weights(policy, *rest):
+    sequences, options, impl = Sequences(*rest[:4]), _from_schema(rest[4:9]), rest[9]
+    if impl == "triton" and options.divergence.kernel_family is None:
+        impl = "chunked"  # a user's own f is a PyTorch function
+    weights = _load(impl).sequence_weights(policy, sequences, options)
+    dtype = torch.float64 if impl == "reference" else result_dtype(policy)
+    return torch.stack(weights[:6]).to(dtype), weights.clipped
+
+
+def _fake_loss(hidden, target_ids, weight, bias, *rest):
+    into, score, wants, num_sequences = rest[2], rest[5], rest[-2], len(rest[5])
+    flags = [hidden.new_empty(num_sequences, dtype=torch.bool) for _ in range(2)]
+    gradients = _fake_gradients(hidden, weight, bias, (wants[0], wants[1] and into is None, wants[2]))
+    columns = score.new_empty(6, num_sequences, dtype=torch.float64)
+    return hidden.new_empty((), dtype=result_dtype(hidden)), columns, *flags, *gradients
+
+
+# unsafe in a CUDA graph: chunks are cut on the values of cu_seqlens, and small tables are copied from the host
+@_operator(
+    f"fdpg_loss(Tensor hidden, Tensor target_ids, {HEAD}, Tensor(a!)? weight_grad_out, {SEQUENCES}, SymInt total, "
+    f"{OPTIONS}, bool[] wants, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_loss,
+    torch.Tag.cudagraph_unsafe,
+)
+def _fdpg_loss(hidden, target_ids, *rest):
+    head, sequences, options = Head(*rest[:5]), Sequences(*rest[5:10]), _from_schema(rest[10:15])
+    wants, impl = rest[15:]
+    loss, weights, recomputed, made = _load(impl).fdpg_loss(hidden, target_ids, head, sequences, options, tuple(wants))
+    return loss, torch.stack(weights[:6]), weights.clipped, recomputed, *_all_tensors(made, hidden)
+
+
+def _as_schema(options: Options) -> tuple[Any, ...]:
+    return options.divergence.key, *options[1:]
+
+
+def _from_schema(values: tuple[Any, ...]) -> Options:
+    return Options(divergences.get(values[0]), *values[1:])
+
+
+def _all_tensors(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if x is None else x.contiguous() for x in gradients)
+
+
+def _only_wanted(gradients: Any, wants: Wants) -> Gradients:
+    hidden, weight, bias = (x if want else None for x, want in zip(gradients, wants, strict=True))
+    return hidden, weight, bias
+
+
+def _load(impl: str) -> ModuleType:
+    """The module of an implementation, imported when it is first used."""
+    return importlib.import_module(".triton.launch" if impl == "triton" else f".{impl}", __package__)
+
+
+def _obstacle(tensor: Tensor, multiplies: bool) -> str | None:
+    """Why Triton cannot take this tensor."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return f"takes bfloat16 or float32, not {tensor.dtype}" if multiplies and tensor.itemsize > 4 else None
+    if tensor.device.type != "cuda" or torch.version.cuda is None:
+        return f"needs an NVIDIA GPU, not {tensor.device}"
+    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    if multiplies and tensor.dtype != torch.bfloat16:
+        return f"takes bfloat16, not {tensor.dtype}"
+    return None

@@ -1,0 +1,242 @@
+"""The three ops: their arguments checked and handed to the implementation that suits them, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import divergences, operators, reference
+from .arguments import Head, Options, Sequences, as_baseline, check_head, check_sequences, result_dtype
+from .divergences import Divergence
+from .operators import choose_impl
+from .reference import SequenceWeights
+
+
+class FDPGLoss(NamedTuple):
+    """A loss and what it was made of.
+
+    Attributes:
+        loss: mean over sequences of −weight·log π, [].
+        weights: of each sequence, detached.
+        recomputed: whether a sequence's logits were formed twice, because it is longer than a chunk, [B] bool.
+    """
+
+    loss: Tensor
+    weights: SequenceWeights
+    recomputed: Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """log softmax(head(hidden))[target] of every row; differentiable in hidden, weight and bias.
+
+    Args:
+        hidden: final hidden states, [N, D] floating point.
+        weight: LM head, [V, D], same dtype as hidden; frozen (requires_grad False) it gets no gradient.
+        target_ids: [N] integer; -100 marks an ignored row, whose log-prob is 0.
+        bias: [V] or None.
+        temperature: logits are divided by it, > 0, after the soft cap.
+        softcap: c in c·tanh(logit/c), > 0, or None.
+        impl: "auto" | "triton" (no logits in memory; bfloat16 on an NVIDIA GPU) | "chunked" (at most a [chunk, V] block
+            of logits alive) | "reference" (float64, plain).
+
+    Returns:
+        [N] float32 (float64 for float64 inputs, and from the reference), accumulated in float32 or better.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options do not fit.
+    """
+    hidden, weight, bias = _cast_for_autocast(hidden, weight, bias)
+    head = Head(weight, bias, temperature, softcap)
+    check_head(hidden, target_ids, head)
+    impl = choose_impl(impl, hidden, multiplies=True)
+    if impl == "reference":
+        return reference.linear_logprob(hidden, target_ids, head)
+    return _LinearLogprob.apply(hidden, weight, bias, target_ids, temperature, softcap, impl)
+
+
+def sequence_weights(
+    policy_logprob: Tensor,
+    behavior_logprob: Tensor,
+    cu_seqlens: Tensor,
+    target_log_score: Tensor,
+    log_z: Tensor | float,
+    *,
+    divergence: str | Divergence = "jensen_shannon",
+    baseline: Tensor | float | None = None,
+    ratio: str = "sequence",
+    ratio_cap: float | None = None,
+    reward_cap: float | None = None,
+    impl: str = "auto",
+) -> SequenceWeights:
+    """Importance ratios, pseudo-rewards and f-DPG weights of B packed sequences.
+
+    Args:
+        policy_logprob: log π of each sampled token under the learner, [N].
+        behavior_logprob: log q of each sampled token under whoever sampled it, [N].
+        cu_seqlens: sequence i owns tokens cu_seqlens[i]:cu_seqlens[i+1], [B+1] int32 or int64.
+        target_log_score: log P(x|c) = log a + log φ, [B]; −inf where a constraint fails.
+        log_z: log Z of the target, [] or [B]; −inf (nothing satisfying seen yet) gives weight 0.
+        divergence: a name or a `Divergence`.
+        baseline: subtracted from the pseudo-reward, [], [B] or a float; must not depend on its own sequence.
+        ratio: "sequence" for the exact π/q of the whole sequence, "none" for 1.
+        ratio_cap: upper limit of π/q, > 0.
+        reward_cap: limit of |pseudo-reward|, > 0.
+        impl: "auto" | "triton" (one launch) | "chunked" | "reference" (float64, plain).
+
+    Returns:
+        SequenceWeights in float32 (float64 where policy_logprob is float64, and from the reference).
+
+    Raises:
+        ValueError: shapes or options do not fit, or (CPU tensors only, a GPU is not asked to wait) a target
+            with zeros is combined with a divergence whose f'(∞) is infinite, or a score is NaN or +inf.
+    """
+    sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z)
+    baseline = as_baseline(baseline, policy_logprob.device)
+    options = Options(divergences.get(divergence), baseline, ratio, ratio_cap, reward_cap)
+    check_sequences(policy_logprob, sequences, options)
+    sequences = sequences._replace(cu_seqlens=cu_seqlens.to(policy_logprob.device, non_blocking=True))
+    return operators.sequence_weights(policy_logprob.detach(), sequences, options, choose_impl(impl, policy_logprob))
+
+
+def fdpg_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    cu_seqlens: Tensor,
+    behavior_logprob: Tensor,
+    target_log_score: Tensor,
+    log_z: Tensor | float,
+    *,
+    divergence: str | Divergence = "jensen_shannon",
+    baseline: Tensor | float | None = None,
+    ratio: str = "sequence",
+    ratio_cap: float | None = None,
+    reward_cap: float | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    total_sequences: int | None = None,
+    weight_grad_out: Tensor | None = None,
+    impl: str = "auto",
+) -> FDPGLoss:
+    """A loss whose gradient is the f-DPG estimate of ∇D_f(π‖p) (Go et al. 2023, theorem 1).
+
+    The gradients of hidden, weight and bias are formed inside the forward pass, chunk by chunk on sequence
+    boundaries, so a sequence's weight is known before the head's gradient is; `backward` only scales them.
+    Under `torch.no_grad` none is formed.
+
+    Args:
+        hidden, weight, target_ids, bias, temperature, softcap: as in `linear_logprob`.
+        cu_seqlens, target_log_score, log_z, divergence, baseline, ratio, ratio_cap, reward_cap:
+            as in `sequence_weights`; chunks are cut on cu_seqlens, so leave it on the CPU: a GPU would be waited for.
+        behavior_logprob: log q of each token under its sampler, [N]; not read where target_ids is -100.
+        total_sequences: of the batch that this one is a part of: what the sum over sequences is divided by, B
+            where it is None. Losses of parts then add up to the loss of the whole.
+        weight_grad_out: the gradient of this loss in weight is added to it, [V, D] in float32 (float64 for float64
+            inputs) or weight's dtype, inside the forward pass; weight itself then gets none, and no second
+            [V, D] matrix is made. The loss must be given to `backward` as it is, unscaled.
+        impl: "auto" | "triton" | "chunked" | "reference". Triton multiplies three times where it can, and four times
+            for a sequence longer than 4,096 tokens (fewer for a vocabulary above 131,072), see `recomputed`.
+
+    Returns:
+        FDPGLoss(loss [] float32, weights, recomputed), float64 for float64 inputs and from the reference; the loss is
+        differentiable once in hidden, weight and bias.
+
+    Raises:
+        ValueError: see `linear_logprob` and `sequence_weights`.
+    """
+    hidden, weight, bias = _cast_for_autocast(hidden, weight, bias)
+    head = Head(weight, bias, temperature, softcap, weight_grad_out)
+    check_head(hidden, target_ids, head)
+    total = len(cu_seqlens) - 1 if total_sequences is None else total_sequences
+    sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z, total)
+    options = Options(divergences.get(divergence), as_baseline(baseline, hidden.device), ratio, ratio_cap, reward_cap)
+    check_sequences(target_ids, sequences, options)
+    impl = choose_impl(impl, hidden, multiplies=True)
+    if impl == "reference":
+        loss, weights = reference.fdpg_loss(hidden, target_ids, head, sequences, options)
+        return FDPGLoss(loss, weights, torch.zeros_like(weights.clipped))
+    if weight_grad_out is not None:
+        weight = weight.detach()  # its gradient goes to weight_grad_out alone
+    loss, columns, clipped, recomputed = _FDPGLoss.apply(
+        hidden, weight, bias, target_ids, (temperature, softcap, weight_grad_out), sequences, options, impl,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    columns = columns.to(result_dtype(hidden))
+    return FDPGLoss(loss, SequenceWeights(*columns.unbind(), clipped), recomputed)  # type: ignore[call-arg]
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target_ids, temperature, softcap, impl):
+        head = Head(weight, bias, temperature, softcap)
+        logprob, statistics = operators.linear_logprob(hidden, target_ids, head, impl)
+        ctx.save_for_backward(hidden, target_ids, weight, bias, logprob, statistics)
+        ctx.settings = temperature, softcap, impl
+        return logprob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        hidden, target_ids, weight, bias, *results = ctx.saved_tensors
+        temperature, softcap, impl = ctx.settings
+        head = Head(weight, bias, temperature, softcap)
+        wants = ctx.needs_input_grad[:3]
+        gradients = operators.linear_logprob_backward(gradient, hidden, target_ids, head, results, wants, impl)
+        return *gradients, *[None] * 4
+
+
+class _FDPGLoss(torch.autograd.Function):
+    """Gradients are formed in the forward pass: the upstream gradient of a loss is one scalar."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target_ids, settings, sequences, options, impl, with_grad):
+        head = Head(weight, bias, *settings)
+        needs, adds = ctx.needs_input_grad, head.weight_grad_out is not None
+        wants = (needs[0], needs[1] or adds, needs[2]) if with_grad else (False, False, False)
+        loss, columns, clipped, recomputed, gradients = operators.fdpg_loss(
+            hidden, target_ids, head, sequences, options, wants, impl
+        )
+        if adds:
+            gradients = gradients[0], None, gradients[2]
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.gradients = gradients
+        ctx.mark_non_differentiable(columns, clipped, recomputed)
+        return loss, columns, clipped, recomputed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):
+        if torch.compiler.is_compiling():
+            return *(None if g is None else g * upstream for g in ctx.saved_tensors), *[None] * 6
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this fdpg_loss were handed out already; call it again")
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second [V, D] matrix is not needed
+        return *(None if g is None else g.mul_(upstream) for g in gradients), *[None] * 6
+
+
+def _sequences(cu_seqlens: Tensor, behavior: Tensor, score: Tensor, log_z: Tensor | float, total: int = 1) -> Sequences:
+    return Sequences(cu_seqlens, behavior.detach(), score.detach(), torch.as_tensor(log_z).detach(), total)
+
+
+def _cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Under torch.autocast the tensors in its dtype, as torch's own matrix products take them."""
+    device_type = next(x.device.type for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
