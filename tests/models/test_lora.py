@@ -18,7 +18,7 @@ from fdpg_fast.engines.vllm_replica import weight_source, weights_folder
 from fdpg_fast.errors import UserError
 from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
-from fdpg_fast.runs.finished import evaluate_checkpoint
+from fdpg_fast.runs.finished import evaluate_checkpoint, frozen_base_sample
 from fdpg_fast.session import Session
 from support import runs
 from support.runs import Moment
@@ -115,10 +115,10 @@ def test_the_adapter_comes_back_after_an_error_and_after_the_outer_of_two(folder
         assert base is model  # nothing to switch off
 
 
-def test_samples_of_the_base_are_drawn_with_the_adapter_off(finished, tiny_model):
-    trainer = Trainer(parse_config(runs.yaml.safe_load((finished / "config.yaml").read_text())), resume=True)
-    drawn = sample_base(trainer, 4, seed=1)
-    expected, of_policy = (m.token_logprobs(drawn, 4096) for m in (load(tiny_model), trainer.state.learner.policy))
+def test_samples_of_the_base_are_drawn_with_the_adapter_off(finished, tiny_model, tmp_path):
+    session = Session(parse_config(runs.yaml.safe_load((finished / "config.yaml").read_text())), resume=True)
+    drawn = frozen_base_sample(session, 4, 1, tmp_path)
+    expected, of_policy = (m.token_logprobs(drawn, 4096) for m in (load(tiny_model), session.state.learner.policy))
     torch.testing.assert_close(drawn.behavior_logprob, expected, atol=TOLERANCE, rtol=0)
     assert (drawn.behavior_logprob - of_policy).abs().max() > 1e-3
 
