@@ -21,7 +21,6 @@ from .config.schema import EngineConfig, TrainConfig
 from .engines import build
 from .engines.memory import machine_memory
 from .progress import activity
-from .runs.checkpoint import round_of
 from .session import Session
 
 PACKAGES = ("torch", "transformers", "triton", "peft", "tensorboard", "wandb", "trackio", "pycodestyle")
@@ -75,16 +74,14 @@ def describe(session: Session) -> str:
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters"
     if config.lora is not None:
         size += f", of which {sum(p.numel() for p in parameters if p.requires_grad) / 1e6:.3g} M are trained"
-    per_round = min(settings.contexts_per_round, len(session.contexts))
-    samples = per_round * settings.samples_per_context
-    left = settings.rounds - (0 if session.checkpoint is None else round_of(session.checkpoint))
+    contexts, each = len(session.round_contexts(session.state.round)), settings.samples_per_context
     return (
         f"{config.model}: {size}, {config.dtype}, on {session.base.device}\n"
         f"{len(session.contexts)} contexts to train on, {len(session.eval_contexts)} to evaluate on; "
         f"features: {', '.join(session.scorer.feature_names)}\n"
-        f"{left} rounds of {per_round} contexts × {settings.samples_per_context} samples = {samples} completions "
-        f"of at most {config.engine.max_new_tokens} tokens, minimising {session.divergence.name} to the target; "
-        f"{session.micro_batch_tokens:,} tokens a forward and backward pass\n"
+        f"{settings.rounds - session.state.round} rounds of {contexts} contexts × {each} samples = {contexts * each} "
+        f"completions of at most {config.engine.max_new_tokens} tokens, minimising {session.divergence.name} to the "
+        f"target; {session.micro_batch_tokens:,} tokens a forward and backward pass\n"
         f"{build.describe_engine(config, session.base)}\n"
         f"writes to {config.run_dir}"
     )
@@ -108,16 +105,12 @@ def probe_vllm() -> tuple[dict[str, Any], str | None]:
 
 
 def _ops(device: torch.device) -> str:
-    empty = [torch.empty(0, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32)]
-    narrow, full = (choose_impl("auto", tensor, multiplies=True) for tensor in empty)
-    if narrow == "triton":
-        return f"fdpg_kernels: {narrow} for bfloat16, {full} for float32"
     try:
-        choose_impl("triton", empty[0], multiplies=True)
+        choose_impl("triton", torch.empty(0, dtype=torch.bfloat16, device=device), multiplies=True)
     except ValueError as error:
         obstacle = str(error).removeprefix("impl='triton' ").partition(";")[0]
-        return f"fdpg_kernels: {narrow}; triton {obstacle}"
-    return f"fdpg_kernels: {narrow}"
+        return f"fdpg_kernels: chunked; triton {obstacle}"
+    return "fdpg_kernels: triton for bfloat16, chunked for float32"
 
 
 def _vllm(found: dict[str, Any], problem: str | None) -> str:

@@ -48,7 +48,6 @@ class Learner:
         policy: LanguageModel,
         loss: LossConfig,
         optimizer: OptimizerConfig,
-        *,
         rounds: int,
         micro_batch_tokens: int,
     ):

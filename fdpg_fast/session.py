@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -37,7 +35,7 @@ from .targets import Target
 
 
 class Session:
-    """All parts of a run, made from its config; a context manager that closes the engine.
+    """All parts of a run, made from its config; to be closed.
 
     Args:
         config: of the run.
@@ -48,59 +46,50 @@ class Session:
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False):
-        self.config, self.resumes = config, resume
+        self.config, self.resumes, rounds = config, resume, config.trainer.rounds
         if not resume:
             RunFolder.refuse_taken(config)
-        device = choose_device(config.device)
+        self._device = choose_device(config.device)
         check_installed(config.tracking)
         self.divergence = last_divergence(config.divergence)
-        target = build_target(config, device)
+        target = build_target(config, self._device)
         if target.can_be_zero and not self.divergence.allows_zeros:
             raise UserError(f"divergence: {self.divergence.refusal}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        with activity(f"loading {config.model}"):
-            base = load_model(config.model, config.dtype, device, config.trust_remote_code)
+        base = self._load(config.model)
         base.model.requires_grad_(False)
-        self._read_contexts(base)
+        self.room = base.prompt_room(config.engine.max_new_tokens)
+        if self.room < 1:
+            raise UserError(
+                f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
+                f"in the model's {base.max_length} positions"
+            )
+        self.contexts = load_contexts(config.contexts.train, self.tokenizer, self.room)
+        held_out = config.contexts.eval
+        self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.tokenizer, self.room)
+        self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
         self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
         done = 0 if self.checkpoint is None else round_of(self.checkpoint)
-        if done > config.trainer.rounds:
-            raise UserError(f"trainer.rounds: {config.trainer.rounds} is less than the {done} that the run has done")
+        if done > rounds:
+            raise UserError(f"trainer.rounds: {rounds} is less than the {done} that the run has done")
         if config.lora is None:
-            path = config.model if self.checkpoint is None else str(self.checkpoint)
-            with activity(f"loading {path} once more, to be trained"):
-                policy = load_model(path, config.dtype, device, config.trust_remote_code)
+            policy = self._load(config.model if self.checkpoint is None else str(self.checkpoint))
         else:
             policy = base = LoRAPolicy(base, config.lora, self.seed("lora", 0), self.checkpoint)
+        self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         self.micro_batch_tokens = config.trainer.micro_batch_tokens or plan_micro_batch_tokens(policy.model)
         # no activations are kept in scoring: larger micro-batches fit, and waste less
         self.scorer = Scorer(target, base, self.tokenizer, 4 * self.micro_batch_tokens)
-        learner = Learner(
-            policy,
-            config.loss,
-            config.optimizer,
-            rounds=config.trainer.rounds,
-            micro_batch_tokens=self.micro_batch_tokens,
-        )
-        partition = PartitionFunction(
-            len(self.contexts), kind=config.partition.kind, per_context=config.partition.per_context
-        )
-        self.sampling = Sampling(
-            config,
-            policy,
-            self.round_contexts,
-            self.start_engine,
-            micro_batch_tokens=4 * self.micro_batch_tokens,
-            proposal=self._proposal(policy),
-        )
+        proposal = None
+        if config.proposal.kind == "adaptive":
+            proposal = AdaptiveProposal(config.proposal.every, self._load(config.model))
+            proposal.model.take_weights(policy)
+        self.sampling = Sampling(config, policy, self.scorer.micro_batch_tokens, proposal)
+        learner = Learner(policy, config.loss, config.optimizer, rounds, self.micro_batch_tokens)
+        per_context = config.partition.per_context
+        partition = PartitionFunction(len(self.contexts), kind=config.partition.kind, per_context=per_context)
         estimates = Estimates(partition, Baseline(config.loss.baseline), config.loss.reward_cap)
         self.state = TrainerState(learner, estimates, self.sampling, round=done)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.sampling.close()
 
     @property
     def base(self) -> LanguageModel:
@@ -110,16 +99,25 @@ class Session:
     @property
     def engine(self) -> Engine:
         """The engine of the run, started at first use with the policy's weights."""
-        return self.sampling.engine(self.state.round)
+        if self.sampling.engine is None:
+            self.sampling.engine = self.start_engine(self.state.learner.policy, self.state.round)
+        return self.sampling.engine
 
     def start_engine(self, model: LanguageModel, version: int) -> Engine:
         """One more engine, with a model's weights; whoever starts it closes it."""
-        config, learner = self.config, self.state.learner
-        longest = max(len(context.token_ids) for context in self.contexts + self.eval_contexts)
-        max_length = longest + config.engine.max_new_tokens
-        arguments = (self.eos_token_ids, max_length, self._largest_step, learner.optimizer_bytes)
+        max_new_tokens, learner = self.config.engine.max_new_tokens, self.state.learner
+
+        def step() -> None:
+            """A forward and backward pass of one full micro-batch of made-up tokens; changes nothing."""
+            completions = [([0] * max_new_tokens, [0.0] * max_new_tokens, False)]
+            rollouts = pack([Context(0, "", (0,))], [completions * -(-self.micro_batch_tokens // max_new_tokens)])
+            zeros = torch.zeros(len(rollouts), dtype=torch.float64)
+            learner.backward(rollouts, zeros, zeros, zeros, self.divergence)
+            learner.optimizer.zero_grad(set_to_none=True)
+
+        longest = max(len(context.token_ids) for context in self.contexts + self.eval_contexts) + max_new_tokens
         with activity("starting the engine"):
-            engine = build_engine(config, model, *arguments)
+            engine = build_engine(self.config, model, self.eos_token_ids, longest, step, learner.optimizer_bytes)
             try:
                 engine.sync_weights(model, version)
             except BaseException:
@@ -129,7 +127,7 @@ class Session:
 
     def recorder(self) -> Recorder:
         """The folder of the run, once the engine is there: where that fails nothing has been written."""
-        self.sampling.engine(self.state.round)
+        assert self.engine is not None
         return Recorder(self.config, self.scorer.feature_names, self.tokenizer, resume=self.resumes)
 
     def restore(self) -> None:
@@ -154,47 +152,21 @@ class Session:
 
     def round_contexts(self, round_index: int) -> list[Context]:
         """What a round samples from."""
-        settings = self.config.trainer
-        per_round = min(settings.contexts_per_round, len(self.contexts))
-        return [self.contexts[i] for i in schedule(len(self.contexts), per_round, round_index, settings.seed)]
+        settings, count = self.config.trainer, len(self.contexts)
+        chosen = schedule(count, min(settings.contexts_per_round, count), round_index, settings.seed)
+        return [self.contexts[i] for i in chosen]
 
     def seed(self, purpose: str, round_index: int) -> int:
         """A seed for one kind of the run's draws."""
         return derived_seed(self.config.trainer.seed, purpose, round_index)
 
-    @functools.cached_property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        return eos_token_ids(self.base.model, self.tokenizer)
+    def close(self) -> None:
+        """Close the engine, if it was started."""
+        self.sampling.close()
 
-    def _read_contexts(self, base: LanguageModel) -> None:
-        config = self.config
-        self.room = base.prompt_room(config.engine.max_new_tokens)
-        if self.room < 1:
-            raise UserError(
-                f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
-                f"in the model's {base.max_length} positions"
-            )
-        self.contexts = load_contexts(config.contexts.train, self.tokenizer, self.room)
-        held_out = config.contexts.eval
-        self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.tokenizer, self.room)
-        self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
-
-    def _proposal(self, policy: LanguageModel) -> AdaptiveProposal | None:
-        config = self.config
-        if config.proposal.kind == "policy":
-            return None
-        model = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
-        model.take_weights(policy)
-        return AdaptiveProposal(config.proposal.every, model)
-
-    def _largest_step(self) -> None:
-        """A forward and backward pass of one full micro-batch of made-up tokens; changes nothing."""
-        learner, length = self.state.learner, self.config.engine.max_new_tokens
-        completions = [([0] * length, [0.0] * length, False)] * max(1, self.micro_batch_tokens // length)
-        rollouts = pack([Context(0, "", (0,))], [completions])
-        zeros = torch.zeros(len(rollouts), dtype=torch.float64)
-        learner.backward(rollouts, zeros, zeros, zeros, self.divergence)
-        learner.optimizer.zero_grad(set_to_none=True)
+    def _load(self, path: str) -> LanguageModel:
+        with activity(f"loading {path}"):
+            return load_model(path, self.config.dtype, self._device, self.config.trust_remote_code)
 
 
 def choose_device(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from .session import Session
 log = logging.getLogger(__name__)
 
 ORACLE_SAMPLES = 64  # of the base for each context, for partition.kind oracle
-SAMPLES_LOGGED, EVALUATION_SAMPLES_LOGGED = 8, 16  # completions that samples.jsonl holds of a round, of an evaluation
+SAMPLES_LOGGED = {"train": 8, "evaluation": 16}  # completions in samples.jsonl, of a round and of an evaluation
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,19 @@ class Trainer:
         """Run all rounds that are left, evaluate before and after, and write the report.
 
         Args:
-            evaluate: False: only the rounds, for whoever measures many runs alike (see `runs.comparison`).
+            evaluate: False: only the rounds, for whoever measures many runs alike (see `compare`).
 
         Raises:
             RunError: something failed on the way; the checkpoints written so far are intact.
         """
         session, rounds = self.session, self.session.config.trainer.rounds
         before = after = None
-        with session, session.recorder() as run:
+        with contextlib.closing(session), session.recorder() as run:
             if not self._prepare(run) and evaluate:
                 before = self._evaluate(run)
             log.info("%s", describe_engine(session.config, session.base))
-            session.sampling.begin(session.state.round)
+            if (proposal := session.sampling.proposal) is not None:
+                session.engine.sync_weights(proposal.model, proposal.version)
             run.start(session.state.round)
             for index in range(session.state.round, rounds):
                 run.record(self.round(index), session.state)
@@ -77,7 +79,7 @@ class Trainer:
         session, clock = self.session, Clock()
         state, sampling, learner = session.state, session.sampling, session.state.learner
         divergence = divergence_at(session.config.divergence, index, session.config.trainer.rounds)
-        rollouts = sampling.take(index, clock)  # waits; starts what is ahead
+        rollouts = sampling.take(index, session.round_contexts, clock)  # waits; starts what is ahead
         scores = session.scorer(rollouts, clock)  # φ beside log a
         log_z, baseline = state.estimates.update(rollouts, scores, divergence)
         with clock("update"):
@@ -88,10 +90,8 @@ class Trainer:
         state.round = index + 1
         with clock("sync"):
             sampling.sync(rollouts, scores, update, index + 1)
-        samples = session.scorer.rows(scores, SAMPLES_LOGGED)
-        return Round(
-            index, rollouts, scores, state.estimates.partition.summary(), update, samples, sampling.facts, clock
-        )
+        log_z_now, samples = state.estimates.partition.summary(), session.scorer.rows(scores, SAMPLES_LOGGED["train"])
+        return Round(index, rollouts, scores, log_z_now, update, samples, sampling.facts, clock)
 
     def _prepare(self, run: Recorder) -> bool:
         """Resume, or do what precedes the first round, λ and the oracle's Z; whether a checkpoint was resumed."""
@@ -124,6 +124,6 @@ class Trainer:
             session.engine.sync_weights(session.state.learner.policy, done)
         # one seed for every evaluation: before and after are compared on common random numbers
         each, seed = session.config.evaluation.samples_per_context, session.seed("evaluation", 0)
-        evaluation, samples = session.measure(each, seed, EVALUATION_SAMPLES_LOGGED)
+        evaluation, samples = session.measure(each, seed, SAMPLES_LOGGED["evaluation"])
         run.evaluation(done, evaluation, samples)
         return evaluation

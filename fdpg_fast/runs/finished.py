@@ -7,6 +7,7 @@ large sample of the base.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -63,14 +64,14 @@ def evaluate_checkpoint(
         log_phi = scorer.log_phi(base, fit=scorer.target.is_distributional)
         log_z = log_partition(torch.zeros_like(log_phi), log_phi, base.context_index)  # P/a is φ
     samples = samples_per_context or session.config.evaluation.samples_per_context
-    with session:
+    with contextlib.closing(session):
         return session.measure(samples, session.seed("fresh evaluation", seed), 0, log_z)[0]
 
 
 def sample_checkpoint(session: Session, prompt: str | None, count: int, seed: int) -> list[dict[str, Any]]:
     """Completions of the newest checkpoint, of one prompt or of the evaluation contexts in turn."""
     contexts = _contexts_to_continue(session, prompt, count)
-    with session, activity(f"sampling {count} completions"):
+    with contextlib.closing(session), activity(f"sampling {count} completions"):
         rollouts = session.engine.sample(contexts, -(-count // len(contexts)), session.seed("samples", seed))
         return session.scorer.rows(session.scorer(rollouts, Clock()), count)
 
@@ -90,7 +91,7 @@ def quasi_rejection_sample(
         return rows, scores.log_score - scores.behavior_logprob, torch.tensor(indices)[rollouts.context_index]
 
     settings: dict[str, Any] = dict(contexts=len(contexts), count=count, beta=beta, max_draws=max_draws, seed=seed)
-    with session, activity(f"sampling until {count} completions are accepted"):
+    with contextlib.closing(session), activity(f"sampling until {count} completions are accepted"):
         return quasi_rejection.sample(draw, **settings)
 
 
