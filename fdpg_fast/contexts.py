@@ -67,15 +67,10 @@ def _parse_json(line: str, where: str) -> tuple[str | list, dict[str, Any]]:
     if not isinstance(row, dict) or "prompt" not in row:
         raise UserError(f'{where} needs an object with "prompt", a string or a list of messages')
     prompt = row.pop("prompt")
-    if isinstance(prompt, str):
-        return prompt, row
-    if (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
-    ):
-        return prompt, row
-    raise UserError(f'{where}: "prompt" must be a string or a list of {{"role", "content"}} messages')
+    is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    if not (isinstance(prompt, str) or (is_chat and prompt)):
+        raise UserError(f'{where}: "prompt" must be a string or a list of {{"role", "content"}} messages')
+    return prompt, row
 
 
 def make_context(

@@ -64,7 +64,7 @@ def parse_config(data: Mapping[str, Any]) -> TrainConfig:
     except ValidationError as error:
         # a mistyped key comes first: what is missing may be what it was meant to be
         complaints = sorted(error.errors(), key=lambda e: e["type"] not in ("extra_forbidden", "invalid_key"))
-        raise UserError(_explain(complaints[0], data)) from None
+        raise UserError(_explain(complaints[0])) from None
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -123,9 +123,8 @@ for _key, _field in _walk(TrainConfig, ""):
 
 
 def _document(field: FieldInfo) -> str:
-    kinds = typing.get_args(field.annotation)
-    of_one_kind = typing.get_origin(field.annotation) is typing.Literal and len(kinds) == 1
-    return f"{kinds[0]}: {field.description}" if of_one_kind else str(field.description)
+    kinds = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is typing.Literal else ()
+    return f"{kinds[0]}: {field.description}" if len(kinds) == 1 else str(field.description)
 
 
 def _generic(key: str) -> str:
@@ -133,17 +132,14 @@ def _generic(key: str) -> str:
     return ".".join("N" if part.isdigit() else part for part in key.split("."))
 
 
-def _explain(error: Any, data: Any) -> str:
-    """pydantic's complaint in one line; the tags of unions are not keys and are left out of the path."""
+def _explain(error: Any) -> str:
+    """pydantic's complaint in one line; in its path, what follows a union is the tag of a member and no key."""
     path: list[str] = []
-    for position, part in enumerate(error["loc"], start=1):
-        is_last = position == len(error["loc"])
-        here = data if isinstance(data, Mapping) else dict(enumerate(data)) if isinstance(data, list) else {}
-        if part == here.get("kind") and not (is_last and part in here):
-            data = {**here, "kind": None}  # a tag, once
-            continue
-        path.append(str(part))
-        data = here.get(part)
+    in_union = False
+    for part in error["loc"]:
+        if not in_union:
+            path.append(str(part))
+        in_union = not in_union and len(_FIELDS.get(_generic(".".join([*path, "kind"])), ())) > 1
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         if path[-1] in _DISTORTING:
