@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config.load import dump_config
@@ -24,37 +24,32 @@ class Tracking:
     def log(self, round_index: int, metrics: dict[str, float]) -> None:
         self._folder.append("metrics.jsonl", {"round": round_index, **metrics})
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for tracker in self._trackers:
-            tracker.log(finite, step=round_index)
+        for log, _ in self._trackers:
+            log(finite, step=round_index)
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        for _, finish in self._trackers:
+            finish()
 
 
-class TensorBoard:
-    """TensorBoard by the names that wandb and trackio have for it."""
-
-    def __init__(self, config: TrainConfig):
+def _start(name: str, config: TrainConfig) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    """What logs the metrics of a step, and what is called at the end."""
+    if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(f"{config.run_dir}/tensorboard")
-        self._writer.add_text("config", f"```yaml\n{dump_config(config)}\n```")
-        self.finish = self._writer.close
+        writer = SummaryWriter(f"{config.run_dir}/tensorboard")
+        writer.add_text("config", f"```yaml\n{dump_config(config)}\n```")
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        def log(metrics: dict[str, float], step: int) -> None:
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, step)
 
-
-def _start(name: str, config: TrainConfig) -> Any:
-    if name == "tensorboard":
-        return TensorBoard(config)
+        return log, writer.close
     tracker = importlib.import_module(name)
     place = {"dir": config.run_dir} if name == "wandb" else {}  # trackio has no such option
     run = config.run_dir.strip("/").replace("/", "-")
     tracker.init(project="fdpg-fast", name=run, config=config.model_dump(mode="json"), **place)
-    return tracker
+    return tracker.log, tracker.finish
 
 
 def check_installed(names: Sequence[str]) -> None:

@@ -374,7 +374,7 @@ def test_json_holds_every_float(tmp_path):
 def test_markup_in_names_of_runs_is_escaped(make_run, tmp_path):
     runs = [make_run("<b>a&amp;-1", "<script>alert(1)"), make_run("{{ 7 * 7 }}", "reverse_kl")]
     page = assert_self_contained(write_comparison(read_runs(runs), tmp_path / "compare.html"))
-    assert "<b>a&amp;\u20111" in page.text and "<script>alert(1)" in page.text and "{{ 7 * 7 }}" in page.text
+    assert "<b>a&amp;-1" in page.text and "<script>alert(1)" in page.text and "{{ 7 * 7 }}" in page.text
 
 
 def test_damaged_line_is_named(make_run):
