@@ -34,7 +34,7 @@ class Learner:
     Args:
         policy: trained in place.
         loss: ratio and caps.
-        optimizer: AdamW's settings.
+        optimizer: rate, decay and clipping of AdamW.
         rounds: of the whole run; the schedule ends there.
         micro_batch_tokens: bounds the memory of a forward and backward pass.
 
@@ -88,7 +88,7 @@ class Learner:
         for rows in rollouts.micro_batches(self.micro_batch_tokens):
             batch = rollouts.part(rows)
             sequences = batch.behavior_logprob, target_log_score[rows], log_z[rows]
-            batch_loss, weights, _ = self.policy.head(
+            result = self.policy.head(
                 self.policy.hidden(batch),
                 batch.token_ids.to(device),
                 batch.cu_seqlens,
@@ -99,9 +99,9 @@ class Learner:
                 weight_grad_out=None if self._head is None else self._head.grad,
                 **self._loss,
             )
-            batch_loss.backward()
-            loss += batch_loss.detach()
-            columns.append(weights)
+            result.loss.backward()
+            loss += result.loss.detach()
+            columns.append(result.weights)
         return loss, SequenceWeights(*(torch.cat(column).cpu() for column in zip(*columns, strict=True)))
 
     def step(self, loss: Tensor, weights: SequenceWeights, round_index: int) -> Update:

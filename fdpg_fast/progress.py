@@ -75,14 +75,15 @@ def _say(current: _Activity, ended: threading.Event) -> None:
 def lines_for_a_person() -> Iterator[None]:
     """Our log goes to stderr as plain lines; on a terminal a live line below them says what is going on."""
     logger, handler = logging.getLogger("fdpg_fast"), _Lines()
-    before, logger.level = logger.level, logging.INFO
+    before = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         with _live(handler) if sys.stderr.isatty() else contextlib.nullcontext():
             yield
     finally:
         logger.removeHandler(handler)
-        logger.level = before
+        logger.setLevel(before)
 
 
 class _Lines(logging.Handler):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..contexts import Context
 from ..models.language_model import LanguageModel
+from ..progress import advance
 from ..rollouts import Completion, Rollouts, pack
 
 
@@ -49,6 +50,7 @@ class TransformersEngine:
                 count = min(self.max_sequences, samples_per_context - begun)
                 for i, completion in enumerate(self._decode(group, count, generator)):
                     completions[first + i // count].append(completion)
+                advance(count * len(group))
         return pack(contexts, completions)
 
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
@@ -111,6 +113,6 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     total = cumulative[:, -1:]
     # below the total even where rounding says otherwise, so that a token of probability zero is never the one
     threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)  # where NaN
+    token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)  # NaN is above all
     logprob = logits.gather(1, token).double() - total.log()
     return token[:, 0], logprob[:, 0].float()

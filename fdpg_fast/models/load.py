@@ -36,6 +36,11 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model, from where the model is.
+
+    Raises:
+        UserError: there is none.
+    """
     _refuse_missing_folder(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -44,7 +49,11 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a text: chat models often have more than one."""
+    """Every token that ends a text: chat models often have more than one.
+
+    Raises:
+        UserError: none is named.
+    """
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     declared = declared if isinstance(declared, list) else [declared]
     found = {token_id for token_id in (*declared, tokenizer.eos_token_id) if token_id is not None}

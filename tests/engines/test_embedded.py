@@ -99,6 +99,13 @@ def test_draw_survives_extreme_logits():
     assert float(logprob) == (0.0 if int(rare) == 0 else -80.0)
 
 
+def test_a_row_that_is_no_number_gets_some_token_and_no_log_prob():
+    logits = some_logits(300).repeat(2, 1)
+    logits[0] = torch.nan  # of a policy that has diverged: the scorer stops the run
+    token, logprob = draw(logits, torch.tensor([0.5, 0.5], dtype=F64))
+    assert bool(((token >= 0) & (token < 300)).all()) and logprob.isnan().tolist() == [True, False]
+
+
 # --- the distribution of samples ---
 
 
