@@ -18,24 +18,18 @@ RATIOS = ("sequence", "none")
 
 Wants = tuple[bool, bool, bool]  # whether hidden, weight and bias are to get gradients
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+# log-probs [N], and of each row an offset m and s = Σ exp(logit − m), [2, N]: its log-sum-exp is m + log s
+Logprobs = tuple[Tensor, Tensor]
 
 
 class Head(NamedTuple):
-    """An LM head: logit = softcap·tanh((hidden·weightᵀ + bias)/softcap) / temperature.
+    """An LM head: logit = softcap·tanh((hidden·weightᵀ + bias)/softcap) / temperature."""
 
-    Attributes:
-        weight: [V, D].
-        bias: [V] or None.
-        temperature: > 0.
-        softcap: > 0, or None for none.
-        weight_grad_out: [V, D], which the gradient of weight is added to instead of being returned, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
     temperature: float
     softcap: float | None
-    weight_grad_out: Tensor | None = None
+    weight_grad_out: Tensor | None = None  # [V, D]: the gradient of weight is added to it instead of being returned
 
     def gradients(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Gradients:
         """What has accumulated, in the parameters' dtypes; weight's is added to weight_grad_out if there is one."""
@@ -48,29 +42,21 @@ class Head(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """B sequences of together N tokens and what is known of them; nothing here gets a gradient.
+    """B sequences of together N tokens and what is known of them; nothing here gets a gradient."""
 
-    Attributes:
-        cu_seqlens: sequence i owns tokens cu_seqlens[i]:cu_seqlens[i+1], [B+1] int32 or int64.
-        behavior_logprob: log q of each token, [N].
-        target_log_score: log P of each sequence, [B]; −inf where the target is zero.
-        log_z: log Z of the target, [] or [B]; −inf where it is not known yet.
-        total: what a loss divides the sum over sequences by.
-    """
-
-    cu_seqlens: Tensor
-    behavior_logprob: Tensor
-    target_log_score: Tensor
-    log_z: Tensor
-    total: int = 1
+    cu_seqlens: Tensor  # [B+1]: sequence i owns tokens cu_seqlens[i]:cu_seqlens[i+1]
+    behavior_logprob: Tensor  # [N], log q of each token
+    target_log_score: Tensor  # [B], log P; −inf where the target is zero
+    log_z: Tensor  # [] or [B]; −inf where it is not known yet
+    total: int = 1  # what a loss divides the sum over sequences by
 
 
 class Options(NamedTuple):
-    """How the weight of a sequence is made of its sums; baseline is [] or [B] float, ratio one of `RATIOS`."""
+    """How the weight of a sequence is made of its sums; the caps limit π/q and |f'|."""
 
     divergence: Divergence
-    baseline: Tensor | None
-    ratio: str
+    baseline: Tensor | None  # [] or [B]
+    ratio: str  # one of RATIOS
     ratio_cap: float | None
     reward_cap: float | None
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import IGNORED, Gradients, Head, Options, Sequences, Wants, result_dtype
+from .arguments import IGNORED, Gradients, Head, Logprobs, Options, Sequences, Wants, result_dtype
 from .reference import SequenceWeights
 from .sequence_weights import sequence_groups, sum_by_sequence, weights_from_sums
 from .sequence_weights import sequence_weights as sequence_weights
@@ -109,7 +109,7 @@ class _Products:
             self.bias_grad[columns].addmv_(minus_one_hot.T, scale)
 
 
-def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
     """log-probs [N]; and of each row its largest logit and the sum of exponentials beside it, [2, N]."""
     products = _Products(head)
     logprob, statistics = products.weight.new_zeros(len(hidden)), products.weight.new_zeros(2, len(hidden))
@@ -130,12 +130,7 @@ def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> tuple[Tens
 
 
 def linear_logprob_backward(
-    gradient: Tensor,
-    hidden: Tensor,
-    target_ids: Tensor,
-    head: Head,
-    results: tuple[Tensor, Tensor],
-    wants: Wants,
+    gradient: Tensor, hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, wants: Wants
 ) -> Gradients:
     """Gradients of hidden, weight and bias for the gradient of each log-prob [N]; logits are formed again."""
     products, (_, statistics) = _Products(head, *wants[1:]), results

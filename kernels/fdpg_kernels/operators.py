@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import divergences
-from .arguments import Gradients, Head, Options, Sequences, Wants, result_dtype
+from .arguments import Gradients, Head, Logprobs, Options, Sequences, Wants, result_dtype
 from .reference import SequenceWeights
 
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
@@ -46,22 +46,13 @@ def choose_impl(impl: str, tensor: Tensor, *, multiplies: bool = False) -> str:
     return "chunked" if obstacle or tensor.device.type == "cpu" and impl == "auto" else "triton"
 
 
-def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, impl: str) -> tuple[Tensor, Tensor]:
-    """log-probs [N], and [2, N] for the backward: an offset m of each row and s = Σ exp(logit − m), so lse = m + log s.
-
-    A row whose target is `ELSEWHERE` has any log-prob; one that is `IGNORED` 0, and anything in [2, N].
-    """
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, impl: str) -> Logprobs:
+    """Log-probs; of a row whose target is `ELSEWHERE` any, of one that is `IGNORED` 0 and any offset and sum."""
     return _linear_logprob(hidden, target_ids, *head[:4], impl)
 
 
 def linear_logprob_backward(
-    gradient: Tensor,
-    hidden: Tensor,
-    target_ids: Tensor,
-    head: Head,
-    results: tuple[Tensor, Tensor],
-    wants: Wants,
-    impl: str,
+    gradient: Tensor, hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, wants: Wants, impl: str
 ) -> Gradients:
     """Gradients for that of each log-prob [N], from the results of `linear_logprob`; logits are formed again."""
     made = _linear_logprob_backward(gradient, hidden, target_ids, *head[:4], *results, wants, impl)

@@ -1,9 +1,8 @@
 """linear_logprob where the vocabulary of the head is sharded over the ranks of a process group.
 
 Rank r holds rows vocab_start : vocab_start + V_r of the head; hidden states and targets are the same everywhere.
-With z_y the logit of the target and lse_r the log-sum-exp of a shard, log π(y) = z_y − log Σ_r exp(lse_r), and the
-gradients of a shard are those of its own logits with the log-sum-exp of all: whichever impl runs it, a shard is one
-more head, some of whose targets lie elsewhere.
+With z_y the logit of the target and lse_r the log-sum-exp of a shard, log π(y) = z_y − log Σ_r exp(lse_r), and a
+shard's gradients are those of its own logits under the log-sum-exp of all.
 """
 
 from __future__ import annotations

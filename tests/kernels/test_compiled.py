@@ -7,14 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json
-from benchmarks.offline import build_all
+from support.ahead_of_time import build_all
 from fdpg_kernels.triton.tiles import SHARED_MEMORY
 for case, made in build_all():
     kind = case.config and ("TMA" if case.config.tma else "pointers")
@@ -25,9 +23,8 @@ for case, made in build_all():
 @pytest.fixture(scope="module")
 def compiled():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200
-    )
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    ran = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [json.loads(line) for line in ran.stdout.splitlines()]
 

@@ -1,7 +1,7 @@
 """Compile every kernel in every shipped configuration for GPUs that are not here, and list what it costs.
 
-    python -m benchmarks.offline            # prints the table as it grows
-    python -m benchmarks.offline --write    # and writes docs/kernels-compiled.md
+    PYTHONPATH=kernels:tests python -m support.ahead_of_time            # prints the table as it grows
+    PYTHONPATH=kernels:tests python -m support.ahead_of_time --write    # and writes docs/kernels-compiled.md
 
 Triton's compiler and NVIDIA's assembler run without a GPU; registers, stack, shared memory and instructions are read
 off the machine code. `tests/kernels/test_compiled.py` asserts what must hold.
@@ -31,7 +31,7 @@ from fdpg_kernels.triton import weigh as weights
 from fdpg_kernels.triton.tiles import Config
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TABLE = Path(__file__).resolve().parents[1] / "docs/kernels-compiled.md"
+TABLE = Path(__file__).resolve().parents[2] / "docs/kernels-compiled.md"
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")  # tensor-core instructions of the three generations
 CHIPS = {80: "A100", 90: "H100/H200", 100: "B200"}
 FEATURES = {
@@ -183,7 +183,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 def table() -> str:
     lines = [
-        f"Compiled ahead of time with Triton {triton.__version__}; written by `python -m benchmarks.offline --write`.",
+        f"Compiled ahead of time with Triton {triton.__version__} by `python -m support.ahead_of_time --write`.",
         "",
         "| chip | kernel | warps, stages | registers | stack + local | shared memory | tensor-core instructions | "
         "bulk loads | instructions / logit |",

@@ -10,7 +10,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from ..arguments import Gradients, Head, Options, Sequences, Wants
+from ..arguments import Gradients, Head, Logprobs, Options, Sequences, Wants
 from ..reference import SequenceWeights
 from ..sequence_weights import sequence_groups
 from . import weigh
@@ -18,7 +18,7 @@ from .head import LOG2_E, Products
 from .sequences import BLOCK, finish, make_blocks, make_weighing, to_device
 
 
-def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
     """log-probs [N]; and for the backward the log-sum-exp of each row and 1, [2, N]."""
     with _on(hidden):
         products = Products(hidden, target_ids, head)
@@ -28,12 +28,7 @@ def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> tuple[Tens
 
 
 def linear_logprob_backward(
-    gradient: Tensor,
-    hidden: Tensor,
-    target_ids: Tensor,
-    head: Head,
-    results: tuple[Tensor, Tensor],
-    wants: Wants,
+    gradient: Tensor, hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, wants: Wants
 ) -> Gradients:
     """Gradients of hidden, weight and bias; logits are formed again in row chunks."""
     with _on(hidden):
