@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parser().parse_args(known, argparse.Namespace(overrides=overrides))
         with lines_for_a_person():
             options.run(options)
+            sys.stdout.flush()  # where nobody reads any more, here is where it shows
     except (UserError, RunError) as error:
         print(f"fdpg-fast: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
