@@ -113,6 +113,6 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     total = cumulative[:, -1:]
     # below the total even where rounding says otherwise, so that a token of probability zero is never the one
     threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)  # NaN is above all
+    token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)  # where NaN
     logprob = logits.gather(1, token).double() - total.log()
     return token[:, 0], logprob[:, 0].float()
