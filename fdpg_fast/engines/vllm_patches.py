@@ -6,10 +6,10 @@ A name that another vLLM no longer has is said once in a warning, and the engine
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def without_ranks() -> contextlib.AbstractContextManager[None]:
     def zeros(logprobs: Tensor, values: Tensor) -> Tensor:
         return logprobs.new_zeros(len(logprobs), dtype=torch.int64)
 
-    return _replaced("vllm.v1.sample.sampler", "batched_count_greater_than", zeros)
+    return _replaced("vllm.v1.sample.sampler.batched_count_greater_than", zeros)
 
 
 def without_lists() -> contextlib.AbstractContextManager[None]:
@@ -46,29 +46,20 @@ def without_lists() -> contextlib.AbstractContextManager[None]:
     `logprobs=0` (its pull request 57442 measures the same cost).
     """
 
-    def append(self: Any, found: Any) -> None:
-        self.logprobs.logprobs.extend(found.logprobs[:, 0].tolist())
+    def append(self: Any, sampled: Any) -> None:
+        self.logprobs.logprobs.extend(sampled.logprobs[:, 0].tolist())
 
-    return _replaced("vllm.v1.engine.logprobs", "LogprobsProcessor._update_sample_logprobs", append)
+    return _replaced("vllm.v1.engine.logprobs.LogprobsProcessor._update_sample_logprobs", append)
 
 
 @contextlib.contextmanager
-def _replaced(module: str, path: str, value: Any) -> Iterator[None]:
-    """Put a value under a dotted name of a module, for as long as the block runs."""
-    *owners, name = path.split(".")
-    try:
-        owner: Any = importlib.import_module(module)
-        for part in owners:
-            owner = getattr(owner, part)
-        original = getattr(owner, name)
-    except (ImportError, AttributeError):
-        if path not in _said:
-            _said.add(path)
-            log.warning("this vLLM has no %s.%s: sampling goes on without the patch, and slower", module, path)
+def _replaced(name: str, value: Any) -> Iterator[None]:
+    """A value under a dotted name, for as long as the block runs."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(mock.patch(name, value))
+        except (ImportError, AttributeError):
+            if name not in _said:
+                log.warning("this vLLM has no %s: sampling goes on without the patch, and slower", name)
+            _said.add(name)
         yield
-        return
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

@@ -5,6 +5,7 @@ The tests share two servers and run in the order below: the last ones kill them.
 
 import contextlib
 import inspect
+import logging
 import signal
 import threading
 import time
@@ -15,9 +16,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fdpg_fast.engines import vllm_replica
+from fdpg_fast.engines import replicas, vllm_replica
 from fdpg_fast.engines.replicas import SAMPLES_PER_REQUEST, VLLMServerEngine
-from fdpg_fast.engines.vllm_replica import Replica, ReplicaError, within
+from fdpg_fast.engines.vllm_replica import PassingError, Replica, ReplicaError, within
 from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.models.language_model import LanguageModel
 from support import vllm_cases
@@ -56,12 +57,24 @@ def policy(model_folder):
 
 
 class Engine(VLLMServerEngine):
-    """Weights through a folder, and what it says kept."""
+    """Weights through a folder."""
 
     def __init__(self, servers, tmp_path, **options):
-        self.said: list[str] = []
         settings = {"max_new_tokens": MAX_NEW_TOKENS, "weight_transfer": "disk", "weights_dir": tmp_path / "weights"}
-        super().__init__([server.url for server in servers], EOS, **settings | {"say": self.said.append} | options)
+        super().__init__([server.url for server in servers], EOS, **settings | options)
+
+
+@pytest.fixture
+def said(caplog):
+    """What the engine has said since the last call."""
+    caplog.set_level(logging.INFO, "fdpg_fast.engines.replicas")
+
+    def lines():
+        messages = [record.getMessage() for record in caplog.records if record.name == "fdpg_fast.engines.replicas"]
+        caplog.clear()
+        return messages
+
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +115,56 @@ def test_nothing_is_sampled_before_the_first_sync():
         VLLMServerEngine(["http://localhost:1"], EOS, max_new_tokens=4).sample(CONTEXTS, 1, 0)
 
 
-def test_a_server_that_is_not_there_is_named_with_what_to_do(tmp_path, policy):
+def test_a_server_that_is_not_there_is_named_with_what_to_do(tmp_path, policy, said):
     engine = VLLMServerEngine(
         ["http://localhost:1"], EOS, max_new_tokens=4, weight_transfer="disk", weights_dir=tmp_path / "w"
     )
-    with pytest.warns(RuntimeWarning, match="localhost:1 is left out"), pytest.raises(RunError) as caught:
+    with pytest.raises(RunError) as caught:
         engine.sync_weights(policy, 0)
+    (line,) = said()
+    assert "localhost:1 is left out" in line
     assert all(part in str(caught.value) for part in ("http://localhost:1", "refused", "vllm serve", "--resume"))
-    assert engine.version == -1 and not any((tmp_path / "w").iterdir())
+    assert engine.version == -1 and not (tmp_path / "w").exists()
 
 
 def test_a_model_on_the_cpu_is_refused_where_weights_go_from_gpu_to_gpu(policy):
     engine = VLLMServerEngine(["http://localhost:1"], EOS, max_new_tokens=4)
     with pytest.raises(UserError, match="use disk"):
         engine.sync_weights(policy, 0)
+
+
+@pytest.mark.parametrize(("failures", "lost"), [(2, False), (3, True)])
+def test_a_failure_that_may_pass_is_tried_again_before_the_server_is_left_out(failures, lost, monkeypatch, said):
+    answers = iter([PassingError("busy")] * failures)
+
+    def complete(replica, token_ids, sampling):
+        if replica.url == "http://a:1" and (error := next(answers, None)):
+            raise error
+        return [([EOS[0]], [-1.0], True)] * sampling["n"]
+
+    monkeypatch.setattr(Replica, "complete", complete)
+    monkeypatch.setattr(replicas, "BACK_OFF", (0.0, 0.0))
+    engine = VLLMServerEngine(["http://a:1", "http://b:1"], EOS, max_new_tokens=4)
+    engine.version = 0
+    assert len(engine.sample(CONTEXTS[:1], 3, seed=0)) == 3
+    assert (
+        said() == ["http://a:1 is left out until the next sync: busy"] * lost and ("http://a:1" in engine.lost) == lost
+    )
+
+
+def test_what_cannot_pass_leaves_the_server_out_at_once(monkeypatch, said):
+    asked = []
+
+    def complete(replica, token_ids, sampling):
+        asked.append(replica.url)
+        raise ReplicaError("status 400")
+
+    monkeypatch.setattr(Replica, "complete", complete)
+    engine = VLLMServerEngine(["http://a:1", "http://b:1"], EOS, max_new_tokens=4)
+    engine.version = 0
+    with pytest.raises(RunError, match="no vLLM server is left.*http://a:1: status 400; http://b:1: status 400"):
+        engine.sample(CONTEXTS[:1], 3, seed=0)
+    assert asked == ["http://a:1", "http://b:1"] and len(said()) == 2
 
 
 def test_a_call_that_hangs_is_given_up():
@@ -140,24 +189,24 @@ def test_a_hanging_collective_leaves_the_server_out_and_aborts_the_communicator(
         for name in ("start_weight_update", "update_weights", "finish_weight_update")
     }
 
-    def open_transfer(replica, kind, source):
+    def open_transfer(replica, source):
         engine = NCCLTrainerWeightTransferEngine(client=SimpleNamespace(**calls), source=source)
         engine.model_update_group = SimpleNamespace(destroy=lambda: (log.append("aborted"), release.set()))
         return engine
 
     monkeypatch.setattr(NCCLTrainerWeightTransferEngine, "_broadcast", lambda *arguments: release.wait())
     monkeypatch.setattr(vllm_replica, "open_transfer", open_transfer)
-    replica = Replica("http://localhost:1", timeout=0.5)
+    replica = Replica("http://localhost:1", timeout=0.5, weight_transfer="nccl")
     started = time.monotonic()
     with pytest.raises(ReplicaError, match=r"nccl failed: it took more than 0\.5 s"):
-        replica._send(policy, "nccl")
+        replica.send_weights(policy)
     assert time.monotonic() - started < 5
     assert log[:3] == ["start_weight_update", "update_weights", "aborted"] and replica._transfer is None
 
     release.set()  # from here on the peer is there
     log.clear()
-    replica._send(policy, "nccl")
-    replica._send(policy, "nccl")  # over the same communicator
+    replica.send_weights(policy)
+    replica.send_weights(policy)  # over the same communicator
     assert log == ["start_weight_update", "update_weights", "finish_weight_update"] * 2
     replica.close()
     assert log[-1] == "aborted"
@@ -181,7 +230,7 @@ def test_vllms_transfer_engines_take_what_they_are_given(kind, policy, monkeypat
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
     monkeypatch.setattr(HTTPVLLMWeightSyncClient, "shutdown_weight_transfer_engine", lambda self: seen.append("freed"))
     monkeypatch.setattr(Replica, "ask", lambda self, method, path: {"world_size": 4})
-    vllm_replica.open_transfer(Replica("http://box:8000", timeout=9.0), kind, ModuleSource(policy.model))
+    vllm_replica.open_transfer(Replica("http://box:8000", 9.0, kind), ModuleSource(policy.model))
     assert seen[0] == "freed"
     init_info, client = seen[1]
     assert (init_info.backend, init_info.rank, client.base_url, client.timeout) == (kind, 0, "http://box:8000", 9.0)
@@ -194,7 +243,7 @@ def test_vllms_transfer_engines_take_what_they_are_given(kind, policy, monkeypat
 # --- with two servers ---
 
 
-def test_logprobs_are_the_learners_after_each_sync_and_only_then(engine, policy, servers):
+def test_logprobs_are_the_learners_after_each_sync_and_only_then(engine, policy, said):
     count = 2 * SAMPLES_PER_REQUEST  # every prompt goes to both servers, and into both prefix caches
     engine.sync_weights(policy, 0)
     first = engine.sample(CONTEXTS, count, seed=1)
@@ -205,7 +254,7 @@ def test_logprobs_are_the_learners_after_each_sync_and_only_then(engine, policy,
     engine.sync_weights(policy, 1)
     fresh = engine.sample(CONTEXTS, count, seed=1)
     assert gap(policy, fresh) < TOLERANCE and not equal(fresh, first)
-    assert engine.version == 1 and not engine.said
+    assert engine.version == 1 and not said()
     assert not any(engine.weights_dir.iterdir())
 
 
@@ -239,7 +288,7 @@ def test_seeds_reproduce_and_separate(engine):
     assert len(set(completions[4:12])) == 8  # equal prompts, different samples
 
 
-def test_the_samples_do_not_depend_on_how_many_servers_there_are(engine, policy, servers, tmp_path):
+def test_the_samples_do_not_depend_on_how_many_servers_there_are(engine, policy, servers, tmp_path, said):
     """And a server that another run has given weights to is not ours any more until the next sync."""
     engine.sync_weights(policy, 2)
     together = engine.sample(CONTEXTS, 20, seed=7)
@@ -248,17 +297,16 @@ def test_the_samples_do_not_depend_on_how_many_servers_there_are(engine, policy,
     assert equal(alone.sample(CONTEXTS, 20, seed=7), together)
 
     assert equal(engine.sample(CONTEXTS, 20, seed=7), together)  # all of it by the second server
-    (line,) = engine.said
+    (line,) = said()
     assert servers[0].url in line and "another run" in line
-    engine.said.clear()
     Engine(servers[:1], tmp_path).sync_weights(policy, 2)
     with pytest.raises(RunError, match="another run"):
         alone.sample(CONTEXTS, 1, seed=0)
+    said()
     engine.sync_weights(policy, 3)
     assert gap(policy, engine.sample(CONTEXTS, 4, seed=8)) < TOLERANCE
-    (line,) = engine.said
+    (line,) = said()
     assert "takes part again" in line
-    engine.said.clear()
 
 
 def test_prompts_that_do_not_fit_into_the_server_are_refused(servers, policy, tmp_path):
@@ -268,14 +316,15 @@ def test_prompts_that_do_not_fit_into_the_server_are_refused(servers, policy, tm
         engine.sample(CONTEXTS[3:], 64, seed=0)  # some run on to the end
 
 
-def test_a_failed_reload_leaves_the_server_out_and_the_next_sync_mends_it(engine, policy, servers, tmp_path):
+def test_a_failed_reload_leaves_the_server_out_and_the_next_sync_mends_it(engine, policy, tmp_path, said):
+    engine.replicas[0].expect_weights()
     with pytest.raises(ReplicaError, match="collective_rpc"):
-        engine.replicas[0].update(policy, "broken", "disk", tmp_path / "missing", threading.Lock())
+        engine.replicas[0].read_weights(tmp_path / "missing")
     engine.sync_weights(policy, 4)
-    assert engine.said == [] and gap(policy, engine.sample(CONTEXTS, 8, seed=9)) < TOLERANCE
+    assert said() == [] and gap(policy, engine.sample(CONTEXTS, 8, seed=9)) < TOLERANCE
 
 
-def test_a_server_that_hangs_is_noticed_and_stays_out_until_it_takes_new_weights(engine, policy, servers):
+def test_a_server_that_hangs_is_noticed_and_stays_out_until_it_takes_new_weights(engine, policy, servers, said):
     engine.sync_weights(policy, 5)
     expected = engine.sample(CONTEXTS, 20, seed=10)
     servers[0].send(signal.SIGSTOP)
@@ -283,36 +332,33 @@ def test_a_server_that_hangs_is_noticed_and_stays_out_until_it_takes_new_weights
         started = time.monotonic()
         assert equal(engine.sample(CONTEXTS, 20, seed=10), expected)
         assert time.monotonic() - started < 30
-        (line,) = engine.said
+        (line,) = said()
         assert servers[0].url in line and "/health: no answer" in line
     finally:
         servers[0].send(signal.SIGCONT)
     assert equal(engine.sample(CONTEXTS, 20, seed=10), expected)
-    assert engine.replicas[0].lost is not None  # it would answer, with weights that it need not have
+    assert servers[0].url in engine.lost  # it would answer, with weights that it need not have
     perturb(policy, seed=2)
     engine.sync_weights(policy, 6)
-    assert engine.replicas[0].lost is None and "takes part again" in engine.said[-1]
-    engine.said.clear()
+    assert not engine.lost and "takes part again" in said()[-1]
     assert gap(policy, engine.sample(CONTEXTS, 20, seed=10)) < TOLERANCE
 
 
-def test_a_server_killed_while_sampling_costs_no_sample(engine, policy, servers):
+def test_a_server_killed_while_sampling_costs_no_sample(engine, policy, servers, said):
     many = CONTEXTS * 4
     threading.Timer(0.3, servers[0].kill).start()
     started = time.monotonic()
-    while not engine.said:
+    while not (lines := said()):
         rollouts = engine.sample(many, 24, seed=11)
         assert len(rollouts) == 24 * len(many) and gap(policy, rollouts) < TOLERANCE
         assert time.monotonic() - started < 30
-    (line,) = engine.said
+    (line,) = lines
     assert servers[0].url in line and "left out" in line
-    engine.said.clear()
-    assert equal(engine.sample(many, 24, seed=11), rollouts) and not engine.said
+    assert equal(engine.sample(many, 24, seed=11), rollouts) and not said()
     perturb(policy, seed=3)
     for version in (7, 8, 9):  # the dead one is tried each time, and no line repeated
         engine.sync_weights(policy, version)
-    assert len(engine.said) <= 1 and engine.replicas[0].lost is not None
-    engine.said.clear()
+    assert len(said()) <= 1 and servers[0].url in engine.lost
     assert gap(policy, engine.sample(CONTEXTS, 8, seed=12)) < TOLERANCE
 
 

@@ -1,11 +1,13 @@
 """The real vLLM in this process, on the CPU: exact log-probs, weights that arrive whole, seeds, ends, failures."""
 
+import builtins
 import contextlib
 import math
 import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy
 import pytest
@@ -240,6 +242,27 @@ def test_the_global_generators_are_left_alone(folders):
     engine.sample(CONTEXTS, 2, seed=1)
     engine.close()
     assert states() == before
+
+
+def test_an_engine_of_a_vllm_without_the_patched_names_samples_right(folders, monkeypatch, caplog):
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.sample import sampler
+
+    monkeypatch.setattr(vllm_patches, "_said", set())
+    update = LogprobsProcessor._update_sample_logprobs
+    monkeypatch.delattr(LogprobsProcessor, "_update_sample_logprobs")
+    monkeypatch.delattr(sampler, "batched_count_greater_than")
+    # vLLM itself goes on to find both, in places where the patches do not look
+    monkeypatch.setattr(LogprobsProcessor, "__getattr__", lambda self, _: partial(update, self), raising=False)
+    monkeypatch.setattr(builtins, "batched_count_greater_than", lambda x, y: (x >= y).sum(-1), raising=False)
+    policy, engine = make_engine(folders[True])
+    for version in (0, 1):
+        perturb(policy, version)
+        engine.sync_weights(policy, version)
+        assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
+    engine.close()
+    said = [record.getMessage() for record in caplog.records if record.name == vllm_patches.__name__]
+    assert len(said) == 2 and "batched_count_greater_than" in said[0] and "_update_sample_logprobs" in said[1]
 
 
 def test_an_engine_that_fails_is_started_again(folders, monkeypatch, caplog):
