@@ -26,18 +26,15 @@ import torch
 
 import engine_turns
 from fdpg_fast.config.schema import TrainConfig
-from fdpg_fast.runs.folder import RunFolder
 from fdpg_fast.trainer import Trainer
 from rounds import SETTINGS, Setting, make_config, make_model
 
-SHARED = "vllm, shared weights"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "transformers": {"engine": {"kind": "transformers"}},
     "vllm": {"engine": {"kind": "vllm"}},
     "vllm, depth 1": {"engine": {"kind": "vllm"}, "trainer": {"pipeline_depth": 1}},
-    SHARED: {"engine": {"kind": "vllm", "share_weights": True}},
 }
-ROUNDS = [name for name in VARIANTS if name != SHARED]  # on a CPU shared weights only show what they cost
+ROUNDS = [*VARIANTS]
 SYNCS = 9
 
 
@@ -56,8 +53,8 @@ class Measured:
 
     gaps: dict[str, dict[str, float]]
     sampling: engine_turns.Turns
-    sync_seconds: dict[str, list[float]]
-    sync_bytes: dict[str, int]
+    sync_seconds: list[float]
+    sync_bytes: int
     rounds: dict[str, list[dict[str, float]]]  # engine_turns.phases, CPU seconds and tokens of each
     round_gaps: dict[str, list[float]]  # engine/logprob_gap_mean of each round
     load_average: list[float]  # at each turn of the rounds
@@ -77,26 +74,25 @@ def measure(setting_name: str, folder: Path) -> Measured:
     make_model(setting)
     torch.manual_seed(0)
     trainers = {name: Trainer(variant_config(setting, name, folder / name)) for name in VARIANTS}
-    gaps = {name: engine_turns.check(trainer) for name, trainer in trainers.items()}
+    gaps = {name: engine_turns.check(trainer.session) for name, trainer in trainers.items()}
 
-    engines = [trainer.engine for trainer in trainers.values()]
-    samplers = engine_turns.samplers_of(trainers["vllm"].engine)
-    samplers |= {"VLLMEngine, shared weights": engine_turns.through(trainers[SHARED].engine)}
-    samplers |= engine_turns.samplers_of(trainers["transformers"].engine)
+    engines = [trainer.session.engine for trainer in trainers.values()]
+    samplers = engine_turns.samplers_of(trainers["vllm"].session.engine)
+    samplers |= engine_turns.samplers_of(trainers["transformers"].session.engine)
     sampling = engine_turns.take_turns(
-        samplers, trainers["vllm"], repeats.samplings, lambda: engine_turns.forget_prefixes(*engines)
+        samplers, trainers["vllm"].session, repeats.samplings, lambda: engine_turns.forget_prefixes(*engines)
     )
-    sync_seconds = {name: engine_turns.time_syncs(trainers[name], SYNCS) for name in ("vllm", SHARED)}
-    sync_bytes = {name: engine_turns.bytes_moved(trainers[name]) for name in sync_seconds}
+    session = trainers["vllm"].session
+    sync_seconds = engine_turns.time_syncs(session, SYNCS)
+    sync_bytes = engine_turns.bytes_moved(session)
 
-    folders = {name: RunFolder.create(trainers[name].config) for name in ROUNDS}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ROUNDS}
     round_gaps: dict[str, list[float]] = {name: [] for name in ROUNDS}
     load_average = []
     for index in range(repeats.rounds + 1):
         for name in ROUNDS[index % len(ROUNDS) :] + ROUNDS[: index % len(ROUNDS)]:
             cpu = time.process_time()
-            metrics = engine_turns.run_round(trainers[name], folders[name], index)
+            metrics = engine_turns.run_round(trainers[name], index)
             cpu = time.process_time() - cpu
             if index > 0:  # the first warms up, and at depth 1 samples twice
                 tokens = engine_turns.tokens_of(metrics)

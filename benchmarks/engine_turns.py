@@ -15,7 +15,8 @@ from fdpg_fast.contexts import Context
 from fdpg_fast.engines import Engine, VLLMEngine
 from fdpg_fast.measure.agreement import GAP_LIMITS, agreement
 from fdpg_fast.models.language_model import LanguageModel
-from fdpg_fast.runs.folder import RunFolder
+from fdpg_fast.runs.metrics import round_metrics
+from fdpg_fast.session import Session
 from fdpg_fast.trainer import Trainer
 
 PHASES = ("sample", "features", "base", "compare", "update", "sync")  # of a round; what is left is bookkeeping
@@ -74,20 +75,20 @@ def samplers_of(engine: Engine) -> dict[str, Sampler]:
     }
 
 
-def take_turns(samplers: dict[str, Sampler], trainer: Trainer, repeats: int, before: Callable[[], Any]) -> Turns:
+def take_turns(samplers: dict[str, Sampler], session: Session, repeats: int, before: Callable[[], Any]) -> Turns:
     """All samplers on the contexts of one round after the other, each turn beginning with another of them.
 
     Args:
-        trainer: says which contexts a round has, and how many samples.
+        session: says which contexts a round has, and how many samples.
         before: called before every timing, and not timed.
     """
-    found, samples = Turns(), trainer.config.trainer.samples_per_context
+    found, samples = Turns(), session.config.trainer.samples_per_context
     for turn in range(repeats + 1):
         first = turn % len(samplers)
         for name, sample in [*samplers.items()][first:] + [*samplers.items()][:first]:
             before()
             wall, cpu = time.perf_counter(), time.process_time()
-            tokens = sample(trainer.round_contexts(turn), samples, turn * 2**20)
+            tokens = sample(session.round_contexts(turn), samples, turn * 2**20)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             if turn > 0:  # the first warms up
                 found.seconds.setdefault(name, []).append(wall)
@@ -106,38 +107,38 @@ def forget_prefixes(*engines: Engine) -> None:
 
 
 def has_own_weights(engine: Engine) -> bool:
-    return isinstance(engine, VLLMEngine) and not engine.shares_weights
+    return isinstance(engine, VLLMEngine)
 
 
-def time_syncs(trainer: Trainer, repeats: int, *, asleep: bool = False) -> list[float]:
+def time_syncs(session: Session, repeats: int, *, asleep: bool = False) -> list[float]:
     """Seconds of a sync; with `asleep`, of putting the engine to sleep and waking it with new weights."""
-    engine, policy = trainer.engine, trainer.state.learner.policy
+    engine, policy = session.engine, session.state.learner.policy
     seconds = []
     for _ in range(repeats):
         _wait(policy)
         start = time.perf_counter()
         if asleep:
             engine.sleep()
-        engine.sync_weights(policy, trainer.state.round)
+        engine.sync_weights(policy, session.state.round)
         _wait(policy)
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def bytes_moved(trainer: Trainer) -> int:
+def bytes_moved(session: Session) -> int:
     """By a sync: the parameters', tied ones once; 0 where engine and learner have the same ones."""
-    if not has_own_weights(trainer.engine):
+    if not has_own_weights(session.engine):
         return 0
-    return sum(p.numel() * p.element_size() for p in trainer.state.learner.policy.model.parameters())
+    return sum(p.numel() * p.element_size() for p in session.state.learner.policy.model.parameters())
 
 
-def run_round(trainer: Trainer, folder: RunFolder, index: int) -> dict[str, float]:
+def run_round(trainer: Trainer, index: int) -> dict[str, float]:
     """One round of the trainer as `Trainer.train` runs it; its metrics.
 
     Raises:
         WrongError: the update was skipped: there is nothing to compare.
     """
-    metrics = trainer.round(index, folder)
+    metrics = round_metrics(trainer.round(index), trainer.session.scorer.feature_names)
     if metrics["policy/skipped"]:
         raise WrongError("the update was skipped: no sample in support, or a gradient that is not finite")
     return metrics
@@ -153,7 +154,7 @@ def phases(metrics: dict[str, float]) -> dict[str, float]:
     return {**found, "whole": metrics["time/round"]}
 
 
-def check(trainer: Trainer) -> dict[str, float]:
+def check(session: Session) -> dict[str, float]:
     """Perturb the policy, sync, and put it back: mean |log q − log π| a token in nats, at each stage.
 
     Returns:
@@ -164,11 +165,11 @@ def check(trainer: Trainer) -> dict[str, float]:
     Raises:
         WrongError: engine and learner disagree while they should agree, or cannot be told apart while they should.
     """
-    engine, policy = trainer.engine, trainer.state.learner.policy
-    contexts, samples = trainer.contexts[: CHECKED[0]], CHECKED[1]
+    engine, policy = session.engine, session.state.learner.policy
+    contexts, samples = session.contexts[: CHECKED[0]], CHECKED[1]
 
     def gap(rollouts: Any) -> dict[str, float]:
-        return agreement(rollouts, policy.token_logprobs(rollouts, trainer.micro_batch_tokens))
+        return agreement(rollouts, policy.token_logprobs(rollouts, session.micro_batch_tokens))
 
     rollouts = engine.sample(contexts, samples, 1)
     before = gap(rollouts)
@@ -177,13 +178,13 @@ def check(trainer: Trainer) -> dict[str, float]:
         found["moved"] = gap(rollouts)["logprob_gap_mean"]
         if has_own_weights(engine):
             found["stale"] = gap(engine.sample(contexts, samples, 2))["logprob_gap_mean"]
-        engine.sync_weights(policy, trainer.state.round)
+        engine.sync_weights(policy, session.state.round)
         after = gap(engine.sample(contexts, samples, 2))
         found["synced"] = after["logprob_gap_mean"]
-    engine.sync_weights(policy, trainer.state.round)
+    engine.sync_weights(policy, session.state.round)
     found["max"] = max(before["logprob_gap_max"], after["logprob_gap_max"])
 
-    limit = GAP_LIMITS[trainer.config.dtype][1]
+    limit = GAP_LIMITS[session.config.dtype][1]
     disagreement = max(found["fresh"], found["synced"])
     if not disagreement <= limit:
         raise WrongError(f"log-probs differ from the learner's by {disagreement:.2g} nats a token (limit {limit:g})")

@@ -95,9 +95,8 @@ SMOKE_CASES = (
 )
 VARIANTS = (  # the most telling first: the time budget cuts from the end
     Variant("Transformers", {"kind": "transformers"}),
-    Variant("vLLM, own weights", {"kind": "vllm", "share_weights": False}, needs="vllm"),  # sleeps during updates
-    Variant("vLLM, shared weights", {"kind": "vllm", "share_weights": True}, needs="vllm"),
-    Variant("vLLM, one round ahead", {"kind": "vllm", "share_weights": False}, 1, needs="vllm"),
+    Variant("vLLM", {"kind": "vllm"}, needs="vllm"),  # sleeps during updates
+    Variant("vLLM, one round ahead", {"kind": "vllm"}, 1, needs="vllm"),
 )
 
 

@@ -6,6 +6,7 @@ Each thing measured is saved at once, so that what a process had found when it d
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -19,7 +20,6 @@ from typing import Any
 from benchmarks import engine_turns
 from benchmarks.gpu_round_cases import Case, Variant, make_config
 from fdpg_fast.engines import VLLMEngine
-from fdpg_fast.runs.folder import RunFolder
 from fdpg_fast.trainer import Trainer
 
 Record = dict[str, Any]
@@ -72,36 +72,38 @@ def run(job: Job) -> None:
 def measure(job: Job, save: Callable[..., None]) -> None:
     """Correctness first; then tokens/s, syncs and rounds."""
     config = make_config(job.case, job.variant, job.model, job.folder, job.device)
-    trainer = Trainer(config, say=lambda line: print(line, flush=True))
-    parameters = list(trainer.state.learner.policy.model.parameters())
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    trainer = Trainer(config)
+    session = trainer.session
+    parameters = list(session.state.learner.policy.model.parameters())
     save(
         parameters=sum(p.numel() for p in parameters),
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
     )
     start = time.perf_counter()
-    engine = trainer.engine
+    engine = session.engine
     save(start_seconds=time.perf_counter() - start)
     if isinstance(engine, VLLMEngine):
         import vllm
 
-        save(vllm=vllm.__version__, shares_weights=engine.shares_weights)
-    save(gaps=engine_turns.check(trainer))
+        save(vllm=vllm.__version__)
+    save(gaps=engine_turns.check(session))
 
     turns = engine_turns.take_turns(
         engine_turns.samplers_of(engine),
-        trainer,
+        session,
         job.repeats,
         lambda: engine_turns.forget_prefixes(engine),
     )
     save(sampling={"seconds": turns.seconds, "tokens": turns.tokens})
-    moved, syncs = engine_turns.bytes_moved(trainer), engine_turns.time_syncs(trainer, job.repeats + 1)[1:]
+    moved, syncs = engine_turns.bytes_moved(session), engine_turns.time_syncs(session, job.repeats + 1)[1:]
     save(sync={"bytes": moved, "seconds": syncs})
     if job.variant.pipeline_depth == 0:  # engines that do not sleep show the same numbers again
-        save(sleep_and_sync={"seconds": engine_turns.time_syncs(trainer, job.repeats + 1, asleep=True)[1:]})
+        save(sleep_and_sync={"seconds": engine_turns.time_syncs(session, job.repeats + 1, asleep=True)[1:]})
 
-    folder, rounds = RunFolder.create(config), []
+    rounds = []
     for index in range(job.repeats + 1):
-        metrics = engine_turns.run_round(trainer, folder, index)
+        metrics = engine_turns.run_round(trainer, index)
         if index > 0:  # the first warms up, and one round ahead samples twice
             gaps = {key.removeprefix("engine/"): value for key, value in metrics.items() if key.startswith("engine/")}
             if not math.isfinite(sum(gaps.values())):

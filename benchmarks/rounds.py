@@ -26,7 +26,7 @@ from fdpg_fast.config.schema import TrainConfig
 from fdpg_fast.contexts import load_contexts
 from fdpg_fast.engines.memory import peak_memory
 from fdpg_fast.models import onednn
-from fdpg_fast.runs.folder import RunFolder
+from fdpg_fast.runs.metrics import round_metrics
 from fdpg_fast.seeds import schedule
 from fdpg_fast.trainer import Trainer
 from plain_pipeline import PlainPipeline
@@ -121,8 +121,8 @@ class Ours:
     """`Trainer.round`, with the update split into its two phases by the optimizer's own hooks."""
 
     def __init__(self, config: TrainConfig):
-        self.trainer, self.folder = Trainer(config), RunFolder.create(config)
-        optimizer = self.trainer.state.learner.optimizer
+        self.trainer = Trainer(config)
+        optimizer = self.trainer.session.state.learner.optimizer
         self._started = self._optimizer = 0.0
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
@@ -134,7 +134,7 @@ class Ours:
         self._optimizer = time.perf_counter() - self._started
 
     def round(self, index: int) -> tuple[dict[str, float], int]:
-        metrics = self.trainer.round(index, self.folder)
+        metrics = round_metrics(self.trainer.round(index), self.trainer.session.scorer.feature_names)
         assert not metrics["policy/skipped"], "no sample in support: the update was skipped, nothing to compare"
         phases = {
             "sampling": metrics["time/sample"],
@@ -144,7 +144,7 @@ class Ours:
             "optimizer": self._optimizer,
             "sync": metrics["time/sync"],
         }
-        settings = self.trainer.config.trainer
+        settings = self.trainer.session.config.trainer
         samples = settings.contexts_per_round * settings.samples_per_context
         return phases, round(metrics["policy/length"] * samples)
 
@@ -169,7 +169,7 @@ class Plain:
 
 
 class OursWithMKL(Ours):
-    """Ours with PyTorch's own matrix products, also where oneDNN's are faster."""
+    """Ours with PyTorch's own matrix products in the layers too, also where oneDNN's are faster."""
 
     def __init__(self, config: TrainConfig):
         onednn.IS_FASTER = False

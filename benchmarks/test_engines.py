@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from engine_rounds import ROUNDS, SHARED, Measured, measure_alone
+from engine_rounds import ROUNDS, Measured, measure_alone
 from engine_turns import PHASES
 from replay import Replay
 from rounds import SETTINGS
@@ -15,7 +15,6 @@ SAMPLERS = (
     "bare vLLM",
     "bare vLLM, log-probs",
     "VLLMEngine",
-    "VLLMEngine, shared weights",
     "TransformersEngine",
 )
 BARE_TARGET = 0.95  # of bare vLLM's tokens/s, at least
@@ -55,14 +54,13 @@ def test_sampling(benchmark, measured: Measured, setting_name: str, sampler: str
     REPLAY.run(benchmark, measured.sampling.seconds[sampler])
 
 
-@pytest.mark.parametrize("variant", ["vllm", SHARED])
 @pytest.mark.benchmark(timer=REPLAY)
-def test_sync(benchmark, measured: Measured, setting_name: str, variant: str) -> None:
-    seconds, moved = measured.sync_seconds[variant], measured.sync_bytes[variant]
+def test_sync(benchmark, measured: Measured, setting_name: str) -> None:
+    seconds, moved = measured.sync_seconds, measured.sync_bytes
     benchmark.group = f"sync of {setting_name}"
     benchmark.extra_info["moved_bytes"] = moved
     benchmark.extra_info["bytes_per_second"] = moved / statistics.median(seconds)
-    benchmark.extra_info["logprob_gap"] = measured.gaps[variant]
+    benchmark.extra_info["logprob_gap"] = measured.gaps["vllm"]
     REPLAY.run(benchmark, seconds)
 
 
@@ -117,9 +115,9 @@ def test_round_with_vllm_takes_less_than_with_transformers(
 def test_a_sync_is_a_small_part_of_the_round(measured: Measured, setting_name: str, comparisons: list[str]) -> None:
     target = SYNC_TARGET.get(setting_name)
     share = statistics.median(found["sync"] / found["whole"] for found in measured.rounds["vllm"])
-    seconds = statistics.median(measured.sync_seconds["vllm"])
+    seconds = statistics.median(measured.sync_seconds)
     comparisons.append(
-        f"{setting_name}: sync {seconds:.3f} s, {1e-9 * measured.sync_bytes['vllm'] / seconds:.2f} GB/s, "
+        f"{setting_name}: sync {seconds:.3f} s, {1e-9 * measured.sync_bytes / seconds:.2f} GB/s, "
         f"{100 * share:.1f} % of the round" + (f" (target {100 * target:g} %)" if target else "")
     )
     if target:

@@ -11,7 +11,7 @@ import torch
 
 from fdpg_fast.partition import pseudo_rewards
 from fdpg_fast.rollouts import Rollouts
-from fdpg_fast.trainer import Trainer
+from fdpg_fast.session import Session
 from fdpg_kernels import sum_by_sequence
 from plain_pipeline import PaddedBatch, PlainPipeline, jensen_shannon_loss, sequence_logprob
 from replay import Replay
@@ -97,31 +97,32 @@ def test_both_pipelines_compute_the_same(name: str, tmp_path: Path) -> None:
     setting = replace(SETTINGS[name], contexts=min(4, SETTINGS[name].contexts), samples=8)
     make_model(setting)
     config = make_config(setting, tmp_path)
-    trainer = Trainer(config)
+    session = Session(config)
     plain = PlainPipeline(
         config.model,
-        trainer.scorer.target.features[0],
+        session.scorer.target.features[0],
         max_new_tokens=setting.max_new_tokens,
         samples_per_context=setting.samples,
         learning_rate=1e-5,
     )
-    _move_policy_off_base(trainer, plain)
-    contexts = trainer.contexts[: setting.contexts]
-    rollouts = trainer.engine.sample(contexts, setting.samples, seed=1)
+    _move_policy_off_base(session, plain)
+    contexts = session.contexts[: setting.contexts]
+    rollouts = session.engine.sample(contexts, setting.samples, seed=1)
     batch = pad(rollouts, plain.tokenizer.pad_token_id)
     log_phi = torch.where(
         torch.arange(len(rollouts)) % 3 == 0, -torch.inf, 0.0
     ).double()  # a constraint for all seasons
 
-    base = sum_by_sequence(trainer.base.token_logprobs(rollouts, 16384), rollouts.cu_seqlens)
+    base = sum_by_sequence(session.base.token_logprobs(rollouts, 16384), rollouts.cu_seqlens)
     behavior = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
     log_z = torch.full_like(base, -0.4)
-    rewards = pseudo_rewards(behavior, base + log_phi, log_z, trainer.divergence, None)
-    baseline = trainer.state.baseline(rewards, rollouts.context_index)
-    learner = trainer.state.learner
+    rewards = pseudo_rewards(behavior, base + log_phi, log_z, session.divergence, None)
+    baseline = session.state.estimates.baseline(rewards, rollouts.context_index)
+    learner = session.state.learner
     ours = []
     learner.optimizer.step = lambda: ours.extend(p.grad.clone() for p in learner.policy.model.parameters())
-    update = learner.update(*learner.backward(rollouts, base + log_phi, log_z, baseline), 0)
+    gradient = learner.backward(rollouts, base + log_phi, log_z, baseline, session.divergence)
+    update = learner.step(*gradient, 0)
 
     with torch.no_grad():
         proposal, plain_base = (sequence_logprob(model, batch) for model in (plain.policy, plain.base))
@@ -154,10 +155,10 @@ def pad(rollouts: Rollouts, pad_token_id: int) -> PaddedBatch:
     return PaddedBatch(input_ids, mask, mask[:, left:].bool())
 
 
-def _move_policy_off_base(trainer: Trainer, plain: PlainPipeline) -> None:
+def _move_policy_off_base(session: Session, plain: PlainPipeline) -> None:
     """Where policy and base are equal, a pipeline that mixes them up would pass."""
     generator = torch.Generator().manual_seed(0)
-    mine, theirs = trainer.engine.language_model.model.parameters(), plain.policy.parameters()
+    mine, theirs = session.engine.language_model.model.parameters(), plain.policy.parameters()
     with torch.no_grad():
         for p, q in zip(mine, theirs, strict=True):
             p.mul_(1 + 0.02 * torch.randn(p.shape, generator=generator))

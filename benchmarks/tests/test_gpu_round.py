@@ -24,7 +24,7 @@ gpu_round.VARIANTS += Variant("too long", {"kind": "transformers", "max_new_toke
 gpu_round.VARIANTS += Variant("absent", {"kind": "vllm"}, needs="no_such_package"),
 sys.exit(gpu_round.main(sys.argv[1:]))
 """
-VLLM = ("vLLM, own weights", "vLLM, shared weights", "vLLM, one round ahead")
+VLLM = ("vLLM", "vLLM, one round ahead")
 
 
 @pytest.fixture
@@ -78,24 +78,22 @@ def test_weights_are_checked_before_anything_is_timed(records):
     for name in ("Transformers", *VLLM):
         gaps = records[name]["gaps"]
         assert max(gaps["fresh"], gaps["synced"]) < 0.05 < gaps["moved"]
-        assert ("stale" in gaps) == (name in ("vLLM, own weights", "vLLM, one round ahead"))
+        assert ("stale" in gaps) == (name in VLLM)
         assert gaps.get("stale", 1) > 0.05
 
 
-def test_syncs_move_the_parameters_or_nothing(records):
+def test_syncs_move_the_parameters(records):
     for name in VLLM:
         record = records[name]
-        shared = name == "vLLM, shared weights"
-        assert record["shares_weights"] == shared
-        assert record["sync"]["bytes"] == (0 if shared else record["parameter_bytes"])
+        assert record["sync"]["bytes"] == record["parameter_bytes"]
         assert record["parameter_bytes"] == 2 * record["parameters"]
-        assert (record["medians"]["sync_bytes_per_second"] > 0) != shared
+        assert record["medians"]["sync_bytes_per_second"] > 0
 
 
 def test_what_fails_is_recorded(records, written):
     too_long, absent = records["too long"], records["absent"]
     assert too_long["status"] == "failed" and "UserError: engine.max_new_tokens: 4000 leaves" in too_long["reason"]
-    assert any('File "fdpg_fast/trainer.py"' in line for line in too_long["log"]) and too_long["medians"] == {}
+    assert any('File "fdpg_fast/session.py"' in line for line in too_long["log"]) and too_long["medians"] == {}
     assert (absent["status"], absent["reason"]) == ("skipped", "no_such_package is not installed")
     assert "FAILED: UserError" in written[1] and "SKIPPED: no_such_package" in written[1]
 
