@@ -222,12 +222,8 @@ def fdpg_loss(
                 hidden_grad[rows] = x_grad.to(hidden.dtype)
 
     weights = SequenceWeights(*(torch.cat(column) for column in zip(*groups, strict=True)))
-    return (
-        _loss(weights, total, products.weight.dtype),
-        weights,
-        recomputed,
-        head.gradients(hidden_grad, products.weight_grad, products.bias_grad),
-    )
+    gradients = head.gradients(hidden_grad, products.weight_grad, products.bias_grad)
+    return _loss(weights, total, products.weight.dtype), weights, recomputed, gradients
 
 
 def _loss(weights: SequenceWeights, total: int, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
-from fdpg_kernels import fdpg_loss, linear_logprob, sequence_weights
+from fdpg_kernels import Divergence, fdpg_loss, linear_logprob, sequence_weights
 from support.kernel_cases import head_batch
 
 LEAVES = ("hidden", "weight", "bias")
@@ -88,6 +88,41 @@ def test_sequence_weights(graphs, impl):
     for mine, theirs in zip(compiled, weights(policy), strict=True):
         torch.testing.assert_close(mine, theirs)
     assert ours(graphs[0]) == ["fdpg_kernels.sequence_weights.default"]
+
+
+def test_a_divergence_of_ones_own_is_found_by_its_key():
+    mine = Divergence("jensen_shannon", lambda t: (t - 1) ** 2 / (t + 1), 1.0)  # not the one that the name says
+    arguments = head_batch([3, 0, 9, 4], zeros=True)
+
+    def loss(hidden):
+        return fdpg_loss(**arguments | {"hidden": hidden}, divergence=mine).loss
+
+    hidden = arguments["hidden"].detach()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden), loss(hidden))
+    torch.testing.assert_close(loss(hidden), fdpg_loss(**arguments, divergence=mine, impl="reference").loss)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operators_are_what_they_say(transposed, impl):
+    """Schemas, and shapes, dtypes and strides that torch.compile is told, also for a head that is stored as [D, V]."""
+    arguments = {k: x.detach().float() if x.is_floating_point() else x for k, x in head_batch([3, 0, 9, 4]).items()}
+    weight = arguments["weight"].T.contiguous().T if transposed else arguments["weight"]
+    head = (arguments["hidden"], arguments["target_ids"], weight, arguments["bias"], 0.8, 2.0)
+    names = ("cu_seqlens", "behavior_logprob", "target_log_score", "log_z")
+    sequences, options = [arguments[k] for k in names], ("alpha:0.3", torch.tensor(0.1), "sequence", 2.0, None)
+    wants, ops = (True, True, False), torch.ops.fdpg_kernels
+    results = ops.linear_logprob(*head, impl)
+    for into in (None, torch.zeros(11, 5)):
+        checked = (*head, into, *sequences, 4, *options, wants, impl)
+        torch.library.opcheck(ops.fdpg_loss.default, checked, test_utils=("test_schema", "test_faketensor"))
+    for op, checked in (
+        (ops.linear_logprob, (*head, impl)),
+        (ops.linear_logprob_backward, (torch.ones(16), *head, *results, wants, impl)),
+        (ops.sequence_weights, (results[0], *sequences, *options, impl)),
+    ):
+        torch.library.opcheck(op.default, checked, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
