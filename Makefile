@@ -1,5 +1,5 @@
 # make demo   install into .venv, align the shipped tiny model, print before/after and the path of report.html
-# make test   install the test extras, check style and types, run the tests
+# make test   install the test extras, check style, types and layers, run the tests
 # make bench  the benchmarks beside a plain PyTorch pipeline (minutes)
 
 PYTHON ?= python3
@@ -21,6 +21,7 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest
 
 bench: .venv/installed-test
