@@ -58,8 +58,8 @@ SETTINGS = {
         samples=64,
         max_new_tokens=24,
         rounds=3,
-        time_target=0.7,
-        memory_target=0.45,
+        time_target=0.55,
+        memory_target=0.6,
     ),
     "tiny-python-lm": Setting(
         model="examples/tiny-python-lm",
