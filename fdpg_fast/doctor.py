@@ -109,12 +109,15 @@ def probe_vllm() -> tuple[dict[str, Any], str | None]:
 
 
 def _ops(device: torch.device) -> str:
+    narrow = torch.empty(0, dtype=torch.bfloat16, device=device)
+    if choose_impl("auto", narrow, multiplies=True) == "triton":
+        return "fdpg_kernels: triton for bfloat16, chunked for float32"
     try:
-        choose_impl("triton", torch.empty(0, dtype=torch.bfloat16, device=device), multiplies=True)
+        choose_impl("triton", narrow, multiplies=True)
     except ValueError as error:
         obstacle = str(error).removeprefix("impl='triton' ").partition(";")[0]
         return f"fdpg_kernels: chunked; triton {obstacle}"
-    return "fdpg_kernels: triton for bfloat16, chunked for float32"
+    return "fdpg_kernels: chunked"
 
 
 def _vllm(found: dict[str, Any], problem: str | None) -> str:

@@ -106,15 +106,14 @@ def build_engine(
         if device.type == "cuda":
             weight_bytes = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
             room = room_beside_learner(device, step, optimizer_bytes, weight_bytes, sleeps)
+        sequences = settings.max_sequences
         return VLLMEngine(
             policy,
             config.model,
             eos_token_ids,
             **limits,
             max_length=max_length,
-            kv_cache_bytes=cache_bytes(
-                model.config, model.dtype, room, max_length, settings.max_sequences, device.type
-            ),
+            kv_cache_bytes=cache_bytes(model.config, model.dtype, room, max_length, sequences, device.type),
             sleeps=sleeps,
             beside_learner=depth > 0,
             trust_remote_code=config.trust_remote_code,
