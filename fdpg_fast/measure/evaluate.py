@@ -20,16 +20,11 @@ from .estimators import Estimate, LogPartition
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measured values by name: feature/…, divergence/…, kl_to_base, entropy_…, distinct_…, self_bleu_5, log_z, ….
+    """Measured values by name, and the size of the sample that they come from.
 
     feature_of_target/… is what a feature would be if the policy were the target, by reweighting its samples, and so
-    kl_of_target_to_base, the least that the preference costs in KL to the base.
-
-    `contexts_left_out` counts contexts without a sample that the target allows: log Z and divergences are averages
-    over the others, the easier ones.
-
-    Attributes:
-        num_samples, num_contexts: of the sample that all values come from.
+    kl_of_target_to_base, the least that the preference costs in KL to the base. `contexts_left_out` counts contexts
+    without a sample that the target allows: log Z and divergences are averages over the others, the easier ones.
     """
 
     metrics: dict[str, Estimate]
@@ -43,11 +38,10 @@ class Evaluation:
 def evaluate(
     rollouts: Rollouts, scores: Scores, target: Target, divergence: str | Divergence, known: LogPartition | None = None
 ) -> Evaluation:
-    """Measure a policy on B on-policy rollouts and their scores.
+    """Measure a policy on B on-policy rollouts and their scores; entropies and KL in nats, lengths in tokens.
 
     Divergences, the trained one among them, are between policy and target and use `known`, the Z of each context, or
-    without it the Z of this very sample (see `divergence_matrix`); entropies and KL in nats; Distinct-n and Self-BLEU
-    over all completions together.
+    without it the Z of this very sample (see `divergence_matrix`).
     """
     context_index, lengths, texts = rollouts.context_index, rollouts.lengths.double(), scores.texts.completions
     log_pi, log_a, log_score = scores.behavior_logprob, scores.base_logprob, scores.log_score
@@ -59,13 +53,14 @@ def evaluate(
     for feature, values in zip(target.features, scores.values.T, strict=True):
         metrics[f"feature/{feature.name}"] = estimators.mean(values, context_index)
         metrics[f"feature_of_target/{feature.name}"] = under_target(values)
-    metrics |= {f"exponent/{name}": Estimate(x, math.nan, math.nan) for name, x in target.exponent_by_feature.items()}
+    for (name, _), exponent in zip(target.moments, target.exponents or (), strict=False):
+        metrics[f"exponent/{name}"] = Estimate(exponent, math.nan, math.nan)
     metrics |= {
-        "kl_to_base": estimators.kl_to_base(log_pi, log_a, context_index),
-        "entropy_per_sequence": estimators.entropy_per_sequence(log_pi, context_index),
-        "entropy_per_token": estimators.entropy_per_token(log_pi, lengths, context_index),
+        "kl_to_base": estimators.mean(log_pi - log_a, context_index),
+        "entropy_per_sequence": estimators.mean(-log_pi, context_index),
+        "entropy_per_token": estimators.ratio(-log_pi, lengths, context_index),
         "length": estimators.mean(lengths, context_index),
-        "perplexity_under_base": estimators.perplexity_under_base(log_a, lengths, context_index),
+        "perplexity_under_base": estimators.ratio(-log_a, lengths, context_index).exp(),
     }
     varied = {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)} | {"self_bleu_5": self_bleu(texts, 5)}
     metrics |= {name: Estimate(value, math.nan, len(texts)) for name, value in varied.items()}
