@@ -37,10 +37,7 @@ def pareto_k(log_weights: Tensor) -> float:
 
 
 def fit_generalised_pareto(excess: Tensor) -> float:
-    """The shape k of excesses [n] > 0, ascending, of density (1 + k·x/σ)^(−1/k−1)/σ.
-
-    The posterior mean over a grid of θ = −k/σ (Zhang & Stephens 2009).
-    """
+    """The k of excesses [n] > 0, ascending, of density (1 + k·x/σ)^(−1/k−1)/σ: Zhang & Stephens (2009), θ = −k/σ."""
     n = len(excess)
     grid = torch.arange(1, 30 + math.isqrt(n) + 1, dtype=torch.float64)
     quartile = excess[int(n / 4 + 0.5) - 1]

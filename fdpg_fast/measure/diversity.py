@@ -33,9 +33,7 @@ def self_bleu(texts: Sequence[str], n: int = 5) -> float:
     if len(texts) < 2:
         return math.nan
     words = [WORD.findall(text) for text in texts]
-    matches = np.array(
-        [_matches([Counter(_ngrams(x, order)) for x in words]) for order in range(1, n + 1)]
-    )  # [n, texts]
+    matches = np.array([_matches(words, order) for order in range(1, n + 1)])  # [n, texts]
     lengths = np.array([len(text) for text in words])
     totals = np.maximum(lengths - np.arange(n)[:, None], 1)
     log_precision = np.log(np.where(matches > 0, matches, SMOOTHING) / totals).mean(0)
@@ -49,8 +47,9 @@ def _ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
     return zip(*(words[start:] for start in range(n)), strict=False)
 
 
-def _matches(counts: Sequence[Counter[tuple[str, ...]]]) -> list[int]:
+def _matches(words: Sequence[Sequence[str]], n: int) -> list[int]:
     """How many n-grams of each text some other text has, each up to its largest count there."""
+    counts = [Counter(_ngrams(text, n)) for text in words]
     all_times = defaultdict(list)
     for count in counts:
         for ngram, times in count.items():
