@@ -13,7 +13,7 @@ import torch
 
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines import Engine, VLLMEngine
-from fdpg_fast.measure.agreement import GAP_LIMITS, agreement
+from fdpg_fast.measure.agreement import GAP_LIMITS
 from fdpg_fast.models.language_model import LanguageModel
 from fdpg_fast.runs.metrics import round_metrics
 from fdpg_fast.session import Session
@@ -169,7 +169,9 @@ def check(session: Session) -> dict[str, float]:
     contexts, samples = session.contexts[: CHECKED[0]], CHECKED[1]
 
     def gap(rollouts: Any) -> dict[str, float]:
-        return agreement(rollouts, policy.token_logprobs(rollouts, session.micro_batch_tokens))
+        logprobs = policy.token_logprobs(rollouts, session.micro_batch_tokens)
+        tokens = (logprobs.double() - rollouts.behavior_logprob.double()).abs()
+        return {"logprob_gap_mean": float(tokens.mean()), "logprob_gap_max": float(tokens.max())}
 
     rollouts = engine.sample(contexts, samples, 1)
     before = gap(rollouts)

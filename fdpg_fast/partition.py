@@ -16,71 +16,62 @@ from .scoring import Scores
 
 
 class PartitionFunction:
-    """Z of every context from importance weights P/q, which have mean Z whatever q is.
+    """Z of every context of the data set from importance weights P/q, which have mean Z whatever q is.
 
-    Args:
-        num_contexts: contexts of the data set.
-        kind: "running" uses all samples so far, "batch" those of the last update, "oracle" those of the first
-            (a frozen sample of the base model).
-        per_context: False pools all contexts in one Z.
+    `kind`: "running" uses all samples so far, "batch" those of the last update, "oracle" those of the first (a frozen
+    sample of the base model). With per_context=False all contexts are pooled in one Z.
     """
 
     def __init__(self, num_contexts: int, *, kind: str = "running", per_context: bool = True):
         self.kind, self.per_context = kind, per_context
-        self._count = torch.zeros(num_contexts if per_context else 1, dtype=torch.float64)
-        self._log_sum, self._log_sum_squares = self._count.log(), self._count.log()  # log Σw, log Σw²
-        self._empty = self.state()
+        count = torch.zeros(num_contexts if per_context else 1, dtype=torch.float64)
+        self._empty = {"count": count, "log_sum": count.log(), "log_sum_squares": count.log()}  # n, log Σw, log Σw²
+        self.state = self._empty  # replaced by every update, never changed in place
 
     def update(self, log_weights: Tensor, dataset_index: Tensor) -> None:
         """Add samples: log P/q [B] float64 and the data set's index of each one's context [B]."""
-        if self.kind == "oracle" and bool(self._count.any()):
+        if self.kind == "oracle" and bool(self.state["count"].any()):
             return
-        if self.kind == "batch":
-            self.load_state(self._empty)
+        before = self._empty if self.kind == "batch" else self.state
         slots = dataset_index * self.per_context  # 0 for all where they are pooled
-        self._log_sum = by_context.log_add(self._log_sum, log_weights, slots)
-        self._log_sum_squares = by_context.log_add(self._log_sum_squares, 2 * log_weights, slots)
-        self._count = self._count + slots.bincount(minlength=len(self._count))
+        self.state = {
+            "count": before["count"] + slots.bincount(minlength=len(before["count"])),
+            "log_sum": by_context.log_add(before["log_sum"], log_weights, slots),
+            "log_sum_squares": by_context.log_add(before["log_sum_squares"], 2 * log_weights, slots),
+        }
 
     def log_z(self, dataset_index: Tensor) -> Tensor:
         """log Z of each sequence's context, [B] float64; −inf while nothing with P > 0 has been seen."""
-        return (self._log_sum - self._count.clamp(min=1).log())[dataset_index * self.per_context]
+        log_z = self.state["log_sum"] - self.state["count"].clamp(min=1).log()
+        return log_z[dataset_index * self.per_context]
 
     def summary(self) -> dict[str, float]:
         """Mean log Z over the contexts seen, its standard error, and effective samples a context."""
-        seen = self._log_sum > -math.inf
-        at_zero = float(((self._count > 0) & ~seen).sum())
+        count, log_sum, log_sum_squares = (self.state[name] for name in ("count", "log_sum", "log_sum_squares"))
+        seen = log_sum > -math.inf
+        at_zero = float(((count > 0) & ~seen).sum())
         if not bool(seen.any()):
             return {"log_z": -math.inf, "log_z_se": math.nan, "ess": 0.0, "contexts_at_zero": at_zero}
-        ess = (2 * self._log_sum - self._log_sum_squares)[seen].exp()
-        relative_variance = (1 / ess - 1 / self._count[seen]).clamp(min=0)  # of each Z_c
+        ess = (2 * log_sum - log_sum_squares)[seen].exp()
+        relative_variance = (1 / ess - 1 / count[seen]).clamp(min=0)  # of each Z_c
         return {
-            "log_z": float((self._log_sum - self._count.log())[seen].mean()),
+            "log_z": float((log_sum - count.log())[seen].mean()),
             "log_z_se": float(relative_variance.sum().sqrt() / len(ess)),
             "ess": float(ess.mean()),
             "contexts_at_zero": at_zero,
         }
 
-    def state(self) -> dict[str, Tensor]:
-        """What `load_state` takes; later updates leave it as it is."""
-        return {"log_sum": self._log_sum, "log_sum_squares": self._log_sum_squares, "count": self._count}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self._count = state["count"]
-        self._log_sum, self._log_sum_squares = state["log_sum"], state["log_sum_squares"]
-
 
 class Baseline:
     """What is subtracted from a pseudo-reward; never depends on the sequence that it is subtracted for.
 
-    Args:
-        kind: "leave_one_out": mean of the other samples of the context; "running": mean of all earlier rounds;
-            "none": 0.
+    `kind`: "leave_one_out": mean of the other samples of the context; "running": mean of all earlier rounds; "none": 0.
     """
 
     def __init__(self, kind: str = "leave_one_out"):
         self.kind = kind
-        self._sum, self._count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        # replaced, never changed in place
+        self.state = {name: torch.zeros((), dtype=torch.float64) for name in ("reward_sum", "reward_count")}
 
     def __call__(self, rewards: Tensor, context_index: Tensor) -> Tensor:
         """Baselines [B] for pseudo-rewards [B] float64, estimated under the sampler; then remembers these."""
@@ -88,28 +79,19 @@ class Baseline:
             counts = context_index.bincount()
             totals = by_context.sums(rewards, context_index, len(counts))
             return (totals[context_index] - rewards) / (counts[context_index] - 1).clamp(min=1)
-        baseline = self._sum / self._count.clamp(min=1) if self.kind == "running" else torch.zeros_like(self._sum)
-        self._sum, self._count = self._sum + rewards.sum(), self._count + len(rewards)
+        total, count = self.state["reward_sum"], self.state["reward_count"]
+        self.state = {"reward_sum": total + rewards.sum(), "reward_count": count + len(rewards)}
+        baseline = total / count.clamp(min=1) if self.kind == "running" else torch.zeros_like(total)
         return baseline.expand(len(rewards))
-
-    def state(self) -> dict[str, Tensor]:
-        return {"reward_sum": self._sum, "reward_count": self._count}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self._sum, self._count = state["reward_sum"], state["reward_count"]
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """log Z and the baseline of a round: all that is known before the learner's forward pass.
-
-    Attributes:
-        reward_cap: limit of |pseudo-reward|; None: there is none.
-    """
+    """log Z and the baseline of every round of a run."""
 
     partition: PartitionFunction
     baseline: Baseline
-    reward_cap: float | None = None
+    reward_cap: float | None = None  # limit of |pseudo-reward|
 
     def update(self, rollouts: Rollouts, scores: Scores, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """log Z and baseline of each of B sequences, [B] float64 each, the round's own samples included."""
@@ -120,11 +102,11 @@ class Estimates:
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` takes."""
-        return self.partition.state() | self.baseline.state()
+        return self.partition.state | self.baseline.state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.partition.load_state(state)
-        self.baseline.load_state(state)
+        for owner in (self.partition, self.baseline):
+            owner.state = {name: state[name] for name in owner.state}
 
 
 def pseudo_rewards(

@@ -14,24 +14,19 @@ from .models.language_model import LanguageModel
 
 
 class AdaptiveProposal:
-    """The weights q that the engine samples with, and what their samples tell of p, q and π since the last decision.
-
-    Args:
-        every: rounds between decisions.
-        model: its own; the weights of a checkpoint are loaded into it.
-    """
+    """The weights q that the engine samples with, in a model of their own, and q's samples since the last decision."""
 
     def __init__(self, every: int, model: LanguageModel):
         self.every, self.model, self.version = every, model, 0
         self._samples = torch.zeros(3, 0, dtype=torch.float64)  # log P/q, log π/q, the data set's index of the context
 
     def observe(self, log_weight: Tensor, log_ratio: Tensor, dataset_index: Tensor) -> None:
-        """Remember a round: log P/q and log π/q of B samples of q, and each one's context in the data set, [B]."""
+        """Remember a round: log P/q and log π/q of samples of q, and each one's context in the data set, [B]."""
         samples = torch.stack([log_weight, log_ratio.double(), dataset_index.double()])
         self._samples = torch.cat([self._samples, samples], dim=1)
 
     def decide(self, policy: LanguageModel, rounds: int) -> float | None:
-        """After `rounds` rounds: take the policy's weights if `kl_gain` > 0. The gain, None where none is due."""
+        """After every `every` rounds take the policy's weights if `kl_gain` > 0. The gain; None in other rounds."""
         if rounds % self.every:
             return None
         gain = kl_gain(*self._samples)
@@ -57,11 +52,7 @@ def kl_gain(log_weight: Tensor, log_ratio: Tensor, context_index: Tensor) -> flo
 
     E_p by self-normalised weights P/q within each context, averaged over the contexts that have a sample with P > 0;
     0 where none has. Where the samples come from rounds of different π, it is their average.
-
-    Args:
-        log_weight: log P/q, [B] float64, −inf where P = 0.
-        log_ratio: log π/q, [B] float64.
-        context_index: which context each sample continues, [B]; any numbers.
+    `log_weight` log P/q and `log_ratio` log π/q, [B] float64 each; `context_index` [B], any numbers.
     """
     possible = ~log_weight.isneginf()
     if not bool(possible.any()):

@@ -13,23 +13,14 @@ from .contexts import Context
 
 @dataclass(frozen=True)
 class Rollouts:
-    """B completions of C contexts, N completion tokens in all.
+    """B completions of C contexts, N completion tokens in all."""
 
-    Attributes:
-        contexts: the C contexts of the round.
-        context_index: which of them each completion continues, [B] int64, ascending.
-        token_ids: completions back to back, the EOS that ended one included once, [N] int64.
-        cu_seqlens: completion i owns tokens cu_seqlens[i]:cu_seqlens[i+1], [B+1] int32.
-        behavior_logprob: log q of each token under the sampler, in nats, [N] float32.
-        finished: whether the completion ended with EOS (False: cut off at max_new_tokens), [B] bool.
-    """
-
-    contexts: tuple[Context, ...]
-    context_index: Tensor
-    token_ids: Tensor
-    cu_seqlens: Tensor
-    behavior_logprob: Tensor
-    finished: Tensor
+    contexts: tuple[Context, ...]  # the C contexts of the round
+    context_index: Tensor  # which of them each completion continues, [B] int64, ascending
+    token_ids: Tensor  # completions back to back, the EOS that ended one included once, [N] int64
+    cu_seqlens: Tensor  # completion i owns tokens cu_seqlens[i]:cu_seqlens[i+1], [B+1] int32
+    behavior_logprob: Tensor  # log q of each token under the sampler, in nats, [N] float32
+    finished: Tensor  # whether the completion ended with EOS (False: cut off at max_new_tokens), [B] bool
 
     def __len__(self) -> int:
         return len(self.context_index)
@@ -83,17 +74,11 @@ class Rollouts:
         yield slice(first, len(self))
 
 
-Completion = tuple[Sequence[int], Sequence[float], bool]
+Completion = tuple[Sequence[int], Sequence[float], bool]  # token ids, their log q in nats, whether EOS is the last
 
 
 def pack(contexts: Sequence[Context], completions: Sequence[Sequence[Completion]]) -> Rollouts:
-    """Completions as a sampler lists them, as the tensors of a round.
-
-    Args:
-        contexts: C of them.
-        completions: of each context its completions: token ids, their log-probs in nats, and whether EOS ended it
-            (and is the last of the ids).
-    """
+    """The completions of each context, as a sampler lists them, as the tensors of a round."""
     drawn = [completion for group in completions for completion in group]
     lengths = torch.tensor([0, *(len(tokens) for tokens, _, _ in drawn)])
     return Rollouts(
@@ -104,11 +89,3 @@ def pack(contexts: Sequence[Context], completions: Sequence[Sequence[Completion]
         behavior_logprob=torch.tensor([x for _, logprobs, _ in drawn for x in logprobs], dtype=torch.float32),
         finished=torch.tensor([finished for _, _, finished in drawn]),
     )
-
-
-def concatenate(parts: list[Rollouts]) -> Rollouts:
-    """Rollouts of the same contexts, sampled in several batches, as one."""
-    lengths = torch.cat([torch.zeros(1, dtype=torch.int64), *(part.lengths for part in parts)])
-    names = ("context_index", "token_ids", "behavior_logprob", "finished")
-    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return Rollouts(contexts=parts[0].contexts, cu_seqlens=lengths.cumsum(0).int(), **columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ class Session:
         assert self.checkpoint is not None
         load_checkpoint(self.checkpoint, self.state, self.round_contexts)
         if self.state.exponents is not None:
-            self.scorer.target = self.scorer.target.with_exponents(self.state.exponents)
+            self.scorer.target = replace(self.scorer.target, exponents=self.state.exponents)
 
     def measure(
         self, samples_per_context: int, seed: int, count: int, log_z: LogPartition | None = None

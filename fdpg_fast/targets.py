@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ MIN_FIT_ESS = 50.0  # below it the moments of the reweighted sample are not know
 
 @dataclass(frozen=True)
 class Term:
-    """One factor of φ. A kind with exponents λ to fit is a class of its own that can do what `MomentTerm` can.
+    """One fixed factor of φ.
 
     Attributes:
         features: the F features that it reads.
@@ -36,11 +34,6 @@ class Term:
     features: tuple[Feature, ...]
     log_phi: Callable[[Tensor], Tensor]
     can_be_zero: bool
-    num_exponents = 0
-
-    def log_phi_at(self, values: Tensor, exponents: Tensor) -> Tensor:
-        """log φ [B] at λ = exponents [num_exponents], float64."""
-        return self.log_phi(values)
 
 
 @dataclass(frozen=True)
@@ -51,59 +44,14 @@ class MomentTerm:
     moments: tuple[float, ...]
     can_be_zero = False
 
-    @property
-    def num_exponents(self) -> int:
-        return len(self.moments)
-
-    def log_phi_at(self, values: Tensor, exponents: Tensor) -> Tensor:
-        return self._centred(values) @ exponents
-
-    def _centred(self, values: Tensor) -> Tensor:
-        return (values - torch.tensor(self.moments, dtype=torch.float64)).nan_to_num(0.0)
-
-    @staticmethod
-    def fit(
-        terms: Sequence[tuple[MomentTerm, Tensor]], fixed_log_weights: Tensor, context_index: Tensor
-    ) -> Sequence[float]:
-        """λ of all terms of this kind in order, fitted together: every moment is to hold under all of them.
-
-        Args:
-            terms: each with the values of its features on samples of the base, [S, F] float64.
-            fixed_log_weights: log φ of the other terms, [S] float64; a hard term stays hard.
-            context_index: which context each sample continues, [S].
-        """
-        possible = fixed_log_weights > -torch.inf
-        if int(possible.sum()) < MIN_FIT_ESS:
-            raise UserError(
-                f"target: only {int(possible.sum())} of {len(possible)} samples of the base meet the hard terms; "
-                "raise target_fit_samples"
-            )
-        centred = torch.cat([term._centred(values) for term, values in terms], dim=1)[possible]
-        moments = [moment for term, _ in terms for moment in term.moments]
-        names = [feature.name for term, _ in terms for feature in term.features]
-        for name, moment, column in zip(names, moments, centred.T, strict=True):
-            if not (column.min() < 0 < column.max()):
-                raise UserError(
-                    f"target: feature {name!r} lies in [{float(column.min()) + moment:g}, "
-                    f"{float(column.max()) + moment:g}] on {len(column)} samples of the base, so no reweighting of "
-                    f"them has mean {moment:g}; raise target_fit_samples, choose another moment, or start nearer"
-                )
-        exponents, ess = solve_exponents(centred, fixed_log_weights[possible], context_index[possible])
-        if ess < MIN_FIT_ESS:
-            raise UserError(
-                f"target: the moments {moments} of {names} rest on {ess:.1f} effective samples out of "
-                f"{len(possible)} (at least {MIN_FIT_ESS:g} are needed); raise target_fit_samples"
-            )
-        return exponents.tolist()
-
 
 @dataclass(frozen=True)
 class Target:
     """A product of terms; make your own with `Target((Term(...),))`, combine with `*`.
 
     Attributes:
-        terms: the factors of φ; those with exponents are of one kind.
-        exponents: λ of all terms in order, once fitted.
+        terms: the factors of φ.
+        exponents: λ of all moments in order, once fitted: together, for every moment is to hold under all of them.
     """
 
     terms: tuple[Term | MomentTerm, ...]
@@ -121,32 +69,21 @@ class Target:
         return any(term.can_be_zero for term in self.terms)
 
     @property
-    def is_distributional(self) -> bool:
-        return any(term.num_exponents for term in self.terms)
+    def moments(self) -> list[tuple[str, float]]:
+        """Names and wanted means of the features that λ belongs to, in its order."""
+        terms = [term for term in self.terms if isinstance(term, MomentTerm)]
+        return [(x.name, moment) for term in terms for x, moment in zip(term.features, term.moments, strict=True)]
 
     @property
     def needs_fit(self) -> bool:
-        return self.exponents is None and self.is_distributional
-
-    @property
-    def exponent_by_feature(self) -> dict[str, float]:
-        """λ of each feature with a prescribed mean, once fitted."""
-        names = [feature.name for term in self.terms if term.num_exponents for feature in term.features]
-        return dict(zip(names, self.exponents, strict=True)) if self.exponents is not None else {}
-
-    def with_exponents(self, exponents: Sequence[float]) -> Target:
-        return replace(self, exponents=tuple(exponents))
+        return bool(self.moments) and self.exponents is None
 
     def log_phi(self, values: Tensor) -> Tensor:
         """log φ of each sequence, [B] float64, from the values of `features`, [B, F] float64."""
         if self.needs_fit:
             raise ValueError("a distributional target has no λ before fit()")
-        exponents = torch.tensor(self.exponents or (), dtype=torch.float64)
-        own = exponents.split([term.num_exponents for term in self.terms])
-        total = values.new_zeros(len(values))
-        for (term, columns), x in zip(self._split(values), own, strict=True):
-            total = total + term.log_phi_at(columns, x)
-        return total
+        fixed, centred = self._factors(values)
+        return fixed + centred @ torch.tensor(self.exponents or (), dtype=torch.float64)
 
     def fit(self, values: Tensor, context_index: Tensor) -> Target:
         """λ chosen on samples of the base: values [S, F] of `features`, and which context each continues, [S].
@@ -154,18 +91,41 @@ class Target:
         Raises:
             UserError: a feature hardly occurs, a moment is out of reach, or too few samples carry the weight.
         """
-        fixed, free = values.new_zeros(len(values)), []
-        for term, own in self._split(values):
-            if term.num_exponents:
-                free.append((term, own))
+        fixed, centred = self._factors(values)
+        possible = fixed > -torch.inf
+        if int(possible.sum()) < MIN_FIT_ESS:
+            raise UserError(
+                f"target: only {int(possible.sum())} of {len(possible)} samples of the base meet the hard terms; "
+                "raise target_fit_samples"
+            )
+        centred = centred[possible]
+        for (name, moment), column in zip(self.moments, centred.T, strict=True):
+            low, high = float(column.min()), float(column.max())
+            if not low < 0 < high:
+                raise UserError(
+                    f"target: feature {name!r} lies in [{low + moment:g}, {high + moment:g}] on {len(column)} samples "
+                    f"of the base, so no reweighting of them has mean {moment:g}; raise target_fit_samples, choose "
+                    "another moment, or start nearer"
+                )
+        exponents, ess = solve_exponents(centred, fixed[possible], context_index[possible])
+        if ess < MIN_FIT_ESS:
+            names, moments = map(list, zip(*self.moments, strict=True))
+            raise UserError(
+                f"target: the moments {moments} of {names} rest on {ess:.1f} effective samples out of "
+                f"{len(possible)} (at least {MIN_FIT_ESS:g} are needed); raise target_fit_samples"
+            )
+        return replace(self, exponents=tuple(exponents.tolist()))
+
+    def _factors(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """log φ of all fixed terms together, [B], and what λ multiplies, [B, number of moments]."""
+        fixed, centred = values.new_zeros(len(values)), [values[:, :0]]
+        for term in self.terms:
+            own, values = values.tensor_split([len(term.features)], dim=1)
+            if isinstance(term, MomentTerm):
+                centred.append((own - torch.tensor(term.moments, dtype=torch.float64)).nan_to_num(0.0))
             else:
                 fixed = fixed + term.log_phi(own)
-        return self.with_exponents(free[0][0].fit(free, fixed, context_index))
-
-    def _split(self, values: Tensor) -> list[tuple[Any, Tensor]]:
-        """Each term with the values of its features."""
-        ends = list(accumulate(len(term.features) for term in self.terms))
-        return list(zip(self.terms, values.tensor_split(ends, dim=1), strict=False))
+        return fixed, torch.cat(centred, dim=1)
 
 
 def pointwise(feature: Feature) -> Target:
@@ -197,14 +157,10 @@ def distributional(features: Sequence[Feature], moments: Sequence[float]) -> Tar
 
 
 def solve_exponents(centred: Tensor, log_weights: Tensor, context_index: Tensor) -> tuple[Tensor, float]:
-    """λ with Σ_c E_c[centred] = 0 under weights ∝ exp(log_weights + centred·λ): damped Newton on the convex dual.
+    """λ [F] with Σ_c E_c[centred] = 0 under weights ∝ exp(log_weights + centred·λ), and their effective sample size.
 
-    Args:
-        centred: features minus wanted moments, [S, F] float64.
-        log_weights: [S] float64, finite; weights are normalised within a context.
-
-    Returns:
-        λ [F], and the effective sample size of the reweighted sample.
+    Damped Newton on the convex dual. `centred` is f − moment [S, F], `log_weights` [S] finite, float64 both; weights
+    are normalised within a context.
     """
     context_index, counts = by_context.renumber(context_index)
     num_contexts = len(counts)
@@ -226,8 +182,8 @@ def solve_exponents(centred: Tensor, log_weights: Tensor, context_index: Tensor)
             return exponents / unit, float(share.sum() ** 2 / share.square().sum())
         spread = centred - means[context_index]
         hessian = (share[:, None] * spread).T @ spread
-        ridge = 1e-12 * float(hessian.diagonal().max()) + 1e-300
-        step = torch.linalg.solve(hessian + ridge * torch.eye(len(gradient), dtype=torch.float64), gradient)
+        hessian.diagonal().add_(1e-12 * float(hessian.diagonal().max()) + 1e-300)
+        step = torch.linalg.solve(hessian, gradient)
         rounding = 1e-13 * num_contexts * (1 + float(value.abs()))  # near the minimum the decrease drowns in it
         length, (trial, trial_share) = 1.0, dual(exponents - step)
         while length > 1e-8 and trial > value - 1e-4 * length * float(gradient @ step) + rounding:

@@ -95,9 +95,9 @@ def test_z_is_unbiased_though_the_sampler_changes_with_what_it_saw():
         partition.update((unnormalised / first_q)[list(first)].log(), here)
         z = float(partition.log_z(here[:1]).exp())
         second_q = torch.softmax(tensor(z, 0.0, -z), 0)
-        state = {name: value.clone() for name, value in partition.state().items()}
+        state = {name: value.clone() for name, value in partition.state.items()}
         for second in itertools.product(range(3), repeat=2):
-            partition.load_state(state)
+            partition.state = state
             partition.update((unnormalised / second_q)[list(second)].log(), here)
             chance = first_q[list(first)].prod() * second_q[list(second)].prod()
             expectation += float(chance * partition.log_z(here[:1]).exp())
@@ -151,12 +151,12 @@ def test_state_continues_where_it_was_taken(kind):
     partition = PartitionFunction(4, kind=kind)
     for update in updates[:2]:
         partition.update(*update)
-    state = partition.state()
+    state = partition.state
     expected_then = partition.log_z(everywhere).clone()
     for update in updates[2:]:
         partition.update(*update)
     other = PartitionFunction(4, kind=kind)
-    other.load_state(state)
+    other.state = state
     assert other.log_z(everywhere).tolist() == expected_then.tolist()
     for update in updates[2:]:
         other.update(*update)
@@ -195,10 +195,10 @@ def test_no_baseline_is_zero():
 def test_baseline_state_round_trip():
     baseline, owner = Baseline("running"), torch.tensor([0, 0])
     baseline(tensor(3, 5), owner)
-    state = baseline.state()
+    state = baseline.state
     baseline(tensor(100, 100), owner)
     other = Baseline("running")
-    other.load_state(state)
+    other.state = state
     assert other(tensor(0, 0), owner).tolist() == [4, 4]
 
 

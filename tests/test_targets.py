@@ -1,6 +1,7 @@
 """Targets: log φ of every kind, λ against closed forms and moments recomputed here, and the fits that are refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,8 +54,8 @@ def test_distributional_is_exponential_in_the_distance_to_the_moments():
     assert target.needs_fit and not target.can_be_zero
     with pytest.raises(ValueError, match=r"no λ before fit"):
         target.log_phi(torch.zeros(1, 2, dtype=F64))
-    fitted = target.with_exponents([3.0, -1.0])
-    assert not fitted.needs_fit
+    fitted = replace(target, exponents=(3.0, -1.0))
+    assert not fitted.needs_fit and fitted.moments == [("f", 0.5), ("g", 2.0)]
     values = torch.tensor([[1.0, 2.0], [0.0, 5.0], [NAN, 2.5], [NAN, NAN]], dtype=F64)
     assert fitted.log_phi(values).tolist() == pytest.approx([1.5, -1.5 - 3.0, -0.5, 0.0])
     for features, moments in (([named("f")], [0.5, 0.5]), ([], [])):
@@ -72,7 +73,7 @@ def test_a_product_adds_log_phi_and_keeps_features_in_order():
     )
     assert [feature.name for feature in target.features] == ["d1", "hard", "d2", "d3", "r"]
     assert target.can_be_zero and target.needs_fit
-    fitted = target.with_exponents([2.0, 10.0, 100.0])
+    fitted = replace(target, exponents=(2.0, 10.0, 100.0))
     values = torch.tensor([[1.5, 1, 0.1, 0.02, 4], [1.5, 0, 0.1, 0.02, 4], [1, 0.5, 0, 0, NAN]], dtype=F64)
     assert fitted.log_phi(values).tolist() == pytest.approx([1 + 0 + 1 + 2 + 8, -INF, math.log(0.5)])
     assert not (rlhf(named("r"), 1.0) * rlhf(named("s"), 1.0)).can_be_zero
@@ -86,32 +87,6 @@ def test_a_user_s_own_term_and_target():
     assert target.log_phi(values).tolist() == pytest.approx([-4, -INF, -1 + math.log(2)])
     assert target.can_be_zero and not Target((term,)).can_be_zero
     assert Target(()).log_phi(values).tolist() == [0, 0, 0] and not Target(()).needs_fit
-
-
-class Tempered:
-    """φ = f^λ, with λ the number of samples that the other terms allow: a kind of a user's own, with λ to fit."""
-
-    num_exponents, can_be_zero = 1, False
-
-    def __init__(self, feature):
-        self.features = (feature,)
-
-    def log_phi_at(self, values, exponents):
-        return values.log()[:, 0] * exponents[0]
-
-    @staticmethod
-    def fit(terms, fixed_log_weights, context_index):
-        assert [values.shape for _, values in terms] == [(len(context_index), 1)] * len(terms)
-        return [float((fixed_log_weights > -INF).sum()) + place for place in range(len(terms))]
-
-
-def test_a_user_s_own_kind_of_term_with_exponents():
-    target = Target((Tempered(named("x")),)) * pointwise(named("hard")) * Target((Tempered(named("y")),))
-    values = torch.tensor([[2, 1, 1], [3, 0, 1], [1, 1, 2]], dtype=F64)
-    assert target.needs_fit and target.is_distributional
-    fitted = target.fit(values, one_context(values))
-    assert fitted.exponents == (2, 3) and fitted.exponent_by_feature == {"x": 2, "y": 3} and not fitted.needs_fit
-    assert fitted.log_phi(values).tolist() == pytest.approx([2 * math.log(2), -INF, 3 * math.log(2)])
 
 
 # --- λ ---

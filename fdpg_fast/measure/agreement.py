@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import Tensor
 
 from fdpg_kernels import sum_by_sequence
 
@@ -14,7 +13,7 @@ from ..errors import RunError
 from ..models.language_model import LanguageModel
 from ..rollouts import Rollouts
 
-GAP_TOKENS = 32  # of a round's completions, at least, that the learner scores to see whether the engine agrees
+GAP_TOKENS = 32  # of a round, at least, that the learner scores
 GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop: mean nats a token
 
 log = logging.getLogger(__name__)
@@ -23,19 +22,19 @@ log = logging.getLogger(__name__)
 def compare_with_learner(
     rollouts: Rollouts, policy: LanguageModel, config: TrainConfig, *, seed: int, micro_batch_tokens: int
 ) -> dict[str, float]:
-    """`agreement` on a few of B completions, sampled from the weights that the policy has at this moment.
+    """|log q − log π| in nats on a few completions of the policy's weights, a token and a sequence: mean and largest.
 
     Raises:
-        RunError: the gap is above the config's limit.
+        RunError: the mean of a token is above the config's limit.
     """
     ends = rollouts.cu_seqlens
     first = seed % len(rollouts)
     last = int(torch.searchsorted(ends, int(ends[first]) + GAP_TOKENS).clamp(first + 1, len(rollouts)))
     few = rollouts.part(slice(first, last))
-    gaps = agreement(few, policy.token_logprobs(few, micro_batch_tokens))
-    warning, limit = GAP_LIMITS[config.dtype]
+    difference = policy.token_logprobs(few, micro_batch_tokens).double() - few.behavior_logprob.double()
+    tokens, sequences = difference.abs(), sum_by_sequence(difference, few.cu_seqlens).abs()
+    gap, (warning, limit) = float(tokens.mean()), GAP_LIMITS[config.dtype]
     warning, limit = config.engine.gap_warning or warning, config.engine.gap_limit or limit
-    gap = gaps["logprob_gap_mean"]
     complaint = f"the engine's log-probs differ from the learner's by {gap:.2g} nats a token"
     if gap > limit:
         raise RunError(
@@ -44,20 +43,8 @@ def compare_with_learner(
         )
     if gap > warning:
         log.warning("%s; see docs/engines.md", complaint)
-    return gaps
-
-
-def agreement(rollouts: Rollouts, policy_logprob: Tensor) -> dict[str, float]:
-    """|log q − log π| in nats while sampler and learner should agree, a token and a sequence: mean and largest.
-
-    Args:
-        rollouts: N tokens.
-        policy_logprob: log π of each under the learner, [N].
-    """
-    difference = policy_logprob.double() - rollouts.behavior_logprob.double()
-    tokens, sequences = difference.abs(), sum_by_sequence(difference, rollouts.cu_seqlens).abs()
     return {
-        "logprob_gap_mean": float(tokens.mean()),
+        "logprob_gap_mean": gap,
         "logprob_gap_max": float(tokens.max()),
         "sequence_gap_mean": float(sequences.mean()),
         "sequence_gap_max": float(sequences.max()),

@@ -20,12 +20,9 @@ REMEDIES = "take more samples per context, or a softer target (rlhf: a larger be
 def pareto_k(log_weights: Tensor) -> float:
     """Shape k of a generalised Pareto law fitted to the largest weights: moments up to 1/k exist (PSIS).
 
-    The tail is the largest min(n/5, 3√n) weights, as excesses over the next smaller one. The fit is the posterior mean
-    of Zhang & Stephens (2009) over a grid of θ = −k/σ, drawn towards ½ by the weight of ten points (Vehtari et al.
-    2024). NaN where there is no tail: fewer than MIN_TAIL weights in it, or all equal, as with weights of 0 and 1.
-
-    Args:
-        log_weights: log P/q up to a constant, [B]; −inf where P = 0.
+    The tail is the largest min(n/5, 3√n) weights, as excesses over the next smaller one; its shape is drawn towards ½
+    by the weight of ten points (Vehtari et al. 2024). NaN where there is no tail: fewer than MIN_TAIL weights in it, or
+    all equal, as with weights of 0 and 1. `log_weights` is log P/q up to a constant, [B]; −inf where P = 0.
     """
     size = len(log_weights)
     tail_size = math.ceil(min(size / 5, 3 * math.sqrt(size)))
@@ -40,7 +37,7 @@ def pareto_k(log_weights: Tensor) -> float:
 
 
 def fit_generalised_pareto(excess: Tensor) -> float:
-    """The shape k of excesses [n] > 0, ascending, of density (1 + k·x/σ)^(−1/k−1)/σ: Zhang & Stephens (2009)."""
+    """The k of excesses [n] > 0, ascending, of density (1 + k·x/σ)^(−1/k−1)/σ: Zhang & Stephens (2009), θ = −k/σ."""
     n = len(excess)
     grid = torch.arange(1, 30 + math.isqrt(n) + 1, dtype=torch.float64)
     quartile = excess[int(n / 4 + 0.5) - 1]

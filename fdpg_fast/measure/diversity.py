@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,13 +17,11 @@ SMOOTHING = 0.1  # NLTK's method1: matches that count for an order of n-grams wi
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Distinct n-grams over all n-grams of the whole set, in (0, 1]; NaN where no text has n words.
 
-    Repetition between texts counts as much as within one (corpus level, Li et al. 2016). It falls as texts
-    are added, so it compares only sets of equal size and length.
+    Repetition between texts counts as much as within one. It falls as texts are added, so it compares only sets of
+    equal size and length.
     """
-    counts: Counter[tuple[str, ...]] = Counter()
-    for text in texts:
-        counts.update(_ngrams(WORD.findall(text), n))
-    return len(counts) / counts.total() if counts else math.nan
+    ngrams = [ngram for text in texts for ngram in _ngrams(WORD.findall(text), n)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
 
 
 def self_bleu(texts: Sequence[str], n: int = 5) -> float:
@@ -35,39 +33,35 @@ def self_bleu(texts: Sequence[str], n: int = 5) -> float:
     if len(texts) < 2:
         return math.nan
     words = [WORD.findall(text) for text in texts]
-    matches = np.array([_matches([_ngrams(text, order) for text in words]) for order in range(1, n + 1)])  # [n, texts]
+    matches = np.array([_matches(words, order) for order in range(1, n + 1)])  # [n, texts]
     lengths = np.array([len(text) for text in words])
     totals = np.maximum(lengths - np.arange(n)[:, None], 1)
     log_precision = np.log(np.where(matches > 0, matches, SMOOTHING) / totals).mean(0)
-    scores = np.exp(log_precision + _log_brevity_penalty(lengths.tolist()))
+    ordered = sorted(lengths.tolist())
+    scores = np.exp(log_precision + [_log_brevity_penalty(length, ordered) for length in lengths.tolist()])
     # where not one word matches NLTK smooths nothing
     return float(np.where(matches[0] > 0, scores, 0.0).mean())
 
 
-def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(words[start:] for start in range(n)), strict=False))
+def _ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[start:] for start in range(n)), strict=False)
 
 
-def _matches(counts: Sequence[Counter[tuple[str, ...]]]) -> list[int]:
+def _matches(words: Sequence[Sequence[str]], n: int) -> list[int]:
     """How many n-grams of each text some other text has, each up to its largest count there."""
-    largest: dict[tuple[str, ...], int] = {}
-    second: dict[tuple[str, ...], int] = {}  # the limit for the text with the largest count; the others do not reach it
+    counts = [Counter(_ngrams(text, n)) for text in words]
+    all_times = defaultdict(list)
     for count in counts:
         for ngram, times in count.items():
-            most = largest.get(ngram, 0)
-            if times > most:
-                largest[ngram], second[ngram] = times, most
-            elif times > second[ngram]:
-                second[ngram] = times
+            all_times[ngram].append(times)
+    # the limit for the text with the largest count; the others do not reach it
+    second = {ngram: sorted([0, *times])[-2] for ngram, times in all_times.items()}
     return [sum(min(times, second[ngram]) for ngram, times in count.items()) for count in counts]
 
 
-def _log_brevity_penalty(lengths: Sequence[int]) -> list[float]:
+def _log_brevity_penalty(length: int, ordered: Sequence[int]) -> float:
     """min(0, 1 − r/length), r the closest length of another text, the shorter of two; 0 for no words."""
-    ordered, penalties = sorted(lengths), []
-    for length in lengths:
-        here = bisect_left(ordered, length)  # this text, or one of equal length
-        neighbours = ordered[max(here - 1, 0) : here] + ordered[here + 1 : here + 2]
-        closest = min(neighbours, key=lambda other: (abs(other - length), other))
-        penalties.append(1 - closest / length if 0 < length < closest else 0.0)
-    return penalties
+    here = bisect_left(ordered, length)  # this text, or one of equal length
+    neighbours = [*ordered[max(here - 1, 0) : here], *ordered[here + 1 : here + 2]]
+    closest = min(neighbours, key=lambda other: abs(other - length))  # the first, which is the shorter, of two
+    return 1 - closest / length if 0 < length < closest else 0.0

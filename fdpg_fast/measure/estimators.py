@@ -30,15 +30,12 @@ LARGEST_EXPONENT = 709.0  # exp() of more is infinite in float64
 class Estimate:
     """A number measured on a sample.
 
-    Attributes:
-        value: NaN where nothing could be measured.
-        standard_error: NaN where it cannot be estimated, as from one sample, or is not finite.
-        ess: effective number of samples behind the value: (Σw)²/Σw² within each context, summed over contexts, where
-            samples carry importance weights w; otherwise their number.
+    `ess` is the effective number of samples behind it: (Σw)²/Σw² within each context, summed over contexts, where
+    samples carry importance weights w; otherwise their number.
     """
 
-    value: float
-    standard_error: float
+    value: float  # NaN where nothing could be measured
+    standard_error: float  # NaN where it cannot be estimated, as from one sample, or is not finite
     ess: float
 
     @property
@@ -46,31 +43,24 @@ class Estimate:
         """The normal 95 % confidence interval."""
         return self.value - 1.96 * self.standard_error, self.value + 1.96 * self.standard_error
 
+    def exp(self) -> Estimate:
+        """e to this; its error by the delta method."""
+        value = float(torch.tensor(self.value, dtype=torch.float64).exp())  # infinite where math.exp raises
+        return Estimate(value, value * self.standard_error, self.ess)
+
 
 @dataclass(frozen=True)
 class LogPartition:
-    """log Z_c of each context, [C] float64 each.
+    """log Z_c of each context, [C] float64 each."""
 
-    Attributes:
-        log_z: −inf where no sample has P > 0.
-        relative_standard_error: of Z_c, as a fraction of it, so also that of log Z_c; NaN where Z_c = 0 or n_c = 1.
-        ess: (Σw)²/Σw² of w = P/π; 0 where Z_c = 0.
-    """
-
-    log_z: Tensor
-    relative_standard_error: Tensor
-    ess: Tensor
+    log_z: Tensor  # −inf where no sample has P > 0
+    relative_standard_error: Tensor  # of Z_c, in units of it, so that of log Z_c too; NaN where Z_c = 0 or n_c = 1
+    ess: Tensor  # (Σw)²/Σw² of w = P/π; 0 where Z_c = 0
 
 
 @dataclass(frozen=True)
 class DivergenceMatrix:
-    """D_f(π_c‖p_c) averaged over contexts.
-
-    Attributes:
-        estimates: by name: those asked for, and "jensen_shannon_half", half of "jensen_shannon".
-        contexts: how many contexts the averages are over.
-        contexts_left_out: how many had no usable Z_c: the hard ones, so that the averages are over easier ones only.
-    """
+    """D_f(π_c‖p_c) by name, averaged over the contexts with a usable Z_c: those left out are the hard ones."""
 
     estimates: dict[str, Estimate]
     contexts: int
@@ -81,13 +71,12 @@ def mean(values: Tensor, context_index: Tensor) -> Estimate:
     """Average over contexts of the mean within each context.
 
     Contexts count as a random sample wherever there are two or more: the spread of their means over √C is then the
-    standard error, and it holds both sources of chance, which contexts were drawn and which samples in each, since
-    every context mean carries the noise of its own samples. (Were the contexts all there are, it would be too wide.)
-    With one context only the samples are random: sd/√n.
+    standard error, and it holds both sources of chance, which contexts were drawn and which samples in each. (Were the
+    contexts all there are, it would be too wide.) With one context only the samples are random: sd/√n.
 
     Args:
         values: [B], any real dtype; NaN means "does not apply" and is ignored, as is a context with nothing else.
-        context_index: [B] int64; any integers, in any order.
+        context_index: [B], any integers, in any order.
     """
     applies = ~values.isnan()
     values = values[applies].double()
@@ -95,17 +84,27 @@ def mean(values: Tensor, context_index: Tensor) -> Estimate:
     return _estimate(by_context.means(values, context_index, counts), values, len(values))
 
 
+def ratio(numerator: Tensor, denominator: Tensor, context_index: Tensor) -> Estimate:
+    """Σ numerator / Σ denominator over the whole sample; by the delta method its error is that of the residuals.
+
+    Contexts are the units of the error where there are two or more, otherwise samples, as in `mean`.
+    """
+    context_index, counts = by_context.renumber(context_index)
+    value = numerator.sum() / denominator.sum()
+    residuals = numerator - value * denominator
+    if len(counts) > 1:
+        residuals = by_context.sums(residuals, context_index, len(counts))
+    error = _standard_error(residuals * len(residuals) / denominator.sum())
+    return Estimate(float(value), error, float(len(numerator)))
+
+
 def mean_under_target(
     values: Tensor, policy_logprob: Tensor, target_log_score: Tensor, context_index: Tensor
 ) -> Estimate:
-    """E_p of values instead of E_π, by self-normalised importance sampling with weights P/π.
+    """`mean`, but E_p of values instead of E_π, by self-normalised importance sampling with weights P/π.
 
-    Averaged over contexts as in `mean`; contexts without a sample that the target allows are left out. In one context
-    the standard error is that of a ratio of means, by the delta method. The bias is of order 1/ess.
-
-    Args:
-        values: [B], any real dtype; NaN means "does not apply" and is ignored.
-        policy_logprob, target_log_score, context_index: [B].
+    Contexts without a sample that the target allows are left out. In one context the standard error is that of a ratio
+    of means, by the delta method. The bias is of order 1/ess.
     """
     used = ~values.isnan() & ~target_log_score.isneginf()
     values, log_weight = values[used].double(), (target_log_score - policy_logprob)[used].double()
@@ -121,8 +120,7 @@ def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_inde
     """log Z_c = log mean of P/π over the samples of each context: E_π[P/π] = Z_c wherever π covers P.
 
     Args:
-        policy_logprob, target_log_score: [B].
-        context_index: [B], values 0..C−1, each at least once.
+        context_index: values 0..C−1, each at least once.
 
     Raises:
         ValueError: P/π is infinite or NaN for some sample, which would pass for a context without samples.
@@ -131,10 +129,8 @@ def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_inde
     log_weight = target_log_score.double() - policy_logprob.double()
     if not bool((possible := log_weight < math.inf).all()):
         bad = int((~possible).nonzero()[0])
-        raise ValueError(
-            f"sample {bad}: log P {float(target_log_score[bad])}, log π {float(policy_logprob[bad])}; "
-            "log P must be below inf and log π finite"
-        )
+        score, logprob = float(target_log_score[bad]), float(policy_logprob[bad])
+        raise ValueError(f"sample {bad}: log P {score}, log π {logprob}; log P must be below inf and log π finite")
     scaled, log_scale = by_context.scaled_exp(log_weight, context_index, len(counts))
     means = by_context.sums(scaled, context_index, len(counts)) / counts
     ess = by_context.effective_samples(scaled, context_index, len(counts))
@@ -150,7 +146,7 @@ def divergence_matrix(
     known: LogPartition | None = None,
     names: Sequence[str | Divergence] = MATRIX,
 ) -> DivergenceMatrix:
-    """D_f(π_c‖p_c) for every f in `names` (names or `Divergence`s), averaged over contexts, from samples of π.
+    """D_f(π_c‖p_c) for every f in `names`, Jensen–Shannon and its half, averaged over contexts, from samples of π.
 
     D_c = E_π[h(t)] with t = πZ_c/P, h(t) = f(t)/t where P > 0 and f'(∞) where P = 0 (Go et al. 2023).
 
@@ -161,19 +157,18 @@ def divergence_matrix(
 
     Without `known`, Z_c is the mean of P/π over the same samples. That biases D_c by O(1/n_c), mostly towards 0 (p/π
     cannot exceed n_c), and no standard error shows it: measured with 8 samples of each of 128 contexts, a forward KL of
-    0.49 came out as 0.36 ± 0.02, with 128 samples as 0.47. Few samples a context want a Z_c from elsewhere.
+    0.49 came out as 0.36 ± 0.02, with 128 samples as 0.47.
 
-    The standard error over two or more contexts is the spread of D_c over √C, as in `mean`. In one context it is that
-    of the influence of each sample, h_i − D, and where Z is estimated along with it, ∂D/∂Z·(w_i − Z) =
-    E_π[f'(t) − f(t)/t]·(w_i/Z − 1), w = P/π, more: t ∝ Z. A Z from another sample adds its own error, times that slope.
-
-    Args:
-        policy_logprob, target_log_score: [B].
-        context_index: [B], values 0..C−1, each at least once.
-        known: Z_c of each of the C contexts from a larger or another sample.
+    The standard error over contexts is as in `mean`. In one context it is that of each sample's influence, h_i − D, and
+    where Z is estimated along with it, ∂D/∂log Z·(w_i − 1) = E_π[f'(t) − f(t)/t]·(w_i − 1) more: t ∝ Z. A Z from
+    another sample adds its own error, times that slope.
 
     Left out are contexts whose Z_c is zero, and without `known` those of a single sample: its t is 1 whatever π is. A
     value is infinite where f'(∞) is and P = 0 on some sample.
+
+    Args:
+        context_index: values 0..C−1, each at least once.
+        known: Z_c of each of the C contexts from a larger or another sample.
     """
     partition = log_partition(policy_logprob, target_log_score, context_index)
     log_z = (known or partition).log_z
@@ -206,42 +201,6 @@ def divergence_matrix(
     whole = estimates["jensen_shannon"]
     estimates["jensen_shannon_half"] = Estimate(whole.value / 2, whole.standard_error / 2, whole.ess)
     return DivergenceMatrix(estimates, contexts=len(counts), contexts_left_out=len(usable) - len(counts))
-
-
-def kl_to_base(policy_logprob: Tensor, base_logprob: Tensor, context_index: Tensor) -> Estimate:
-    """KL(π‖a) in nats a sequence: the mean of log π − log a."""
-    return mean(policy_logprob.double() - base_logprob.double(), context_index)
-
-
-def entropy_per_sequence(policy_logprob: Tensor, context_index: Tensor) -> Estimate:
-    """Entropy of π in nats a sequence: the mean of −log π."""
-    return mean(-policy_logprob.double(), context_index)
-
-
-def entropy_per_token(policy_logprob: Tensor, lengths: Tensor, context_index: Tensor) -> Estimate:
-    """Entropy of π in nats a token: −Σ log π / Σ tokens over the whole sample; `lengths` [B] in tokens."""
-    return _ratio(-policy_logprob.double(), lengths.double(), context_index)
-
-
-def perplexity_under_base(base_logprob: Tensor, lengths: Tensor, context_index: Tensor) -> Estimate:
-    """exp(−Σ log a / Σ tokens) over the whole sample: how odd the base finds it; `lengths` [B] in tokens."""
-    rate = _ratio(-base_logprob.double(), lengths.double(), context_index)
-    value = float(torch.tensor(rate.value, dtype=torch.float64).exp())
-    return Estimate(value, value * rate.standard_error, rate.ess)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor, context_index: Tensor) -> Estimate:
-    """Σ numerator / Σ denominator; by the delta method its error is that of numerator − ratio·denominator.
-
-    Contexts are the units of the error where there are two or more, otherwise samples; see `mean`.
-    """
-    context_index, counts = by_context.renumber(context_index)
-    value = numerator.sum() / denominator.sum()
-    residuals = numerator - value * denominator
-    if len(counts) > 1:
-        residuals = by_context.sums(residuals, context_index, len(counts))
-    error = _standard_error(residuals * len(residuals) / denominator.sum())
-    return Estimate(float(value), error, float(len(numerator)))
 
 
 def _estimate(context_values: Tensor, influences: Tensor, ess: float) -> Estimate:

@@ -6,30 +6,22 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from fdpg_kernels import Divergence
 
 from ..rollouts import Rollouts
 from ..scoring import Scores
 from ..targets import Target
-from . import estimators
 from .diversity import distinct_n, self_bleu
-from .estimators import Estimate, LogPartition
+from .estimators import MATRIX, Estimate, LogPartition, divergence_matrix, log_partition, mean, mean_under_target, ratio
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measured values by name: feature/…, divergence/…, kl_to_base, entropy_…, distinct_…, self_bleu_5, log_z, ….
+    """Measured values by name, and the size of the sample that they come from.
 
     feature_of_target/… is what a feature would be if the policy were the target, by reweighting its samples, and so
-    kl_of_target_to_base, the least that the preference costs in KL to the base.
-
-    `contexts_left_out` counts contexts without a sample that the target allows: log Z and divergences are averages
-    over the others, the easier ones.
-
-    Attributes:
-        num_samples, num_contexts: of the sample that all values come from.
+    kl_of_target_to_base, the least that the preference costs in KL to the base. `contexts_left_out` counts contexts
+    without a sample that the target allows: log Z and divergences are averages over the others, the easier ones.
     """
 
     metrics: dict[str, Estimate]
@@ -43,41 +35,37 @@ class Evaluation:
 def evaluate(
     rollouts: Rollouts, scores: Scores, target: Target, divergence: str | Divergence, known: LogPartition | None = None
 ) -> Evaluation:
-    """Measure a policy on B on-policy rollouts and their scores.
+    """Measure a policy on B on-policy rollouts and their scores; entropies and KL in nats, lengths in tokens.
 
     Divergences, the trained one among them, are between policy and target and use `known`, the Z of each context, or
-    without it the Z of this very sample (see `divergence_matrix`); entropies and KL in nats; Distinct-n and Self-BLEU
-    over all completions together.
+    without it the Z of this very sample (see `divergence_matrix`).
     """
     context_index, lengths, texts = rollouts.context_index, rollouts.lengths.double(), scores.texts.completions
     log_pi, log_a, log_score = scores.behavior_logprob, scores.base_logprob, scores.log_score
-
-    def under_target(values: Tensor) -> Estimate:
-        return estimators.mean_under_target(values, log_pi, log_score, context_index)
-
     metrics = {}
     for feature, values in zip(target.features, scores.values.T, strict=True):
-        metrics[f"feature/{feature.name}"] = estimators.mean(values, context_index)
-        metrics[f"feature_of_target/{feature.name}"] = under_target(values)
-    metrics |= {f"exponent/{name}": Estimate(x, math.nan, math.nan) for name, x in target.exponent_by_feature.items()}
+        metrics[f"feature/{feature.name}"] = mean(values, context_index)
+        metrics[f"feature_of_target/{feature.name}"] = mean_under_target(values, log_pi, log_score, context_index)
+    for (name, _), exponent in zip(target.moments, target.exponents or (), strict=False):
+        metrics[f"exponent/{name}"] = Estimate(exponent, math.nan, math.nan)
     metrics |= {
-        "kl_to_base": estimators.kl_to_base(log_pi, log_a, context_index),
-        "entropy_per_sequence": estimators.entropy_per_sequence(log_pi, context_index),
-        "entropy_per_token": estimators.entropy_per_token(log_pi, lengths, context_index),
-        "length": estimators.mean(lengths, context_index),
-        "perplexity_under_base": estimators.perplexity_under_base(log_a, lengths, context_index),
+        "kl_to_base": mean(log_pi - log_a, context_index),
+        "entropy_per_sequence": mean(-log_pi, context_index),
+        "entropy_per_token": ratio(-log_pi, lengths, context_index),
+        "length": mean(lengths, context_index),
+        "perplexity_under_base": ratio(-log_a, lengths, context_index).exp(),
     }
     varied = {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)} | {"self_bleu_5": self_bleu(texts, 5)}
     metrics |= {name: Estimate(value, math.nan, len(texts)) for name, value in varied.items()}
 
-    partition = known or estimators.log_partition(log_pi, log_score, context_index)
+    partition = known or log_partition(log_pi, log_score, context_index)
     seen = partition.log_z.isfinite()
     error = float(partition.relative_standard_error[seen].square().sum().sqrt()) / max(1, int(seen.sum()))
     metrics["log_z"] = Estimate(float(partition.log_z[seen].mean()), error, float(partition.ess.sum()))
     gain = log_score - log_a - partition.log_z[context_index]  # log p/a
-    cost = under_target(gain.masked_fill(~gain.isfinite(), math.nan))
+    cost = mean_under_target(gain.masked_fill(~gain.isfinite(), math.nan), log_pi, log_score, context_index)
     metrics["kl_of_target_to_base"] = replace(cost, standard_error=math.hypot(cost.standard_error, error))
-    matrix = estimators.divergence_matrix(log_pi, log_score, context_index, known, (*estimators.MATRIX, divergence))
+    matrix = divergence_matrix(log_pi, log_score, context_index, known, (*MATRIX, divergence))
     metrics["contexts_left_out"] = Estimate(matrix.contexts_left_out, math.nan, len(rollouts.contexts))
     metrics |= {f"divergence/{name}": estimate for name, estimate in matrix.estimates.items()}
     return Evaluation(metrics, len(rollouts), len(rollouts.contexts))

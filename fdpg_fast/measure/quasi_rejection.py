@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -26,19 +27,12 @@ LEAST = 16
 
 @dataclass(frozen=True)
 class Quality:
-    """What a β costs and what it buys, averaged over contexts.
-
-    Attributes:
-        beta: in units of Z.
-        acceptance: the part of the draws that is kept.
-        total_variation: ½Σ|p − p_β|.
-        forward_kl: KL(p‖p_β) in nats.
-    """
+    """What a β costs and what it buys, averaged over contexts."""
 
     beta: float
-    acceptance: Estimate
-    total_variation: Estimate
-    forward_kl: Estimate
+    acceptance: Estimate  # the part of the draws that is kept
+    total_variation: Estimate  # ½Σ|p − p_β|
+    forward_kl: Estimate  # KL(p‖p_β) in nats
 
 
 def estimate(log_weights: Tensor, context_index: Tensor, betas: Sequence[float] = BETAS) -> list[Quality]:
@@ -46,27 +40,26 @@ def estimate(log_weights: Tensor, context_index: Tensor, betas: Sequence[float] 
 
     With w = p/q, m = min(w, β) and S = E_q[m]: acceptance S/β, TV = ½E_q|w − m/S|, KL = E_q[w·log(w/m)] + log S.
     Z_c is the mean of P/q over the same sample, so w cannot exceed the number of samples of a context: a β near it is
-    not judged. The error over two or more contexts is their spread, as in `estimators.mean`; in one context it comes
-    from the influence of each sample, Z_c's part in it included (the delta method).
+    not judged. Errors as in `estimators.mean`, in one context by the delta method, Z_c's part in them included.
+    Contexts without P > 0 and those of one sample are left out.
 
     Args:
         log_weights: log P/q, [B] float64; −inf where P = 0.
-        context_index: [B], values 0..C−1. Contexts without P > 0 and those of one sample are left out.
+        context_index: [B], values 0..C−1.
     """
     partition = log_partition(torch.zeros_like(log_weights), log_weights, context_index)
     usable = partition.log_z.isfinite() & (context_index.bincount() > 1)
     log_weights = log_weights[usable[context_index]].double()
     context_index, counts = by_context.renumber(context_index[usable[context_index]])
-    contexts = len(counts)
 
     def measure(share: Tensor, beta: float) -> Tensor:
         """[C, 3] as functions of the masses: their derivatives are the samples' influences."""
-        log_w = log_weights - by_context.log_sum_exp(log_weights, context_index, contexts, share)[context_index]
+        log_w = log_weights - by_context.log_sum_exp(log_weights, context_index, len(counts), share)[context_index]
         w, m = log_w.exp(), log_w.clamp(max=math.log(beta)).exp()
-        accepted = by_context.sums(share * m, context_index, contexts)  # S
+        accepted = by_context.sums(share * m, context_index, len(counts))  # S
         distance = (w - m / accepted[context_index]).abs() / 2
         excess = w * (log_w - math.log(beta)).clamp(min=0)
-        total = by_context.sums(torch.stack([share * distance, share * excess], dim=1), context_index, contexts)
+        total = by_context.sums(torch.stack([share * distance, share * excess], dim=1), context_index, len(counts))
         return torch.stack([accepted / beta, total[:, 0], total[:, 1] + accepted.log()], dim=1)
 
     share = (1 / counts.double())[context_index].requires_grad_()  # each sample's mass in its context's empirical q
@@ -89,37 +82,22 @@ def acceptance_probability(log_weights: Tensor, log_z: Tensor, beta: float) -> T
 
 @dataclass(frozen=True)
 class Kept:
-    """What `sample` found.
+    """What `sample` found."""
 
-    Attributes:
-        items: those that were kept, by context in turn.
-        draws: how many were drawn, those that measured Z_c included.
-        unreachable: indices of the contexts in which no measured draw had P > 0; nothing is kept there.
-        quality: for every β of the grid and the one asked for, from all the draws.
-    """
-
-    items: list[Any]
-    draws: int
-    unreachable: list[int]
-    quality: list[Quality]
+    items: list[Any]  # those that were kept, by context in turn
+    draws: int  # how many were drawn, those that measured Z_c included
+    unreachable: list[int]  # contexts in which no measured draw had P > 0; nothing is kept there
+    quality: list[Quality]  # for every β of the grid and the one asked for, from all the draws
 
 
-def sample(
-    draw: Callable[[list[int], int], tuple[list[Any], Tensor, Tensor]],
-    *,
-    contexts: int,
-    count: int,
-    beta: float,
-    max_draws: int,
-    seed: int,
-) -> Kept:
+Draw = Callable[[list[int], int], tuple[list[Any], Tensor, Tensor]]
+"""Indices of contexts, draws of each → the drawn items, their log P/q [B] and contexts' indices [B]."""
+
+
+def sample(draw: Draw, *, contexts: int, count: int, beta: float, max_draws: int, seed: int) -> Kept:
     """Draw until `count` items are kept, as evenly over the contexts as can be, or `max_draws` are spent.
 
     The first draws only measure Z_c and are not handed out: a draw must not move the threshold that it is judged by.
-
-    Args:
-        draw: (indices of contexts, draws of each) → the drawn items, their log P/q [B] and contexts' indices [B].
-        contexts: C; every context that can be reached gets ⌊count/C⌋ items or one more.
 
     Raises:
         UserError: max_draws is too small to measure Z_c.
@@ -149,7 +127,6 @@ def sample(
                 items[c].append(item)
         log_weights = torch.cat([log_weights, drawn_log_weights])
         context_index = torch.cat([context_index, drawn_index])
-    by_turn = [items[c][i] for i in range(max(wanted.values(), default=0)) for c in reachable if i < len(items[c])]
+    by_turn = [item for turn in zip_longest(*items.values()) for item in turn if item is not None]
     quality = estimate(log_weights, context_index, sorted({*BETAS, beta}))
-    unreachable = [c for c in range(contexts) if c not in wanted]
-    return Kept(by_turn, len(log_weights), unreachable, quality)
+    return Kept(by_turn, len(log_weights), [c for c in range(contexts) if c not in wanted], quality)

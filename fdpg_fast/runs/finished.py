@@ -61,7 +61,7 @@ def evaluate_checkpoint(
     session.restore()
     log_z, scorer = None, session.scorer
     if base is not None:
-        log_phi = scorer.log_phi(base, fit=scorer.target.is_distributional)
+        log_phi = scorer.log_phi(base, fit=bool(scorer.target.moments))
         log_z = log_partition(torch.zeros_like(log_phi), log_phi, base.context_index)  # P/a is φ
     samples = samples_per_context or session.config.evaluation.samples_per_context
     with contextlib.closing(session):

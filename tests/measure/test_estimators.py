@@ -18,13 +18,10 @@ from fdpg_fast.measure.estimators import (
     Estimate,
     LogPartition,
     divergence_matrix,
-    entropy_per_sequence,
-    entropy_per_token,
-    kl_to_base,
     log_partition,
     mean,
     mean_under_target,
-    perplexity_under_base,
+    ratio,
 )
 
 F64 = torch.float64
@@ -203,10 +200,10 @@ def test_mean_and_token_rate_intervals_cover(contexts):
         policy, base, length = (table[which, outcome] for table in (policies.log(), base_logprob, lengths))
         runs.append(
             {
-                "kl": kl_to_base(policy, base, context),
-                "sequence": entropy_per_sequence(policy, context),
-                "token": entropy_per_token(policy, length, context),
-                "perplexity": perplexity_under_base(base, length, context),
+                "kl": mean(policy - base, context),
+                "sequence": mean(-policy, context),
+                "token": ratio(-policy, length, context),
+                "perplexity": ratio(-base, length, context).exp(),
             }
         )
     for name, expected in truth.items():
@@ -265,10 +262,10 @@ def test_mean_takes_booleans_and_integers():
 def test_rates_pool_all_tokens():
     logprob = torch.tensor([-2.0, -7.0, -3.0], dtype=F64)
     lengths, context = torch.tensor([1, 4, 3]), torch.tensor([0, 0, 1])
-    assert entropy_per_token(logprob, lengths, context).value == pytest.approx(12 / 8)
-    assert perplexity_under_base(logprob, lengths, context).value == pytest.approx(math.exp(12 / 8))
-    assert entropy_per_sequence(logprob, context).value == pytest.approx((4.5 + 3) / 2)
-    assert kl_to_base(logprob, logprob - 0.25, context).value == pytest.approx(0.25)
+    assert ratio(-logprob, lengths, context).value == pytest.approx(12 / 8)
+    assert ratio(-logprob, lengths, context).exp().value == pytest.approx(math.exp(12 / 8))
+    assert mean(-logprob, context).value == pytest.approx((4.5 + 3) / 2)
+    assert mean(logprob - (logprob - 0.25), context).value == pytest.approx(0.25)
 
 
 def test_interval_is_normal():
@@ -282,9 +279,9 @@ def test_one_sample_has_a_value_but_no_error():
     one, context = torch.tensor([-3.0], dtype=F64), torch.tensor([0])
     for estimate in (
         mean(one, context),
-        entropy_per_sequence(one, context),
-        entropy_per_token(one, torch.tensor([2]), context),
-        perplexity_under_base(one, torch.tensor([2]), context),
+        mean(-one, context),
+        ratio(-one, torch.tensor([2]), context),
+        ratio(-one, torch.tensor([2]), context).exp(),
     ):
         assert math.isfinite(estimate.value) and math.isnan(estimate.standard_error) and estimate.ess == 1
     partition = log_partition(one, one - 1, context)
@@ -301,8 +298,8 @@ def test_no_samples_or_no_tokens_give_nan():
     for estimate in (
         mean(nothing, no_context),
         mean(torch.full((2,), math.nan), context),
-        entropy_per_token(nothing, no_context, no_context),
-        entropy_per_token(zero, torch.tensor([0, 0]), context),
+        ratio(-nothing, no_context, no_context),
+        ratio(-zero, torch.tensor([0, 0]), context),
         divergence_matrix(nothing, nothing, no_context).estimates["forward_kl"],
     ):
         assert math.isnan(estimate.value) and math.isnan(estimate.standard_error)
@@ -425,11 +422,11 @@ def test_ratios_beyond_float64_are_infinite_never_nan():
 
 def test_perplexity_and_kl_may_overflow_to_infinity():
     logprob, context = torch.tensor([-9000.0, -9100.0], dtype=F64), torch.tensor([0, 0])
-    assert perplexity_under_base(logprob, torch.tensor([1, 1]), context).value == math.inf
+    assert ratio(-logprob, torch.tensor([1, 1]), context).exp().value == math.inf
     impossible = torch.tensor([-math.inf, -1.0], dtype=F64)
-    assert kl_to_base(logprob, impossible, context).value == math.inf
-    assert math.isnan(kl_to_base(logprob, impossible, context).standard_error)
-    assert perplexity_under_base(impossible, torch.tensor([1, 1]), context).value == math.inf
+    assert mean(logprob - impossible, context).value == math.inf
+    assert math.isnan(mean(logprob - impossible, context).standard_error)
+    assert ratio(-impossible, torch.tensor([1, 1]), context).exp().value == math.inf
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
