@@ -10,7 +10,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,10 +109,6 @@ class Run:
     def divergence(self) -> str:
         return str(self.config.get("divergence", "?"))
 
-    @property
-    def seed(self) -> str:
-        return str((self.config.get("trainer") or {}).get("seed", "?"))
-
 
 def read_run(run_dir: str | Path) -> Run:
     """Read whatever a run has written so far.
@@ -133,13 +129,6 @@ def read_run(run_dir: str | Path) -> Run:
     has_before = len(rows) > 1 or any(row.get("round") == 0 for row in rows)
     before, after = rows[0] if has_before else {}, rows[-1] if len(rows) > has_before else {}
     return Run(path.parent, config, trained, metrics, samples, estimates_of(before), estimates_of(after))
-
-
-def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
-    """Several; raises UserError as `read_run`, or where no run is given."""
-    if not run_dirs:
-        raise UserError("compare: no run given; name at least one run folder")
-    return [read_run(run_dir) for run_dir in run_dirs]
 
 
 def estimates_of(evaluation: Json) -> dict[str, Estimate]:
