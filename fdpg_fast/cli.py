@@ -163,10 +163,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from .runs.finished import measure_runs
-    from .runs.folder import read_runs
-    from .runs.report import write_comparison
-    from .runs.tables import compare_table
+    from .experiments.compare import compare_table, measure_runs, read_runs, write_comparison
 
     runs = read_runs(options.run_dirs)
     evaluations = measure_runs(options.run_dirs, options.samples, options.base_samples, options.seed)

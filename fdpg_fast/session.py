@@ -25,7 +25,7 @@ from .progress import activity
 from .proposal import AdaptiveProposal
 from .rollouts import pack
 from .runs.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of
-from .runs.folder import RunFolder
+from .runs.folder import refuse_taken
 from .runs.metrics import RESERVED
 from .runs.recorder import Recorder
 from .runs.tracking import check_installed
@@ -49,7 +49,7 @@ class Session:
     def __init__(self, config: TrainConfig, *, resume: bool = False):
         self.config, self.resumes, rounds = config, resume, config.trainer.rounds
         if not resume:
-            RunFolder.refuse_taken(config)
+            refuse_taken(config.run_dir)
         self._device = choose_device(config.device)
         check_installed(config.tracking)
         self.divergence = last_divergence(config.divergence)

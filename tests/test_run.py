@@ -14,9 +14,9 @@ from fdpg_fast import Trainer, load_config
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import LossConfig, OptimizerConfig
 from fdpg_fast.errors import RunError
+from fdpg_fast.experiments.compare import frozen_base_sample, measure_runs
 from fdpg_fast.learner import Learner
 from fdpg_fast.models.load import load_model
-from fdpg_fast.runs.finished import frozen_base_sample, measure_runs
 from fdpg_fast.runs.folder import read_config
 from fdpg_fast.session import Session
 from support import runs

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..measure.estimators import Estimate
 from ..runs.folder import write_whole
-from ..runs.tables import DOUBT, FEATURE_LABELS, LABELS, doubtful, label_of, with_error
+from ..runs.tables import FEATURE_LABELS, LABELS, label_of, with_error
 from .experiment import Experiment
-from .intervals import average
+from .intervals import DOUBT, average, doubtful
 from .pictures import draw_curves, draw_trade_offs
 from .rows import Row, settings_of
 

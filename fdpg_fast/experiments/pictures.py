@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs.plots import PALETTE, draw_line, draw_point, style_axes
+from ..runs.plots import PALETTE, draw_line, finite, style_axes
 from ..runs.tables import label_of
 from .intervals import average, within_seeds
 from .rows import Row, settings_of
@@ -77,6 +77,15 @@ def draw_curves(studies: dict[str, list[Row]], path: Path) -> bool:
         handles = [_handle(colour, "s", label) for label, colour in colours.items() if label in labels]
         panels_here[0].legend(handles=handles, fontsize=7, frameon=False)
     _save(figure, path)
+    return True
+
+
+def draw_point(axes: Any, x: tuple[float, float], y: tuple[float, float], colour: str, marker: str = "o") -> bool:
+    """Two numbers, each with its error, as a point with bars; whether both are finite."""
+    if not (math.isfinite(x[0]) and math.isfinite(y[0])):
+        return False
+    bars = {"xerr": finite(x[1], 0.0), "yerr": finite(y[1], 0.0)}
+    axes.errorbar(x[0], y[0], **bars, fmt=marker, color=colour, markersize=5, linewidth=1)
     return True
 
 

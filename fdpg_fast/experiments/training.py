@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import parse_config
-from ..runs.finished import measure
 from ..runs.folder import read_run
 from ..trainer import Trainer
+from .compare import measure
 from .rows import Row
 
 CURVE_POINTS = 50

@@ -35,7 +35,6 @@ from ..learner import Learner
 from ..partition import Estimates
 from ..rollouts import Rollouts
 from ..sampling import Sampling
-from .folder import fsync_folder
 
 TENSORS, STATE, SUMS = "trainer.safetensors", "trainer.json", "SHA256SUMS"
 NEWEST = 2  # checkpoints that stay; older ones are deleted once a newer one is complete
@@ -61,6 +60,9 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
     folder = run_dir / "checkpoints"
     final = folder / f"round-{state.round:06d}"
     temporary = folder / f".writing-{final.name}"
+    # features may draw from the global generators; our own draws do not
+    generators = {"python": random.getstate(), "numpy": np.random.get_state()}
+    trainer = {"round": state.round, "exponents": state.exponents, **generators}
     try:
         with disk_errors(f"writing checkpoint {final}"):
             for unfinished in folder.glob(".writing-*"):  # of a process that was killed
@@ -69,16 +71,14 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
             state.learner.policy.save(temporary)
             tokenizer.save_pretrained(temporary)
             save_file(_tensors(state), temporary / TENSORS)
-            trainer = {"round": state.round, "exponents": state.exponents, **_generators()}
-            (temporary / STATE).write_text(json.dumps(trainer))
+            (temporary / STATE).write_text(json.dumps(trainer, default=np.ndarray.tolist))
             sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
             (temporary / SUMS).write_text("".join(sums))
             for path in temporary.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+                _fsync(path)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            fsync_folder(folder)
+            _fsync(folder)  # or the rename does not survive a power cut
     except SafetensorError as error:  # how safetensors reports a full disk
         raise RunError(f"writing checkpoint {final}: {error}; free some space and continue with --resume") from None
     finally:
@@ -99,69 +99,49 @@ def round_of(path: Path) -> int:
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint, verified; None where the run has written none.
-
-    Raises:
-        UserError: it is damaged; the message names the next older one.
-    """
-    found = checkpoints(run_dir)
-    if not found:
-        return None
-    fault = _fault(found[-1])
-    if fault:
-        older = f"continue from {found[-2].name}" if len(found) > 1 else "start again from round 0"
-        raise UserError(f"checkpoint {found[-1]} is damaged ({fault}); delete that folder to {older}")
-    return found[-1]
+    """The newest checkpoint, None where there is none; raises UserError that names the one before if it is damaged."""
+    *older, newest = [None, *checkpoints(run_dir)]
+    if newest is not None and (fault := _fault(newest)):
+        remedy = f"continue from {older[-1].name}" if older[-1] else "start again from round 0"
+        raise UserError(f"checkpoint {newest} is damaged ({fault}); delete that folder to {remedy}")
+    return newest
 
 
 def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], list[Context]]) -> None:
     """Restore everything but the policy's weights, which are read where it is made; contexts: of a round."""
-    tensors = load_file(path / TENSORS)
-    trainer = json.loads((path / STATE).read_text())
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _with_prefix(tensors, "optimizer.").items():
-        index, key = name.split(".")
-        moments.setdefault(int(index), {})[key] = tensor
-    optimizer = state.learner.optimizer
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    for number, master in enumerate(state.learner.masters):
-        master.copy_(tensors[f"master.{number}"])
-    state.estimates.load_state(_with_prefix(tensors, "estimates."))
-    if state.sampling.proposal is not None:
-        state.sampling.proposal.load_state(_with_prefix(tensors, "proposal."))
-    state.round = trainer["round"]
-    ahead = state.sampling.ahead = []
-    while fields := _with_prefix(tensors, f"ahead.{len(ahead)}."):
-        ahead.append(Rollouts(contexts=tuple(contexts(state.round + len(ahead))), **fields))
+    tensors, trainer = load_file(path / TENSORS), json.loads((path / STATE).read_text())
+
+    def of(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    optimizer, estimates, sampling = state.learner.optimizer, state.estimates, state.sampling
+    groups = optimizer.state_dict()["param_groups"]
+    moments = {index: of(f"optimizer.{index}.") for index in groups[0]["params"]}
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for index, master in enumerate(state.learner.masters):
+        master.copy_(tensors[f"master.{index}"])
+    estimates.load_state(of("estimates."))
+    if sampling.proposal is not None:
+        sampling.proposal.load_state(of("proposal."))
+    state.round, sampling.ahead = trainer["round"], []
+    while fields := of(f"ahead.{len(sampling.ahead)}."):
+        sampling.ahead.append(Rollouts(contexts=tuple(contexts(state.round + len(sampling.ahead))), **fields))
     state.exponents = None if trainer["exponents"] is None else tuple(trainer["exponents"])
     version, internal, gauss = trainer["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, *position = trainer["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *position))
+    np.random.set_state(trainer["numpy"])
     torch.set_rng_state(tensors["torch_generator"])
 
 
 def _tensors(state: TrainerState) -> dict[str, Tensor]:
-    tensors = {"torch_generator": torch.get_rng_state()}
-    for index, moments in state.learner.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
-    tensors |= {f"master.{index}": master for index, master in enumerate(state.learner.masters)}
-    for index, rollouts in enumerate(state.sampling.ahead):
-        tensors |= {f"ahead.{index}.{name}": tensor for name, tensor in rollouts.tensors().items()}
+    groups = {f"optimizer.{i}": moments for i, moments in state.learner.optimizer.state_dict()["state"].items()}
+    groups |= {f"ahead.{i}": rollouts.tensors() for i, rollouts in enumerate(state.sampling.ahead)}
+    groups["master"] = {str(i): master for i, master in enumerate(state.learner.masters)}
+    groups["estimates"] = state.estimates.state()
     if state.sampling.proposal is not None:
-        tensors |= {f"proposal.{name}": tensor for name, tensor in state.sampling.proposal.state().items()}
-    tensors |= {f"estimates.{key}": tensor for key, tensor in state.estimates.state().items()}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _generators() -> dict[str, Any]:
-    """Features may draw from the global generators; our own draws do not."""
-    name, keys, *position = np.random.get_state()
-    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *position]}
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        groups["proposal"] = state.sampling.proposal.state()
+    named = {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+    return {name: x.contiguous() for name, x in named.items()} | {"torch_generator": torch.get_rng_state()}
 
 
 def _fault(path: Path) -> str | None:
@@ -180,3 +160,11 @@ def _fault(path: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

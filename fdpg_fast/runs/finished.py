@@ -1,24 +1,13 @@
-"""Runs that have a checkpoint: sampled from, measured, and measured alike, so that they can be compared.
-
-The Z that a run's own evaluation takes from its own sample differs from run to run and biases divergences (see
-`estimators.divergence_matrix`). In a comparison every run of one base and one target is held against one Z, from one
-large sample of the base.
-"""
+"""Runs that have a checkpoint, sampled from and measured."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import json
-import logging
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..clock import Clock
@@ -33,8 +22,6 @@ from ..rollouts import Rollouts
 from ..session import Session
 from .checkpoint import checkpoints
 from .folder import read_config
-
-log = logging.getLogger(__name__)
 
 
 def read_finished(run_dir: str | Path) -> TrainConfig:
@@ -93,60 +80,6 @@ def quasi_rejection_sample(
     settings: dict[str, Any] = dict(contexts=len(contexts), count=count, beta=beta, max_draws=max_draws, seed=seed)
     with contextlib.closing(session), activity(f"sampling until {count} completions are accepted"):
         return quasi_rejection.sample(draw, **settings)
-
-
-def measure_runs(run_dirs: Sequence[str | Path], samples: int, base_samples: int, seed: int) -> list[Evaluation]:
-    """Evaluate the newest checkpoint of each run on the evaluation contexts of the first.
-
-    Args:
-        samples: completions a context from each policy.
-        base_samples: completions a context from the base, kept in the first run's folder.
-
-    Raises:
-        UserError: a run has no checkpoint, or completions of another length than the first.
-    """
-    configs = [read_finished(run_dir) for run_dir in run_dirs]
-    first = configs[0]
-    for config in configs:
-        if config.engine.max_new_tokens != first.engine.max_new_tokens:
-            raise UserError(
-                f"compare: completions of {config.run_dir!r} end after {config.engine.max_new_tokens} tokens and those "
-                f"of {first.run_dir!r} after {first.engine.max_new_tokens}: distributions over different texts"
-            )
-    evaluations = []
-    for number, config in enumerate(configs, start=1):
-        log.info("measuring %d/%d: %s", number, len(configs), config.run_dir)
-        alike = config.model_copy(update={"contexts": first.contexts, "evaluation": first.evaluation})
-        evaluations.append(measure(alike, samples, base_samples, seed, Path(first.run_dir)))
-    return evaluations
-
-
-def measure(config: TrainConfig, samples: int, base_samples: int, seed: int, folder: Path) -> Evaluation:
-    """Evaluate a run's newest checkpoint; the base's sample comes from `folder`, or is drawn and kept there."""
-    session = Session(config, resume=True)
-    return evaluate_checkpoint(session, samples, seed, frozen_base_sample(session, base_samples, seed, folder))
-
-
-def frozen_base_sample(session: Session, samples: int, seed: int, folder: Path) -> Rollouts:
-    """The sample of a run's base for its evaluation contexts; drawn once for all runs that share both."""
-    config, contexts = session.config, tuple(session.eval_contexts)
-    same = [config.model, config.dtype, [c.token_ids for c in contexts], config.engine.max_new_tokens, samples, seed]
-    key = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
-    path = folder / f"base-sample-{key}.safetensors"
-    if path.exists():
-        return Rollouts(contexts=contexts, **load_file(path))
-    what = f"drawing {samples} completions of the base for each of {len(contexts)} contexts, for Z"
-    with session.base.as_base() as base, activity(what, samples * len(contexts)):
-        engine = session.start_engine(base, 0)
-        try:
-            rollouts = engine.sample(contexts, samples, seed)
-        finally:
-            engine.close()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # of two runs side by side the later one wins
-    save_file(rollouts.tensors(), temporary)
-    temporary.rename(path)
-    return rollouts
 
 
 def _contexts_to_continue(session: Session, prompt: str | None, count: int) -> list[Context]:

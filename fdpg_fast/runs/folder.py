@@ -9,13 +9,12 @@ import contextlib
 import fcntl
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config.load import dump_config, load_config, read_yaml
+from ..config.load import load_config, read_yaml
 from ..config.schema import RESUMABLE, TrainConfig
 from ..divergence import last_divergence
 from ..errors import UserError, disk_errors
@@ -44,27 +43,6 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run_dir: cannot write to {str(path)!r}: {error.strerror}") from None
 
-    @staticmethod
-    def create(config: TrainConfig) -> RunFolder:
-        """Start a run; refuses a folder that already holds one."""
-        RunFolder.refuse_taken(config)
-        folder = RunFolder(config.run_dir)
-        folder.record(config)
-        return folder
-
-    @staticmethod
-    def refuse_taken(config: TrainConfig) -> None:
-        """Raises UserError where run_dir holds a run already."""
-        if (Path(config.run_dir) / "config.yaml").exists():
-            raise UserError(
-                f"run_dir: {config.run_dir!r} already holds a run; continue it with --resume {config.run_dir}, "
-                "or choose another run_dir"
-            )
-
-    def record(self, config: TrainConfig) -> None:
-        """Make this the config of the run."""
-        write_whole(self.path / "config.yaml", dump_config(config))
-
     def append(self, name: str, row: Json) -> None:
         """Add one object to a .jsonl file."""
         with disk_errors(f"writing {self.path / name}"), open(self.path / name, "a", **TEXT) as file:
@@ -78,7 +56,7 @@ class RunFolder:
                 write_whole(path, "".join(to_json(row) + "\n" for row in rows if row["round"] < round_index))
 
     def discard(self) -> None:
-        """Undo `create`: remove what this process has written, and the folder if nothing else is in it."""
+        """Remove what a run has written before its first round, and the folder if nothing else is in it."""
         for name in ("config.yaml", "evaluation.jsonl", "samples.jsonl", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -88,34 +66,33 @@ class RunFolder:
         self._lock.close()
 
 
+def refuse_taken(run_dir: str) -> None:
+    """Raises UserError where the folder of a new run holds one already."""
+    if (Path(run_dir) / "config.yaml").exists():
+        raise UserError(
+            f"run_dir: {run_dir!r} already holds a run; continue it with --resume {run_dir}, or choose another run_dir"
+        )
+
+
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; of a file that is not there, nothing.
-
-    Attributes:
-        trained: the name under which `before` and `after` have the divergence that is trained.
-        before, after: the evaluations of the base and of the last policy that was evaluated.
-    """
+    """What a run folder holds; of a file that is not there, nothing."""
 
     path: Path
     config: Json
-    trained: str
+    trained: str  # the name under which `before` and `after` have the divergence that is trained
     metrics: list[dict[str, float]]
     samples: list[Json]
-    before: dict[str, Estimate]
-    after: dict[str, Estimate]
+    before: dict[str, Estimate]  # the evaluation of the base
+    after: dict[str, Estimate]  # of the last policy that was evaluated
 
     @property
     def divergence(self) -> str:
         return str(self.config.get("divergence", "?"))
 
-    @property
-    def seed(self) -> str:
-        return str((self.config.get("trainer") or {}).get("seed", "?"))
-
 
 def read_run(run_dir: str | Path) -> Run:
-    """Read whatever a run has written so far.
+    """Whatever a run has written so far.
 
     Raises:
         UserError: there is no run, or one of its files is damaged; names file and line.
@@ -135,13 +112,6 @@ def read_run(run_dir: str | Path) -> Run:
     return Run(path.parent, config, trained, metrics, samples, estimates_of(before), estimates_of(after))
 
 
-def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
-    """Several; raises UserError as `read_run`, or where no run is given."""
-    if not run_dirs:
-        raise UserError("compare: no run given; name at least one run folder")
-    return [read_run(run_dir) for run_dir in run_dirs]
-
-
 def estimates_of(evaluation: Json) -> dict[str, Estimate]:
     """The metrics of a line of evaluation.jsonl."""
     metrics = evaluation.get("metrics") or {}
@@ -149,11 +119,7 @@ def estimates_of(evaluation: Json) -> dict[str, Estimate]:
 
 
 def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) -> TrainConfig:
-    """The config of an existing run, of which only what is RESUMABLE may change.
-
-    Raises:
-        UserError: there is no run, another key is overridden, and as `load_config`.
-    """
+    """The config of an existing run; raises UserError where there is none, or more than what is RESUMABLE changes."""
     for key in overrides or {}:
         if key not in RESUMABLE:
             raise UserError(f"--{key}: a resumed run keeps its config; only {', '.join(RESUMABLE)} may change")
@@ -217,12 +183,3 @@ def write_whole(path: Path, text: str) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     return path
-
-
-def fsync_folder(path: Path) -> None:
-    """Make a rename inside the folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,18 +1,17 @@
-"""A run, or several, to look at: pages that need nothing but themselves, from the templates beside this file."""
+"""A run to look at: a page that needs nothing but itself, from the template beside this file."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from ..measure.diagnostics import complaints
 from .folder import Json, Run, read_run, to_float, write_whole
-from .plots import PALETTE, Drawing, coloured, curve, scatter
-from .tables import DOUBT, UNKNOWN, comparison_rows, is_number, label_of, metric_keys, text_of, with_error
+from .plots import PALETTE, Drawing, coloured, curve
+from .tables import UNKNOWN, is_number, label_of, metric_keys, text_of, with_error
 
 CURVES = {
     "policy/kl_to_base": "KL to base (nats)",
@@ -34,13 +33,10 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     keys, features, divergences = (metric_keys([run], prefix) for prefix in ("", "feature/", "divergence/"))
-    return _write_page(
+    return write_page(
         run.path / "report.html",
-        "report.html.j2",
+        "runs/report.html.j2",
         run=run,
-        model=Path(str(run.config.get("model", "?"))).name,
-        rounds=(run.config.get("trainer") or {}).get("rounds", "?"),
-        target=" · ".join(map(_term, run.config.get("target") or [])) or "?",
         complaints=complaints(run.metrics[-1] if run.metrics else {}).values(),
         cards=(features, ["kl_to_base"], ["distinct_2"]),
         curves=_curves(run, [key.removeprefix("feature/") for key in features]),
@@ -52,36 +48,13 @@ def write_report(run_dir: str | Path) -> Path:
     )
 
 
-def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
-    """Make a page with the trade-offs and learning curves of several runs and the tables of `compare_table`."""
-    header, quality, divergences = comparison_rows(runs)
-    names = [run.divergence for run in runs]
-    names = names if len(set(names)) > 1 else header[1:]  # what tells the runs apart
-    colours = coloured(names)
-    named = list(zip(names, runs, strict=True))
-    ends = [(name, colours[name], run.after) for name, run in named]
-    features = metric_keys(runs, "feature/")
-    titles = {f"target/{key.removeprefix('feature/')}": label_of(key) for key in features}
-    titles |= {key: CURVES[key] for key in ("policy/kl_to_base", "policy/entropy_per_token")}
-    return _write_page(
-        Path(path),
-        "comparison.html.j2",
-        runs=runs,
-        colours=colours,
-        trade_offs=[scatter(ends, x, y) for y in features for x in ("entropy_per_token", "kl_to_base")],
-        curves=[curve(titles[key], [(run, key, colours[name]) for name, run in named]) for key in titles],
-        quality=list(zip(header, *quality, strict=True)),
-        divergences=list(zip(header, *divergences, strict=True)),
-        doubt=DOUBT if any("?" in cell for row in divergences for cell in row) else "",
-    )
-
-
-def _write_page(path: Path, template: str, **content: Any) -> Path:
-    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
-    pages = Environment(loader=PackageLoader("fdpg_fast.runs", "."), autoescape=True, **options)
+def write_page(path: Path, template: str, **content: Any) -> Path:
+    """Make a page from a template of this package, whole or not at all; what the config does not say is undefined."""
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": ChainableUndefined}
+    pages = Environment(loader=PackageLoader("fdpg_fast", "."), autoescape=True, **options)
     pages.tests["numeric"] = is_number
     pages.globals["unknown"] = UNKNOWN
-    pages.filters |= {"coloured": coloured, "label": label_of, "text": text_of, "number": _number}
+    pages.filters |= {"coloured": coloured, "label": label_of, "text": text_of, "number": _number, "term": _term}
     return write_whole(path, pages.get_template(template).render(content) + "\n")
 
 
@@ -90,8 +63,7 @@ def _number(value: float | str | None) -> str:
 
 
 def _curves(run: Run, features: list[str]) -> list[Drawing | None]:
-    keys = dict.fromkeys(key for row in run.metrics for key in row)
-    trained = [key[7:-3] for key in keys if key.startswith("target/") and key.endswith("_se")]
+    trained = [key[7:-3] for row in run.metrics for key in row if key.startswith("target/") and key.endswith("_se")]
     colours = coloured(features + trained)
     title = "E[φ]" if len(colours) > 1 else f"E[{''.join(colours)}]"
     first = curve(title, [(run, f"target/{name}", colour) for name, colour in colours.items()], colours)

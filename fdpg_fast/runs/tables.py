@@ -1,4 +1,4 @@
-"""What runs have measured, as plain tables for the terminal; how a number and a metric are written everywhere."""
+"""What a run has measured, as plain tables for the terminal; how a number and a metric are written everywhere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Column, Table
-from rich.text import Text
+from rich.cells import cell_len, set_cell_size
 
 from fdpg_kernels import divergences
 
@@ -26,9 +23,7 @@ LABELS = {  # in the order of the tables
     "entropy_per_token": "entropy per token (nats)",
     "entropy_per_sequence": "entropy per sequence (nats)",
     "length": "length (tokens)",
-    "distinct_1": "Distinct-1",
-    "distinct_2": "Distinct-2",
-    "distinct_3": "Distinct-3",
+    **{f"distinct_{n}": f"Distinct-{n}" for n in (1, 2, 3)},
     "self_bleu_5": "Self-BLEU-5",
     "perplexity_under_base": "perplexity under base",
     "log_z": "log Z",
@@ -38,17 +33,9 @@ LABELS = {  # in the order of the tables
 # of what every feature has, in the order of the tables
 FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the target", "exponent": "λ of {}"}
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")
-COMPARED = (
-    *("kl_to_base", "kl_of_target_to_base", "entropy_per_token", "distinct_1", "distinct_2", "distinct_3"),
-    *("self_bleu_5", "perplexity_under_base"),
-)
-NO_BETTER_SIDE = ("kl_of_target_to_base", "perplexity_under_base")
 MATRIX = tuple(f"divergence/{x}" for x in ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"))
-
 WIDTH = 100  # columns of a terminal that tables may take
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
-LEAST_ESS = 50.0
-DOUBT = f"?: rests on fewer than {LEAST_ESS:g} effective samples; the policy may miss parts of the target unseen"
 
 
 def text_of(estimate: Estimate) -> str:
@@ -91,66 +78,28 @@ def _place(key: str) -> int:
     return [*FEATURE_LABELS, *LABELS, key].index(kind if kind in FEATURE_LABELS else key)
 
 
-def table_rows(keys: Iterable[str], *columns: dict[str, Estimate]) -> list[list[str]]:
-    """A line for each metric: its label, and its value in each column."""
-    return [[label_of(key), *(text_of(column.get(key, UNKNOWN)) for column in columns)] for key in keys]
-
-
 def before_after_table(run_dir: str | Path) -> str:
     """What training changed, with 95 % intervals; raises UserError as `read_run`."""
     run = read_run(run_dir)
     trained = f"divergence/{run.trained}"
-    rows = table_rows([*metric_keys([run], "feature/"), *SUMMARY], run.before, run.after)
-    for key in dict.fromkeys([trained, *MATRIX]):
-        label, *cells = table_rows([key], run.before, run.after)[0]
-        rows.append([f"to target: {label}{' (trained)' if key == trained else ''}", *cells])
-    return _text_table([["", "before", "after"], *rows])
+    labels = {key: label_of(key) for key in [*metric_keys([run], "feature/"), *SUMMARY]}
+    for key in [trained, *MATRIX]:
+        labels[key] = f"to target: {label_of(key)}{' (trained)' if key == trained else ''}"
+    rows = [[label, *(text_of(x.get(key, UNKNOWN)) for x in (run.before, run.after))] for key, label in labels.items()]
+    return text_table([["", "before", "after"], *rows])
 
 
 def evaluation_table(row: Json) -> str:
     """One evaluation, an object as in evaluation.jsonl."""
     estimates = estimates_of(row)
-    rows = table_rows(sorted(estimates, key=_place), estimates)
-    return _text_table([["", f"round {row.get('round', '?')}"], *rows])
-
-
-def compare_table(runs: Sequence[Run]) -> str:
-    """Runs as columns, as many side by side as there is room for; * marks the best of a row, ? what to doubt."""
-    header, quality, matrix = comparison_rows(runs)
-    table = _text_table([header, *quality, ["divergence to target"] + [""] * len(runs), *matrix])
-    return table + (f"\n\n{DOUBT}" if any("?" in cell for row in matrix for cell in row) else "")
-
-
-def comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]], list[list[str]]]:
-    """Header; rows of what the runs are and do; rows of how far they end from their target."""
-    header = ["", *(run.path.resolve().name[-20:] for run in runs)]
-    identity = [["trained", *(run.divergence for run in runs)], ["seed", *(run.seed for run in runs)]]
-    quality = [_ranked_row(runs, key) for key in [*metric_keys(runs, "feature/"), *COMPARED]]
-    return header, identity + quality, [_ranked_row(runs, key) for key in metric_keys(runs, "divergence/")]
-
-
-def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:
-    """A row with * before its best value, where there is a better side: a prescribed mean has none."""
-    sign = 1 if key.startswith(("feature/", "entropy", "distinct")) else -1
-    estimates = [run.after.get(key, UNKNOWN) for run in runs]
-    values = [sign * estimate.value for estimate in estimates if math.isfinite(estimate.value)]
-    prescribed = key.startswith("feature/") and any("moments" in str(run.config.get("target")) for run in runs)
-    best = sign * max(values) if len(values) > 1 and not prescribed and key not in NO_BETTER_SIDE else None
-    return [label_of(key), *("*" * (e.value == best) + text_of(e) + "?" * doubtful(key, e) for e in estimates)]
-
-
-def doubtful(key: str, estimate: Estimate) -> bool:
-    """Whether a value rests on so few samples that it means little; KL(π‖p) and χ²(π‖p) need no p/π."""
-    looks_at_p = key.startswith(("divergence/", "feature_of_target/", "kl_of_target_to_base"))
-    looks_at_p &= key not in ("divergence/reverse_kl", "divergence/neyman_chi2")
-    return looks_at_p and math.isfinite(estimate.value) and estimate.ess < LEAST_ESS
+    rows = [[label_of(key), text_of(estimates[key])] for key in sorted(estimates, key=_place)]
+    return text_table([["", f"round {row.get('round', '?')}"], *rows])
 
 
 def quality_table(quality: Sequence[Quality]) -> str:
     """What each β of quasi-rejection sampling costs and buys, for a person who chooses one."""
-    columns = [(q.acceptance, q.total_variation, q.forward_kl) for q in quality]
-    rows = [[f"{q.beta:g}", *map(text_of, estimates)] for q, estimates in zip(quality, columns, strict=True)]
-    return _text_table([["β", "acceptance", "TV to target", "KL(p‖p_β) (nats)"], *rows])
+    rows = [[f"{q.beta:g}", *map(text_of, (q.acceptance, q.total_variation, q.forward_kl))] for q in quality]
+    return text_table([["β", "acceptance", "TV to target", "KL(p‖p_β) (nats)"], *rows])
 
 
 def advice(kept: Kept, count: int, beta: float, max_draws: int) -> str:
@@ -167,33 +116,27 @@ def advice(kept: Kept, count: int, beta: float, max_draws: int) -> str:
     return f"{outcome}; a larger --max-draws than {max_draws} gets on at this β"
 
 
-def _text_table(rows: Sequence[Sequence[str]]) -> str:
+def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Labels to the left, the rest to the right, in blocks of as many columns as WIDTH holds."""
-    console = Console(width=WIDTH, color_system=None)
-    unlimited = console.options.update(width=10 * WIDTH * len(rows[0]))
-    for columns in range(len(rows[0]) - 1, 0, -1):
-        firsts = range(1, len(rows[0]), columns)
-        blocks = [_grid([[row[0], *row[first : first + columns]] for row in rows]) for first in firsts]
-        if all(console.measure(block, options=unlimited).maximum <= WIDTH for block in blocks):
+    labels, *columns = zip(*rows, strict=True)
+    label_width = max(map(cell_len, labels))
+    aligned = [_aligned(column) for column in columns]
+    for side_by_side in range(len(columns), 0, -1):
+        blocks = [aligned[first : first + side_by_side] for first in range(0, len(columns), side_by_side)]
+        if max(label_width + sum(2 + cell_len(column[0]) for column in block) for block in blocks) <= WIDTH:
             break
-    with console.capture() as capture:
-        for block in blocks:
-            console.print(block, "")
-    return "\n".join(line.rstrip() for line in capture.get().split("\n")).rstrip()
+    left = [set_cell_size(label, label_width) for label in labels]
+    texts = ["\n".join("  ".join(cells).rstrip() for cells in zip(left, *block, strict=True)) for block in blocks]
+    return "\n\n".join(texts)
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> Table:
-    table = Table.grid("", *(Column(justify="right", no_wrap=True) for _ in rows[0][1:]), padding=(0, 2))
-    for cells in zip(*map(_aligned, zip(*rows, strict=True)), strict=True):
-        table.add_row(*cells)
-    return table
-
-
-def _aligned(column: Sequence[str]) -> list[Padding]:
-    """The cells of a column that is justified to the right, the ± of its numbers below each other."""
+def _aligned(column: Sequence[str]) -> list[str]:
+    """The cells of a column to the right, as wide as each other, the ± of its numbers below each other."""
     errors = [len("".join(cell.partition(" ± ")[1:])) for cell in column]
     gaps = [max(errors) - error if is_number(cell) else 0 for cell, error in zip(column, errors, strict=True)]
-    return [Padding(Text(cell), (0, gap, 0, 0)) for cell, gap in zip(column, gaps, strict=True)]
+    cells = [cell + " " * gap for cell, gap in zip(column, gaps, strict=True)]
+    width = max(map(cell_len, cells))
+    return [" " * (width - cell_len(cell)) + cell for cell in cells]
 
 
 def is_number(cell: str) -> bool:

@@ -1,38 +1,18 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard, Weights & Biases and trackio where asked for."""
+"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases and trackio, where asked for."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config.load import dump_config
 from ..config.schema import TrainConfig
 from ..errors import UserError
-from .folder import RunFolder
 
 
-class Tracking:
-    """The fan-out of a round's metrics."""
-
-    def __init__(self, config: TrainConfig, folder: RunFolder):
-        self._folder = folder
-        self._trackers = [_start(name, config) for name in config.tracking]
-
-    def log(self, round_index: int, metrics: dict[str, float]) -> None:
-        self._folder.append("metrics.jsonl", {"round": round_index, **metrics})
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for log, _ in self._trackers:
-            log(finite, step=round_index)
-
-    def close(self) -> None:
-        for _, finish in self._trackers:
-            finish()
-
-
-def _start(name: str, config: TrainConfig) -> tuple[Callable[..., Any], Callable[[], Any]]:
+def start_tracker(name: str, config: TrainConfig) -> tuple[Callable[..., Any], Callable[[], Any]]:
     """What logs the metrics of a step, and what is called at the end."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

@@ -16,9 +16,10 @@ from fdpg_fast.engines.plan import plan_memory
 from fdpg_fast.engines.vllm import VLLMEngine
 from fdpg_fast.engines.vllm_replica import weight_source, weights_folder
 from fdpg_fast.errors import UserError
+from fdpg_fast.experiments.compare import frozen_base_sample
 from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
-from fdpg_fast.runs.finished import evaluate_checkpoint, frozen_base_sample
+from fdpg_fast.runs.finished import evaluate_checkpoint
 from fdpg_fast.session import Session
 from support import runs
 from support.runs import Moment

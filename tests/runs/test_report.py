@@ -8,10 +8,11 @@ import yaml
 from rich.cells import cell_len
 
 from fdpg_fast.errors import UserError
+from fdpg_fast.experiments.compare import compare_table, read_runs, write_comparison
 from fdpg_fast.measure.estimators import Estimate
-from fdpg_fast.runs.folder import read_jsonl, read_runs, to_float, to_json
-from fdpg_fast.runs.report import write_comparison, write_report
-from fdpg_fast.runs.tables import before_after_table, compare_table, evaluation_table, text_of, with_error
+from fdpg_fast.runs.folder import read_jsonl, to_float, to_json
+from fdpg_fast.runs.report import write_report
+from fdpg_fast.runs.tables import before_after_table, evaluation_table, text_of, with_error
 
 VOID = {"meta", "br"}
 

@@ -1,0 +1,170 @@
+"""Finished runs side by side: measured alike, then shown as a table for the terminal and as a page.
+
+The Z that a run's own evaluation takes from its own sample differs from run to run and biases divergences (see
+`estimators.divergence_matrix`). In a comparison every run of one base and one target is held against one Z, from one
+large sample of the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from ..config.schema import TrainConfig
+from ..errors import UserError
+from ..measure.estimators import Estimate
+from ..measure.evaluate import Evaluation
+from ..progress import activity
+from ..rollouts import Rollouts
+from ..runs.finished import evaluate_checkpoint, read_finished
+from ..runs.folder import Run, read_run
+from ..runs.plots import Drawing, coloured, curve, drawing, new_axes
+from ..runs.report import CURVES, write_page
+from ..runs.tables import UNKNOWN, label_of, metric_keys, text_of, text_table
+from ..session import Session
+from .intervals import DOUBT, doubtful
+from .pictures import draw_point
+
+log = logging.getLogger(__name__)
+
+COMPARED = (
+    *("kl_to_base", "kl_of_target_to_base", "entropy_per_token", "distinct_1", "distinct_2", "distinct_3"),
+    *("self_bleu_5", "perplexity_under_base"),
+)
+NO_BETTER_SIDE = ("kl_of_target_to_base", "perplexity_under_base")
+
+
+def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
+    """What several runs have written; raises UserError as `read_run`, or where no run is given."""
+    if not run_dirs:
+        raise UserError("compare: no run given; name at least one run folder")
+    return [read_run(run_dir) for run_dir in run_dirs]
+
+
+def measure_runs(run_dirs: Sequence[str | Path], samples: int, base_samples: int, seed: int) -> list[Evaluation]:
+    """Evaluate the newest checkpoint of each run on the evaluation contexts of the first.
+
+    Args:
+        samples: completions a context from each policy.
+        base_samples: completions a context from the base, kept in the first run's folder.
+
+    Raises:
+        UserError: a run has no checkpoint, or completions of another length than the first.
+    """
+    configs = [read_finished(run_dir) for run_dir in run_dirs]
+    first = configs[0]
+    for config in configs:
+        if config.engine.max_new_tokens != first.engine.max_new_tokens:
+            raise UserError(
+                f"compare: completions of {config.run_dir!r} end after {config.engine.max_new_tokens} tokens and those "
+                f"of {first.run_dir!r} after {first.engine.max_new_tokens}: distributions over different texts"
+            )
+    evaluations = []
+    for number, config in enumerate(configs, start=1):
+        log.info("measuring %d/%d: %s", number, len(configs), config.run_dir)
+        alike = config.model_copy(update={"contexts": first.contexts, "evaluation": first.evaluation})
+        evaluations.append(measure(alike, samples, base_samples, seed, Path(first.run_dir)))
+    return evaluations
+
+
+def measure(config: TrainConfig, samples: int, base_samples: int, seed: int, folder: Path) -> Evaluation:
+    """Evaluate a run's newest checkpoint; the base's sample comes from `folder`, or is drawn and kept there."""
+    session = Session(config, resume=True)
+    return evaluate_checkpoint(session, samples, seed, frozen_base_sample(session, base_samples, seed, folder))
+
+
+def frozen_base_sample(session: Session, samples: int, seed: int, folder: Path) -> Rollouts:
+    """The sample of a run's base for its evaluation contexts; drawn once for all runs that share both."""
+    config, contexts = session.config, tuple(session.eval_contexts)
+    same = [config.model, config.dtype, [c.token_ids for c in contexts], config.engine.max_new_tokens, samples, seed]
+    key = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
+    path = folder / f"base-sample-{key}.safetensors"
+    if path.exists():
+        return Rollouts(contexts=contexts, **load_file(path))
+    what = f"drawing {samples} completions of the base for each of {len(contexts)} contexts, for Z"
+    with session.base.as_base() as base, activity(what, samples * len(contexts)):
+        engine = session.start_engine(base, 0)
+        try:
+            rollouts = engine.sample(contexts, samples, seed)
+        finally:
+            engine.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # of two runs side by side the later one wins
+    save_file(rollouts.tensors(), temporary)
+    temporary.rename(path)
+    return rollouts
+
+
+def compare_table(runs: Sequence[Run]) -> str:
+    """Runs as columns, as many side by side as there is room for; * marks the best of a row, ? what to doubt."""
+    header, quality, divergences = _comparison_rows(runs)
+    table = text_table([header, *quality, ["divergence to target"] + [""] * len(runs), *divergences])
+    return table + (f"\n\n{DOUBT}" if "?" in str(divergences) else "")
+
+
+def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
+    """Make a page with the trade-offs and learning curves of several runs and the tables of `compare_table`."""
+    header, quality, divergences = _comparison_rows(runs)
+    names, features = [run.divergence for run in runs], metric_keys(runs, "feature/")
+    names = names if len(set(names)) > 1 else header[1:]  # what tells the runs apart
+    colours = coloured(names)
+    named = list(zip(names, runs, strict=True))
+    ends = [(name, colours[name], run.after) for name, run in named]
+    titles = {f"target/{key.removeprefix('feature/')}": label_of(key) for key in features}
+    titles |= {key: CURVES[key] for key in ("policy/kl_to_base", "policy/entropy_per_token")}
+    return write_page(
+        Path(path),
+        "experiments/comparison.html.j2",
+        runs=runs,
+        colours=colours,
+        trade_offs=[_scatter(ends, x, y) for y in features for x in ("entropy_per_token", "kl_to_base")],
+        curves=[curve(titles[key], [(run, key, colours[name]) for name, run in named]) for key in titles],
+        quality=list(zip(header, *quality, strict=True)),
+        divergences=list(zip(header, *divergences, strict=True)),
+        doubt=DOUBT if "?" in str(divergences) else "",
+    )
+
+
+def _comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Header; rows of what the runs are and do; rows of how far they end from their target."""
+    header = ["", *(run.path.resolve().name[-20:] for run in runs)]
+    seeds = [str((run.config.get("trainer") or {}).get("seed", "?")) for run in runs]
+    identity = [["trained", *(run.divergence for run in runs)], ["seed", *seeds]]
+    quality = [_ranked_row(runs, key) for key in [*metric_keys(runs, "feature/"), *COMPARED]]
+    return header, identity + quality, [_ranked_row(runs, key) for key in metric_keys(runs, "divergence/")]
+
+
+def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:
+    """A row with * before its best value, where there is a better side: a prescribed mean has none."""
+    sign = 1 if key.startswith(("feature/", "entropy", "distinct")) else -1
+    estimates = [run.after.get(key, UNKNOWN) for run in runs]
+    values = [sign * estimate.value for estimate in estimates if math.isfinite(estimate.value)]
+    prescribed = key.startswith("feature/") and any("moments" in str(run.config.get("target")) for run in runs)
+    best = sign * max(values) if len(values) > 1 and not prescribed and key not in NO_BETTER_SIDE else None
+    return [label_of(key), *("*" * (e.value == best) + text_of(e) + "?" * doubtful(key, e) for e in estimates)]
+
+
+def _scatter(ends: Iterable[tuple[str, str, dict[str, Estimate]]], x_key: str, y_key: str) -> Drawing | None:
+    """Where runs of some name and colour end, with error bars; runs of one name share their label."""
+    axes = new_axes(label_of(x_key))
+    labels: dict[tuple[str, str], tuple[float, float]] = {}
+    for name, colour, estimates in ends:
+        x, y = (estimates.get(key, UNKNOWN) for key in (x_key, y_key))
+        if draw_point(axes, (x.value, 1.96 * x.standard_error), (y.value, 1.96 * y.standard_error), colour):
+            point = (x.value, y.value)
+            labels[name, colour] = max(labels.get((name, colour), point), point)  # at the rightmost
+    axes.margins(x=0.2, y=0.15)
+    style = {"textcoords": "offset points", "fontsize": 8, "parse_math": False}
+    lowest = -math.inf
+    for (name, colour), point in sorted(labels.items(), key=lambda item: item[1][1]):
+        height = axes.transData.transform(point)[1] * 72 / axes.figure.dpi  # in points
+        lowest = max(height + 6, lowest + 10)  # labels of neighbours are stacked
+        axes.annotate(name, point, (6, lowest - height), color=colour, **style)
+    return drawing(f"{label_of(y_key)} against {label_of(x_key)}", axes) if labels else None
