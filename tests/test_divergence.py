@@ -1,4 +1,7 @@
-"""A divergence that is another one in every round: alpha:a..b."""
+"""A divergence that is another one in every round, alpha:a..b, and one of the user's own, file.py:name."""
+
+import math
+import re
 
 import pytest
 
@@ -82,3 +85,66 @@ def test_the_learner_has_the_rounds_divergence(tiny_model, tmp_path):
 
     path, constant = spread(PATH), spread("alpha:0.2")
     assert path[0] == constant[0] and abs(path[1] / constant[1] - 1) > 1e-3
+
+
+# --- one of the user's own ---
+
+OWN = """
+from fdpg_kernels import Divergence
+
+mine = Divergence("triangular", lambda t: (t - 1) ** 2 / (t + 1), 1.0)
+no_zeros = Divergence("jeffreys", lambda t: t * t.log() - t.log(), float("inf"))
+number = 3.0
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The folder that holds own.py, made the working directory, as for a config that says `divergence: own.py:mine`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path
+
+
+def test_a_divergence_of_the_user_s_own_is_trained_measured_reported_and_compared(own, tiny_model, capsys):
+    trainer = {"rounds": 2}
+    mine = runs.train(tiny_model, own, "mine", divergence="own.py:mine", trainer=trainer)
+    before, after = runs.rows(mine / "evaluation.jsonl")
+    for row in (before, after):
+        value, known = (row["metrics"][f"divergence/{name}"]["value"] for name in ("triangular", "squared_hellinger"))
+        assert math.isfinite(value) and 0 <= value <= 2 * known + 1e-9  # (t−1)²/(t+1) ≤ 2(√t − 1)²
+    assert "to target: triangular (trained)" in before_after_table(mine)
+    page = (mine / "report.html").read_text()
+    assert "to minimise own.py:mine between" in page and "<td>triangular" in page.replace("<th>", "<td>")
+
+    js = runs.train(tiny_model, own, "js", divergence="jensen_shannon", trainer=trainer)
+    capsys.readouterr()
+    assert runs.call("compare", mine, js, "--samples", 3, "--base-samples", 8, "--output", own / "both.html") == 0
+    table = capsys.readouterr().out
+    assert re.search(r"trained +own\.py:mine +jensen_shannon", table) and re.search(r"\n *triangular +\S", table)
+    assert "triangular" in (own / "both.html").read_text()
+    assert runs.call("evaluate", mine) == 0 and "triangular" in capsys.readouterr().out
+
+
+def test_a_run_by_the_user_s_own_divergence_is_resumed(own, tiny_model):
+    short = runs.train(tiny_model, own, "short", divergence="own.py:mine", trainer={"rounds": 1})
+    assert runs.call("train", "--resume", short, "--trainer.rounds=2") == 0
+    whole = runs.train(tiny_model, own, "whole", divergence="own.py:mine", trainer={"rounds": 2})
+    assert runs.record(short)["metrics"] == runs.record(whole)["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("own.py:yours", "import path 'own.py:yours': AttributeError: "),
+        ("absent.py:mine", "import path 'absent.py:mine': FileNotFoundError: "),
+        ("no_such_module:mine", "import path 'no_such_module:mine': ModuleNotFoundError: "),
+        ("own.py:number", "'own.py:number' is a float, not a fdpg_kernels.Divergence"),
+        ("own.py:no_zeros", "jeffreys"),  # infinite on a target that can be zero
+    ],
+)
+def test_what_is_no_divergence_is_refused(name, complaint, own, tiny_model, capsys):
+    assert runs.call("train", runs.write_config(own, runs.settings(tiny_model, own / "run", divergence=name))) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fdpg-fast: divergence: ") and complaint in said and said.count("\n") == 1
+    assert not (own / "run").exists()

@@ -202,7 +202,7 @@ class TrainConfig(Section):
     model: str
     """Folder or hub name of the causal LM to align; the target's base model is its frozen copy."""
     divergence: str = "jensen_shannon"
-    """D_f to minimise: forward_kl, jensen_shannon, …, alpha:0.5, or a path alpha:0.2..0.9 over the rounds."""
+    """D_f to minimise: forward_kl, …, alpha:0.5, a path alpha:0.2..0.9 over the rounds, or your own, file.py:name."""
     run_dir: str
     """Folder of this run; made new, or continued with --resume."""
     target: list[TermConfig] = Field(min_length=1)

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from ..config.load import dump_config
 from ..config.schema import TrainConfig
+from ..divergence import last_divergence
 from ..errors import UserError
 from ..measure.diagnostics import Watch
 from ..measure.evaluate import Evaluation
@@ -66,7 +67,8 @@ class Recorder:
 
     def evaluation(self, round_index: int, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
         """Add a line to evaluation.jsonl, and its samples to samples.jsonl."""
-        self.folder.append("evaluation.jsonl", {"round": round_index, **evaluation.as_dict()})
+        trained = last_divergence(self._config.divergence).name
+        self.folder.append("evaluation.jsonl", {"round": round_index, "divergence": trained, **evaluation.as_dict()})
         self._samples(round_index, "evaluation", samples)
 
     def record(self, this: Round, state: TrainerState) -> None:
