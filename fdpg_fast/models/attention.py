@@ -41,12 +41,12 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def run(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: Any, cache: Cache | None = None
+    model: PreTrainedModel, input_ids: Tensor, positions: Tensor, layout: Any, cache: Cache | None = None
 ) -> Tensor:
     """Final hidden states of rows of tokens, [R, T] → [R, T, D]; layers add their keys and values to the cache."""
     output = model.base_model(
         input_ids=input_ids,
-        position_ids=position_ids,
+        position_ids=positions,
         attention_mask=torch.empty(1, 1, 1, 1, device=input_ids.device),  # 4-D: handed through as it is, and not read
         past_key_values=cache,
         use_cache=cache is not None,
@@ -63,39 +63,31 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, **optio
 class PackedBatch:
     """The layout of a micro-batch of rollouts as one row of M tokens.
 
-    Attributes:
-        input_ids: every prompt once, then every completion without its last token, which predicts nothing, [1, M].
-        position_ids: of each token in its text, [1, M].
-        prompts, completions: the stretches of the row that are theirs.
-        context_index: which prompt each completion continues, [B].
-        target_rows: the row of the hidden states that predicts each completion token, [N].
+    In the row comes every prompt once, then every completion without its last token, which predicts nothing.
     """
 
     def __init__(self, rollouts: Rollouts, device: torch.device, dtype: torch.dtype):
+        context_index = rollouts.context_index.cpu()
         prompts = [torch.tensor(context.token_ids) for context in rollouts.contexts]
-        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-        context_index, input_lengths = rollouts.context_index.cpu(), rollouts.lengths.cpu() - 1
-        prompts_end, own_prompt_length = int(prompt_lengths.sum()), prompt_lengths[context_index]
-        self.max_length = int((own_prompt_length + input_lengths).max()) + 1
-        self.prompts, self.completions = Segments(prompt_lengths, device), Segments(input_lengths, device)
-        self.context_index, self._prompts_end = context_index.to(device), prompts_end
+        inputs = [tokens[:-1] for tokens in rollouts.token_ids.cpu().split(rollouts.lengths.tolist())]
+        prompt_lengths, input_lengths = (torch.tensor([len(text) for text in texts]) for texts in (prompts, inputs))
+        starts = [0] * len(prompts) + prompt_lengths[context_index].tolist()
+        positions = [torch.arange(i, i + len(text)) for i, text in zip(starts, prompts + inputs, strict=True)]
+        self.input_ids = torch.cat(prompts + inputs)[None].to(device)  # [1, M]
+        self.position_ids = torch.cat(positions)[None].to(device)  # [1, M], in each text
+        self.max_length = int((prompt_lengths[context_index] + input_lengths).max()) + 1
 
-        ends = rollouts.cu_seqlens.long().cpu()
-        is_first, is_last = torch.zeros(2, rollouts.num_tokens, dtype=torch.bool)
-        is_first[ends[:-1]], is_last[ends[1:] - 1] = True, True
-        self.input_ids = torch.cat([*prompts, rollouts.token_ids.cpu()[~is_last]])[None].to(device)
-        lengths = torch.cat([prompt_lengths, input_lengths])
-        first_position = torch.cat([torch.zeros_like(prompt_lengths), own_prompt_length]) - _starts(lengths)
-        positions = torch.arange(int(lengths.sum())) + first_position.repeat_interleave(lengths)
-        self.position_ids = positions[None].to(device)
-        target_rows = torch.empty(rollouts.num_tokens, dtype=torch.long)
-        target_rows[is_first] = (prompt_lengths.cumsum(0) - 1)[context_index]
-        target_rows[~is_first] = torch.arange(prompts_end, int(lengths.sum()))
-        self.target_rows = target_rows.to(device)
+        # a completion's first token is predicted by its prompt's last, the others by the token before each
+        self._prompts_end = int(prompt_lengths.sum())
+        sequence = torch.arange(len(rollouts)).repeat_interleave(rollouts.lengths.cpu())
+        target_rows = self._prompts_end - 1 + torch.arange(rollouts.num_tokens) - sequence
+        target_rows[rollouts.cu_seqlens[:-1].long().cpu()] = (prompt_lengths.cumsum(0) - 1)[context_index]
+        self.target_rows = target_rows.to(device)  # [N], of the hidden states that predict the completions' tokens
 
-        longest = self.completions.longest
-        own = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(len(input_lengths), -1, -1)
-        prompt = self.prompts.is_real[self.context_index][:, None].expand(-1, longest, -1)
+        self._prompts, self._completions = Segments(prompt_lengths, device), Segments(input_lengths, device)
+        self._context_index, longest = context_index.to(device), self._completions.longest
+        own = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(len(rollouts), -1, -1)
+        prompt = self._prompts.is_real[self._context_index][:, None].expand(-1, longest, -1)
         allowed = torch.cat([prompt, own], dim=2)[:, None]  # [B, 1, T, P+T]; padding of completions comes after all
         self._mask = torch.zeros(allowed.shape, device=device, dtype=dtype).masked_fill_(~allowed, float("-inf"))
 
@@ -103,14 +95,14 @@ class PackedBatch:
         """Attention in the one row, [1, H, M, d] each → [1, M, H, d]: a completion sees its prompt and itself."""
         lengths = [self._prompts_end, query.shape[2] - self._prompts_end]
         of_prompts, own = zip(*(x[0].split(lengths, dim=1) for x in (query, key, value)), strict=True)
-        q, k, v = map(self.prompts.pad, of_prompts)
-        rows = [self.prompts.unpad(sdpa(q, k, v, scale, is_causal=True))]
-        if self.completions.longest:
-            own_q, own_k, own_v = map(self.completions.pad, own)
-            keys = torch.cat([k.index_select(0, self.context_index), own_k], dim=2)
-            values = torch.cat([v.index_select(0, self.context_index), own_v], dim=2)
+        q, k, v = map(self._prompts.pad, of_prompts)
+        rows = [self._prompts.unpad(sdpa(q, k, v, scale, is_causal=True))]
+        if self._completions.longest:
+            own_q, own_k, own_v = map(self._completions.pad, own)
+            keys = torch.cat([k.index_select(0, self._context_index), own_k], dim=2)
+            values = torch.cat([v.index_select(0, self._context_index), own_v], dim=2)
             attended = sdpa(own_q, keys, values, scale, attn_mask=self._mask.to(query.dtype))
-            rows.append(self.completions.unpad(attended))
+            rows.append(self._completions.unpad(attended))
         return torch.cat(rows)[None]
 
 
@@ -118,40 +110,35 @@ class Segments:
     """S ragged stretches of tokens, one behind the other, and their padded view."""
 
     def __init__(self, lengths: Tensor, device: torch.device):
-        self.longest = int(lengths.max()) if len(lengths) else 0
-        offsets = torch.arange(self.longest)
-        is_real = offsets < lengths[:, None]
+        self.longest = int(lengths.max())
+        is_real = torch.arange(self.longest) < lengths[:, None]
         self.is_real = is_real.to(device)  # [S, T]
-        self._rows = (_starts(lengths)[:, None] + offsets).masked_fill(~is_real, 0).to(device)  # [S, T]
-        self._places = is_real.flatten().nonzero()[:, 0].to(device)  # [n]
+        self._places = is_real.flatten().nonzero()[:, 0].to(device)  # [n], in the flat padded view
 
     def pad(self, packed: Tensor) -> Tensor:
         """[H, n, d] → [S, H, T, d]; padding is 0."""
-        by_row = packed.transpose(0, 1).reshape(packed.shape[1], -1)
-        padded = _Move.apply(by_row, self._rows, self.is_real, self._places, True)
-        return padded.view(*self._rows.shape, *packed.shape[::2]).transpose(1, 2)
+        padded = _spread(packed.transpose(0, 1).flatten(1), self._places, self.is_real.numel())
+        return padded.view(*self.is_real.shape, *packed.shape[::2]).transpose(1, 2)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[S, H, T, d] → [n, H, d], the real rows in packed order."""
-        by_row = padded.transpose(1, 2).reshape(self._rows.numel(), -1)
-        packed = _Move.apply(by_row, self._rows, self.is_real, self._places, False)
+        packed = _Gather.apply(padded.transpose(1, 2).reshape(self.is_real.numel(), -1), self._places)
         return packed.view(-1, padded.shape[1], padded.shape[3])
 
 
-class _Move(torch.autograd.Function):
-    """[n, D] → [S·T, D] or back, which are each other's backward pass: index_select's own adds row by row."""
+def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
+    """[n, D] → [size, D], each row at its place and zeros between."""
+    return rows.new_zeros(size, rows.shape[1]).index_copy_(0, places, rows)
+
+
+class _Gather(torch.autograd.Function):
+    """`index_select` of rows that are taken once each: its own backward pass adds row by row, which is slow."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, is_real: Tensor, places: Tensor, pads: bool) -> Tensor:
-        ctx.segments, ctx.pads = (rows, is_real, places), pads
-        if pads:
-            return x.index_select(0, rows.flatten()).masked_fill_(~is_real.view(-1, 1), 0.0)
-        return x.index_select(0, places)
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.places, ctx.size = places, len(rows)
+        return rows.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _Move.apply(gradient, *ctx.segments, not ctx.pads), None, None, None, None
-
-
-def _starts(lengths: Tensor) -> Tensor:
-    return lengths.cumsum(0) - lengths
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _spread(gradient, ctx.places, ctx.size), None

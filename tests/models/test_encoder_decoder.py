@@ -16,13 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from fdpg_fast.config.schema import EngineConfig, LoRAConfig
 from fdpg_fast.contexts import load_contexts
 from fdpg_fast.engines import TransformersEngine
+from fdpg_fast.engines.build import choose_engine
 from fdpg_fast.errors import UserError
 from fdpg_fast.features import Completions, python_parses
 from fdpg_fast.models.encoder_decoder import EncoderDecoderModel
 from fdpg_fast.models.language_model import LanguageModel
 from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
-from fdpg_fast.session import choose_engine
 from support import runs
 from support.language import contexts_of, p_value, rollouts_of, split
 

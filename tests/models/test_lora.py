@@ -12,7 +12,6 @@ from fdpg_fast import Trainer
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import LoRAConfig
 from fdpg_fast.engines.embedded import TransformersEngine
-from fdpg_fast.engines.plan import plan_memory
 from fdpg_fast.engines.vllm import VLLMEngine
 from fdpg_fast.engines.vllm_replica import weight_source, weights_folder
 from fdpg_fast.errors import UserError
@@ -289,12 +288,3 @@ def test_a_section_that_was_left_out_can_be_overridden(tiny_model, tmp_path, cap
     data = runs.settings(tiny_model, tmp_path / "run", lora=None)
     assert runs.call("train", runs.write_config(tmp_path, data), "--lora.rank=2", "--dry-run") == 0
     assert "are trained" in capsys.readouterr().out
-
-
-def test_the_plan_holds_no_base_and_little_for_the_optimizer(folders):
-    model = load(folders[True]).model
-    what = dict(num_parameters=10**9, dtype=torch.bfloat16, device_bytes=80 * 2**30, max_length=512)
-    how = dict(micro_batch_tokens=4096, max_sequences=64, shared_weights=False, sleeps=False)
-    full, lora = (plan_memory(model.config, **what, **how, num_adapter=n) for n in (0, 10**7))
-    assert (lora.base, lora.optimizer, lora.gradients) == (0, 8 * 10**7, 4 * 10**7)
-    assert lora.policy == full.policy + 2 * 10**7 and lora.activations > 0
