@@ -33,10 +33,10 @@ BACK_OFF = (0.5, 2.0)  # seconds before a request is tried again
 
 
 class VLLMServerEngine:
-    """Samples at temperature 1 from the full distribution on vLLM servers, which docs/engines.md says how to start.
+    """Samples at temperature 1 from the full distribution on one or more vLLM servers (0.32 or newer).
 
-    A server that dies or hangs is left out, its share of the round goes to the others, and it may return with the next
-    sync.
+    docs/engines.md says how they are started. One that dies or hangs is left out, its share of the round goes to the
+    others, and it may return with the next sync.
 
     Args:
         urls: of the servers, such as "http://gpu-box:8000".
@@ -118,7 +118,7 @@ class VLLMServerEngine:
             if policy.device.type != "cuda":
                 raise UserError(f"engine.weight_transfer: {self.weight_transfer} needs the model on a GPU; use disk")
             torch.cuda.current_stream(policy.device).synchronize()  # the update was queued on this thread's stream
-        self.lost = {}
+        self.version, self.lost = -1, {}  # a sync that is broken off leaves servers with different weights
         self._ask_all(self.replicas, Replica.expect_weights)
         ready = self._live()
         if self.weights_dir is None:
