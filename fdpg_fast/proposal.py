@@ -38,8 +38,8 @@ class AdaptiveProposal:
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` takes."""
-        tensors = {f"weights.{name}": tensor.clone() for name, tensor in self.model.weights()}
-        return tensors | {"samples": self._samples.clone(), "version": torch.tensor(self.version)}
+        weights = {f"weights.{name}": tensor.clone() for name, tensor in self.model.weights()}
+        return weights | {"samples": self._samples.clone(), "version": torch.tensor(self.version)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.model.weights():

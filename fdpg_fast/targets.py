@@ -23,17 +23,11 @@ MIN_FIT_ESS = 50.0  # below it the moments of the reweighted sample are not know
 
 @dataclass(frozen=True)
 class Term:
-    """One fixed factor of φ.
+    """One fixed factor of φ."""
 
-    Attributes:
-        features: the F features that it reads.
-        log_phi: feature values [B, F] float64 (NaN where a feature does not apply) → log φ [B].
-        can_be_zero: whether log φ may be −inf.
-    """
-
-    features: tuple[Feature, ...]
-    log_phi: Callable[[Tensor], Tensor]
-    can_be_zero: bool
+    features: tuple[Feature, ...]  # the F that it reads
+    log_phi: Callable[[Tensor], Tensor]  # their values [B, F] float64, NaN where one does not apply → log φ [B]
+    can_be_zero: bool  # whether log φ may be −inf
 
 
 @dataclass(frozen=True)
@@ -47,15 +41,10 @@ class MomentTerm:
 
 @dataclass(frozen=True)
 class Target:
-    """A product of terms; make your own with `Target((Term(...),))`, combine with `*`.
-
-    Attributes:
-        terms: the factors of φ.
-        exponents: λ of all moments in order, once fitted: together, for every moment is to hold under all of them.
-    """
+    """A product of terms; make your own with `Target((Term(...),))`, combine with `*`."""
 
     terms: tuple[Term | MomentTerm, ...]
-    exponents: tuple[float, ...] | None = None
+    exponents: tuple[float, ...] | None = None  # λ of all moments in order, once fitted
 
     def __mul__(self, other: Target) -> Target:
         return Target(self.terms + other.terms)
@@ -86,7 +75,7 @@ class Target:
         return fixed + centred @ torch.tensor(self.exponents or (), dtype=torch.float64)
 
     def fit(self, values: Tensor, context_index: Tensor) -> Target:
-        """λ chosen on samples of the base: values [S, F] of `features`, and which context each continues, [S].
+        """λ such that all moments hold together on samples of the base: values [S, F] of `features`, contexts [S].
 
         Raises:
             UserError: a feature hardly occurs, a moment is out of reach, or too few samples carry the weight.

@@ -1,10 +1,10 @@
 """Means, log Z and the table of D_f(π_c‖p_c), from one sample x_i ~ π(·|c_i), each with its standard error.
 
-Every argument is a tensor on the CPU, one entry a sequence: `policy_logprob` log π(x|c), `base_logprob` log a(x|c),
-`target_log_score` log P = log a + log φ (−inf where P = 0), [B] float64 in nats, and `context_index` [B] int64.
-Contexts weigh alike, however many samples each has. What π never samples is not seen: forward KL and χ²(p‖π) come out
-too small where π misses a part of p, and the ESS shows it only if a little of that part is sampled. The others are
-right even so where Z is known from elsewhere, and too small where it is not.
+Every argument is a tensor on the CPU, one entry a sequence: `policy_logprob` log π(x|c), `target_log_score` log P =
+log a + log φ (−inf where P = 0), [B] float64 in nats, and `context_index` [B] int64, which holds each of 0..C−1 where
+results are by context. Contexts weigh alike, however many samples each has. What π never samples is not seen: forward
+KL and χ²(p‖π) come out too small where π misses a part of p, and the ESS shows it only if a little of that part is
+sampled. The others are right even so where Z is known from elsewhere, and too small where it is not.
 """
 
 from __future__ import annotations
@@ -68,15 +68,11 @@ class DivergenceMatrix:
 
 
 def mean(values: Tensor, context_index: Tensor) -> Estimate:
-    """Average over contexts of the mean within each context.
+    """Average over contexts of the mean within each; NaN means "does not apply" and is ignored.
 
     Contexts count as a random sample wherever there are two or more: the spread of their means over √C is then the
     standard error, and it holds both sources of chance, which contexts were drawn and which samples in each. (Were the
     contexts all there are, it would be too wide.) With one context only the samples are random: sd/√n.
-
-    Args:
-        values: [B], any real dtype; NaN means "does not apply" and is ignored, as is a context with nothing else.
-        context_index: [B], any integers, in any order.
     """
     applies = ~values.isnan()
     values = values[applies].double()
@@ -119,9 +115,6 @@ def mean_under_target(
 def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_index: Tensor) -> LogPartition:
     """log Z_c = log mean of P/π over the samples of each context: E_π[P/π] = Z_c wherever π covers P.
 
-    Args:
-        context_index: values 0..C−1, each at least once.
-
     Raises:
         ValueError: P/π is infinite or NaN for some sample, which would pass for a context without samples.
     """
@@ -150,10 +143,10 @@ def divergence_matrix(
 
     D_c = E_π[h(t)] with t = πZ_c/P, h(t) = f(t)/t where P > 0 and f'(∞) where P = 0 (Go et al. 2023).
 
-    With `known`, w = p/π is known to have mean 1, and the multiple of w − 1 that leaves the least variance is taken off
-    h (a regression estimator). Far from p, where h grows like w and few samples carry nearly all of w, values without
-    it would exceed the bounds of D_f. Where f(0) is finite what is missing of w is worth f(0) each, so that parts of p
-    which π never samples are counted, and the ESS is the number of samples.
+    With `known`, Z_c from a larger or another sample, w = p/π is known to have mean 1, and the multiple of w − 1 that
+    leaves the least variance is taken off h (a regression estimator). Far from p, where h grows like w and few samples
+    carry nearly all of w, values without it would exceed the bounds of D_f. Where f(0) is finite what is missing of w
+    is worth f(0) each, so that parts of p which π never samples are counted, and the ESS is the number of samples.
 
     Without `known`, Z_c is the mean of P/π over the same samples. That biases D_c by O(1/n_c), mostly towards 0 (p/π
     cannot exceed n_c), and no standard error shows it: measured with 8 samples of each of 128 contexts, a forward KL of
@@ -165,10 +158,6 @@ def divergence_matrix(
 
     Left out are contexts whose Z_c is zero, and without `known` those of a single sample: its t is 1 whatever π is. A
     value is infinite where f'(∞) is and P = 0 on some sample.
-
-    Args:
-        context_index: values 0..C−1, each at least once.
-        known: Z_c of each of the C contexts from a larger or another sample.
     """
     partition = log_partition(policy_logprob, target_log_score, context_index)
     log_z = (known or partition).log_z

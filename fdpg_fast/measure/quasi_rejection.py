@@ -52,21 +52,21 @@ def estimate(log_weights: Tensor, context_index: Tensor, betas: Sequence[float] 
     log_weights = log_weights[usable[context_index]].double()
     context_index, counts = by_context.renumber(context_index[usable[context_index]])
 
-    def measure(share: Tensor, beta: float) -> Tensor:
-        """[C, 3] as functions of the masses: their derivatives are the samples' influences."""
+    def measure(share: Tensor, beta: float) -> tuple[Tensor, ...]:
+        """The three, [C] each, as functions of the masses: their derivatives are the samples' influences."""
         log_w = log_weights - by_context.log_sum_exp(log_weights, context_index, len(counts), share)[context_index]
         w, m = log_w.exp(), log_w.clamp(max=math.log(beta)).exp()
         accepted = by_context.sums(share * m, context_index, len(counts))  # S
-        distance = (w - m / accepted[context_index]).abs() / 2
-        excess = w * (log_w - math.log(beta)).clamp(min=0)
-        total = by_context.sums(torch.stack([share * distance, share * excess], dim=1), context_index, len(counts))
-        return torch.stack([accepted / beta, total[:, 0], total[:, 1] + accepted.log()], dim=1)
+        distances = (w - m / accepted[context_index]).abs() / 2
+        excesses = w * (log_w - math.log(beta)).clamp(min=0)
+        distance, excess = (by_context.sums(share * x, context_index, len(counts)) for x in (distances, excesses))
+        return accepted / beta, distance, excess + accepted.log()
 
     share = (1 / counts.double())[context_index].requires_grad_()  # each sample's mass in its context's empirical q
     qualities = []
     for beta in betas:
         estimates = []
-        for values in measure(share, beta).unbind(1):  # [C]
+        for values in measure(share, beta):
             (influence,) = torch.autograd.grad(values.sum(), share, retain_graph=True)
             influence = influence - by_context.means(influence, context_index, counts)[context_index]
             influenced = mean(values.detach()[context_index] + influence, context_index)
