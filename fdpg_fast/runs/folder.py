@@ -26,11 +26,7 @@ TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a
 
 
 class RunFolder:
-    """The folder of a run, made if it is not there, which this process owns until `close`.
-
-    Raises:
-        UserError: another process is using it, or it cannot be written.
-    """
+    """The folder of a run, made if it is not there, which this process owns until `close`, or UserError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -92,11 +88,7 @@ class Run:
 
 
 def read_run(run_dir: str | Path) -> Run:
-    """Whatever a run has written so far.
-
-    Raises:
-        UserError: there is no run, or one of its files is damaged; names file and line.
-    """
+    """Whatever a run has written so far; raises UserError where there is no run, or a file is damaged."""
     path = _config_path(run_dir)
     config = read_yaml(path)
     metrics = read_jsonl(path.with_name("metrics.jsonl"), lambda row: {key: to_float(row[key]) for key in row})
@@ -134,11 +126,7 @@ def _config_path(run_dir: str | Path) -> Path:
 
 
 def read_jsonl(path: Path, parse: Callable[[Json], Parsed], skip_damaged: bool = False) -> list[Parsed]:
-    """What `parse` makes of each object of a file; nothing of a file that is not there.
-
-    Raises:
-        UserError: a line is damaged; names file and line.
-    """
+    """What `parse` makes of each object of a file, if there is one; raises UserError that names a damaged line."""
     rows = []
     lines = path.read_bytes().split(b"\n") if path.exists() else []  # not splitlines: a text may hold U+2028
     for number, line in enumerate(lines, start=1):
