@@ -29,13 +29,16 @@ def write_report(run_dir: str | Path) -> Path:
     """Make RUN/report.html from whatever the run has written so far; raises UserError as `read_run`."""
     run = read_run(run_dir)
     keys, features, divergences = (metric_keys([run], prefix) for prefix in ("", "feature/", "divergence/"))
+    trained = [key[7:-3] for row in run.metrics for key in row if key.startswith("target/") and key.endswith("_se")]
+    colours = coloured([key.removeprefix("feature/") for key in features] + trained)
     return write_page(
         run.path / "report.html",
         "runs/report.html.j2",
         run=run,
         complaints=complaints(run.metrics[-1] if run.metrics else {}).values(),
         cards=(features, ["kl_to_base"], ["distinct_2"]),
-        curves=_curves(run, [key.removeprefix("feature/") for key in features]),
+        colours=colours,
+        curves=_curves(run, colours),
         others=[key for key in keys if key not in divergences],
         divergences=divergences,
         phases=_phases(run.metrics),
@@ -58,11 +61,9 @@ def _number(value: float | str | None) -> str:
     return with_error(to_float(value), math.nan)
 
 
-def _curves(run: Run, features: list[str]) -> list[Drawing | None]:
-    trained = [key[7:-3] for row in run.metrics for key in row if key.startswith("target/") and key.endswith("_se")]
-    colours = coloured(features + trained)
+def _curves(run: Run, colours: dict[str, str]) -> list[Drawing | None]:
     title = "E[φ]" if len(colours) > 1 else f"E[{''.join(colours)}]"
-    first = curve(title, [(run, f"target/{name}", colour) for name, colour in colours.items()], colours)
+    first = curve(title, [(run, f"target/{name}", colour) for name, colour in colours.items()])
     return [first, *(curve(label, [(run, key, PALETTE[0])]) for key, label in CURVES.items())]
 
 
