@@ -23,6 +23,7 @@ from ..measure.estimators import Estimate
 Json = dict[str, Any]
 Parsed = TypeVar("Parsed")
 TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
+NO_NUMBERS = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}  # as Python's json has them, and as we do
 
 
 class RunFolder:
@@ -82,10 +83,6 @@ class Run:
     before: dict[str, Estimate]  # the evaluation of the base
     after: dict[str, Estimate]  # of the last policy that was evaluated
 
-    @property
-    def divergence(self) -> str:
-        return str(self.config.get("divergence", "?"))
-
 
 def read_run(run_dir: str | Path) -> Run:
     """Whatever a run has written so far; raises UserError where there is no run, or a file is damaged."""
@@ -142,17 +139,8 @@ def read_jsonl(path: Path, parse: Callable[[Json], Parsed], skip_damaged: bool =
 
 def to_json(row: Json) -> str:
     """One line of JSON."""
-    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
+    plain = json.loads(json.dumps(row), parse_constant=NO_NUMBERS.get)
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False)
 
 
 def to_float(value: float | str | None) -> float:

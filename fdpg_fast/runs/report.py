@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from ..measure.diagnostics import complaints
-from .folder import Json, Run, read_run, to_float, write_whole
-from .plots import PALETTE, Drawing, coloured, curve, finite
+from .folder import Json, read_run, to_float, write_whole
+from .plots import PALETTE, coloured, curve, finite
 from .tables import UNKNOWN, is_number, label_of, metric_keys, text_of, with_error
 
 CURVES = {
@@ -31,6 +31,9 @@ def write_report(run_dir: str | Path) -> Path:
     keys, features, divergences = (metric_keys([run], prefix) for prefix in ("", "feature/", "divergence/"))
     trained = [key[7:-3] for row in run.metrics for key in row if key.startswith("target/") and key.endswith("_se")]
     colours = coloured([key.removeprefix("feature/") for key in features] + trained)
+    title = "E[φ]" if len(colours) > 1 else f"E[{''.join(colours)}]"
+    curves = [curve(title, [(run, f"target/{name}", colour) for name, colour in colours.items()])]
+    curves += [curve(label, [(run, key, PALETTE[0])]) for key, label in CURVES.items()]
     return write_page(
         run.path / "report.html",
         "runs/report.html.j2",
@@ -38,7 +41,7 @@ def write_report(run_dir: str | Path) -> Path:
         complaints=complaints(run.metrics[-1] if run.metrics else {}).values(),
         cards=(features, ["kl_to_base"], ["distinct_2"]),
         colours=colours,
-        curves=_curves(run, colours),
+        curves=curves,
         others=[key for key in keys if key not in divergences],
         divergences=divergences,
         phases=_phases(run.metrics),
@@ -59,12 +62,6 @@ def write_page(path: Path, template: str, **content: Any) -> Path:
 
 def _number(value: float | str | None) -> str:
     return with_error(to_float(value), math.nan)
-
-
-def _curves(run: Run, colours: dict[str, str]) -> list[Drawing | None]:
-    title = "E[φ]" if len(colours) > 1 else f"E[{''.join(colours)}]"
-    first = curve(title, [(run, f"target/{name}", colour) for name, colour in colours.items()])
-    return [first, *(curve(label, [(run, key, PALETTE[0])]) for key, label in CURVES.items())]
 
 
 def _phases(metrics: list[dict[str, float]]) -> dict[str, float]:
