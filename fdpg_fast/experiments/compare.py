@@ -112,8 +112,8 @@ def compare_table(runs: Sequence[Run]) -> str:
 def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
     """Make a page with the trade-offs and learning curves of several runs and the tables of `compare_table`."""
     header, quality, divergences = _comparison_rows(runs)
-    names, features = [run.divergence for run in runs], metric_keys(runs, "feature/")
-    names = names if len(set(names)) > 1 else header[1:]  # what tells the runs apart
+    trained, features = quality[0][1:], metric_keys(runs, "feature/")
+    names = trained if len(set(trained)) > 1 else header[1:]  # what tells the runs apart
     colours = coloured(names)
     named = list(zip(names, runs, strict=True))
     ends = [(name, colours[name], run.after) for name, run in named]
@@ -135,10 +135,11 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
 def _comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """Header; rows of what the runs are and do; rows of how far they end from their target."""
     header = ["", *(run.path.resolve().name[-20:] for run in runs)]
+    trained = [str(run.config.get("divergence", "?")) for run in runs]
     seeds = [str((run.config.get("trainer") or {}).get("seed", "?")) for run in runs]
-    identity = [["trained", *(run.divergence for run in runs)], ["seed", *seeds]]
     quality = [_ranked_row(runs, key) for key in [*metric_keys(runs, "feature/"), *COMPARED]]
-    return header, identity + quality, [_ranked_row(runs, key) for key in metric_keys(runs, "divergence/")]
+    divergences = [_ranked_row(runs, key) for key in metric_keys(runs, "divergence/")]
+    return header, [["trained", *trained], ["seed", *seeds], *quality], divergences
 
 
 def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:

@@ -1,8 +1,7 @@
 """Checkpoints: a Hugging Face model folder plus what the trainer needs to go on with the same numbers.
 
     checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder), or
-                                the LoRA adapter as peft saves it (peft.AutoPeftModelForCausalLM.from_pretrained opens
-                                the folder and finds the base model under the name that the config gives it)
+                                a LoRA adapter as peft saves it (peft.AutoPeftModelForCausalLM.from_pretrained does)
                                 trainer.safetensors: optimizer, Z, baseline, torch's generator, rollouts sampled ahead,
                                 an adaptive proposal
                                 trainer.json: round, λ, the other generators
@@ -60,9 +59,8 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
     folder = run_dir / "checkpoints"
     final = folder / f"round-{state.round:06d}"
     temporary = folder / f".writing-{final.name}"
-    # features may draw from the global generators; our own draws do not
-    generators = {"python": random.getstate(), "numpy": np.random.get_state()}
-    trainer = {"round": state.round, "exponents": state.exponents, **generators}
+    trainer: dict[str, Any] = {"round": state.round, "exponents": state.exponents}
+    trainer |= {"python": random.getstate(), "numpy": np.random.get_state()}  # features may draw from them, we do not
     try:
         with disk_errors(f"writing checkpoint {final}"):
             for unfinished in folder.glob(".writing-*"):  # of a process that was killed

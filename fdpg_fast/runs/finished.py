@@ -25,24 +25,18 @@ from .folder import read_config
 
 
 def read_finished(run_dir: str | Path) -> TrainConfig:
-    """The config of a run that has a checkpoint.
-
-    Raises:
-        UserError: it has none, or there is no run.
-    """
+    """The config of a run; raises UserError where there is none, or it has no checkpoint."""
     config = read_config(run_dir)
     if not checkpoints(run_dir):
         raise UserError(f"{str(run_dir)!r} has no checkpoint yet; train it first: fdpg-fast train --resume {run_dir}")
     return config
 
 
-def evaluate_checkpoint(
-    session: Session, samples_per_context: int | None, seed: int, base: Rollouts | None = None
-) -> Evaluation:
+def evaluate_checkpoint(session: Session, samples: int | None, seed: int, base: Rollouts | None = None) -> Evaluation:
     """Measure the newest checkpoint on a sample of its own seed.
 
     Args:
-        samples_per_context: left out, the config's.
+        samples: completions a context; None: as many as the config says.
         base: samples of the base for the evaluation contexts: Z, and λ of a distributional target, are then theirs.
     """
     session.restore()
@@ -50,7 +44,7 @@ def evaluate_checkpoint(
     if base is not None:
         log_phi = scorer.log_phi(base, fit=bool(scorer.target.moments))
         log_z = log_partition(torch.zeros_like(log_phi), log_phi, base.context_index)  # P/a is φ
-    samples = samples_per_context or session.config.evaluation.samples_per_context
+    samples = samples or session.config.evaluation.samples_per_context
     with contextlib.closing(session):
         return session.measure(samples, session.seed("fresh evaluation", seed), 0, log_z)[0]
 

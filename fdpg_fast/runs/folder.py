@@ -23,14 +23,11 @@ from ..measure.estimators import Estimate
 Json = dict[str, Any]
 Parsed = TypeVar("Parsed")
 TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
+NO_NUMBERS = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}  # as Python's json has them, and as we do
 
 
 class RunFolder:
-    """The folder of a run, made if it is not there, which this process owns until `close`.
-
-    Raises:
-        UserError: another process is using it, or it cannot be written.
-    """
+    """The folder of a run, made if it is not there, which this process owns until `close`, or UserError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -86,17 +83,9 @@ class Run:
     before: dict[str, Estimate]  # the evaluation of the base
     after: dict[str, Estimate]  # of the last policy that was evaluated
 
-    @property
-    def divergence(self) -> str:
-        return str(self.config.get("divergence", "?"))
-
 
 def read_run(run_dir: str | Path) -> Run:
-    """Whatever a run has written so far.
-
-    Raises:
-        UserError: there is no run, or one of its files is damaged; names file and line.
-    """
+    """Whatever a run has written so far; raises UserError where there is no run, or a file is damaged."""
     path = _config_path(run_dir)
     config = read_yaml(path)
     metrics = read_jsonl(path.with_name("metrics.jsonl"), lambda row: {key: to_float(row[key]) for key in row})
@@ -134,11 +123,7 @@ def _config_path(run_dir: str | Path) -> Path:
 
 
 def read_jsonl(path: Path, parse: Callable[[Json], Parsed], skip_damaged: bool = False) -> list[Parsed]:
-    """What `parse` makes of each object of a file; nothing of a file that is not there.
-
-    Raises:
-        UserError: a line is damaged; names file and line.
-    """
+    """What `parse` makes of each object of a file, if there is one; raises UserError that names a damaged line."""
     rows = []
     lines = path.read_bytes().split(b"\n") if path.exists() else []  # not splitlines: a text may hold U+2028
     for number, line in enumerate(lines, start=1):
@@ -154,17 +139,8 @@ def read_jsonl(path: Path, parse: Callable[[Json], Parsed], skip_damaged: bool =
 
 def to_json(row: Json) -> str:
     """One line of JSON."""
-    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
+    plain = json.loads(json.dumps(row), parse_constant=NO_NUMBERS.get)
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False)
 
 
 def to_float(value: float | str | None) -> float:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -18,22 +18,13 @@ from .folder import Run
 PALETTE = ("#3b82c4", "#dd7a2f", "#2f9e77", "#b8578f", "#8370c9", "#a88a1f", "#5f8f9e", "#c2504b")
 INK = "#010203"  # stands for currentColor, which matplotlib does not know
 MAX_POINTS = 500
+Drawing = tuple[str, str]  # a title, and a picture as an element of HTML
 
 
-class Drawing(NamedTuple):
-    """A picture for a page: its title, an element of HTML, and the colours of its legend by name."""
-
-    title: str
-    svg: str
-    colours: dict[str, str]
-
-
-def curve(title: str, lines: Iterable[tuple[Run, str, str]], colours: dict[str, str] | None = None) -> Drawing | None:
+def curve(title: str, lines: Iterable[tuple[Run, str, str]]) -> Drawing | None:
     """Metrics over the rounds, with ±1.96·se bands where an error is known; None without any data.
 
-    Args:
-        lines: run, key of the metric and colour of each.
-        colours: by name, for the legend; one alone is not worth one.
+    lines: run, key of the metric and colour of each.
     """
     axes = new_axes("round")
     drawn: list[float] = []
@@ -49,7 +40,7 @@ def curve(title: str, lines: Iterable[tuple[Run, str, str]], colours: dict[str, 
     # the wide bands of the first rounds must not flatten the rest
     (low, high), room = axes.get_ylim(), 0.6 * (max(drawn) - min(drawn)) or math.inf
     axes.set_ylim(max(low, min(drawn) - room), min(high, max(drawn) + room))
-    return drawing(title, axes, colours if colours and len(colours) > 1 else {})
+    return drawing(title, axes)
 
 
 def coloured(names: Iterable[str]) -> dict[str, str]:
@@ -89,11 +80,11 @@ def new_axes(x_label: str) -> Any:
     return axes
 
 
-def drawing(title: str, axes: Any, colours: dict[str, str] | None = None) -> Drawing:
+def drawing(title: str, axes: Any) -> Drawing:
     """What `new_axes` has become; text stays text, and ids differ between the figures of a page."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         axes.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])
-    return Drawing(title, svg.replace("xlink:href", "href").replace(INK, "currentColor"), colours or {})
+    return title, svg.replace("xlink:href", "href").replace(INK, "currentColor")

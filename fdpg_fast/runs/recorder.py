@@ -24,15 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """The run folder and the trackers of a run that goes on, as a context manager.
-
-    Args:
-        config: of the run; its folder is made, or with `resume` continued.
-        feature_names: in the order of the scores' columns.
-
-    Raises:
-        UserError: the folder is taken, in use, or cannot be written.
-    """
+    """The run folder and the trackers of a run that goes on; raises UserError where the folder cannot be had."""
 
     def __init__(self, config: TrainConfig, feature_names: list[str], tokenizer: Any, *, resume: bool):
         self._config, self._names, self._tokenizer, self._resume = config, feature_names, tokenizer, resume

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from ..measure.diagnostics import complaints
-from .folder import Json, Run, read_run, to_float, write_whole
-from .plots import PALETTE, Drawing, coloured, curve
+from .folder import Json, read_run, to_float, write_whole
+from .plots import PALETTE, coloured, curve, finite
 from .tables import UNKNOWN, is_number, label_of, metric_keys, text_of, with_error
 
 CURVES = {
@@ -26,20 +26,22 @@ MAX_SAMPLES = 8
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Make RUN/report.html, whole or not at all, from whatever the run has written so far.
-
-    Raises:
-        UserError: as `read_run`.
-    """
+    """Make RUN/report.html from whatever the run has written so far; raises UserError as `read_run`."""
     run = read_run(run_dir)
     keys, features, divergences = (metric_keys([run], prefix) for prefix in ("", "feature/", "divergence/"))
+    trained = [key[7:-3] for row in run.metrics for key in row if key.startswith("target/") and key.endswith("_se")]
+    colours = coloured([key.removeprefix("feature/") for key in features] + trained)
+    title = "E[φ]" if len(colours) > 1 else f"E[{''.join(colours)}]"
+    curves = [curve(title, [(run, f"target/{name}", colour) for name, colour in colours.items()])]
+    curves += [curve(label, [(run, key, PALETTE[0])]) for key, label in CURVES.items()]
     return write_page(
         run.path / "report.html",
         "runs/report.html.j2",
         run=run,
         complaints=complaints(run.metrics[-1] if run.metrics else {}).values(),
         cards=(features, ["kl_to_base"], ["distinct_2"]),
-        curves=_curves(run, [key.removeprefix("feature/") for key in features]),
+        colours=colours,
+        curves=curves,
         others=[key for key in keys if key not in divergences],
         divergences=divergences,
         phases=_phases(run.metrics),
@@ -62,21 +64,10 @@ def _number(value: float | str | None) -> str:
     return with_error(to_float(value), math.nan)
 
 
-def _curves(run: Run, features: list[str]) -> list[Drawing | None]:
-    trained = [key[7:-3] for row in run.metrics for key in row if key.startswith("target/") and key.endswith("_se")]
-    colours = coloured(features + trained)
-    title = "E[φ]" if len(colours) > 1 else f"E[{''.join(colours)}]"
-    first = curve(title, [(run, f"target/{name}", colour) for name, colour in colours.items()], colours)
-    return [first, *(curve(label, [(run, key, PALETTE[0])]) for key, label in CURVES.items())]
-
-
 def _phases(metrics: list[dict[str, float]]) -> dict[str, float]:
     """Mean seconds of each phase of a round, and of what no phase has."""
-    phases: dict[str, float] = {}
-    for row in metrics:
-        for key, seconds in row.items():
-            if key.startswith("time/") and key != "time/tokens_per_second" and math.isfinite(seconds):
-                phases[key[5:]] = phases.get(key[5:], 0.0) + seconds / len(metrics)
+    keys = dict.fromkeys(k for row in metrics for k in row if k.startswith("time/") and not k.endswith("_per_second"))
+    phases = {key[5:]: sum(finite(row.get(key, 0.0), 0.0) for row in metrics) / len(metrics) for key in keys}
     other = phases.pop("round", 0.0) - sum(phases.values())
     return phases | ({"other": other} if other > 0.01 * sum(phases.values()) else {})
 
@@ -93,10 +84,8 @@ def _side_by_side(samples: list[Json]) -> list[tuple[Json | None, Json]]:
     return (pairs or [(None, sample) for sample in samples[-MAX_SAMPLES:]])[:MAX_SAMPLES]
 
 
-def _term(term: Any) -> str:
+def _term(term: Json) -> str:
     """A factor of φ in words."""
-    if not isinstance(term, dict):
-        return str(term)
     names = [_feature(feature) for feature in [term.get("feature"), *(term.get("features") or [])] if feature]
     if "beta" in term:
         return f"exp({', '.join(names)} / {term['beta']})"
@@ -105,8 +94,6 @@ def _term(term: Any) -> str:
     return ", ".join(names) or str(term.get("path") or term.get("kind"))
 
 
-def _feature(feature: Any) -> str:
-    if not isinstance(feature, dict):
-        return str(feature)
+def _feature(feature: Json) -> str:
     details = [feature.get(key) for key in ("kind", "word", "pattern", "label", "path")]
     return feature.get("name") or ":".join(str(detail) for detail in details if detail)

@@ -105,15 +105,13 @@ def quality_table(quality: Sequence[Quality]) -> str:
 def advice(kept: Kept, count: int, beta: float, max_draws: int) -> str:
     """Why fewer than `count` were kept, and what would change it, in a sentence."""
     outcome = f"kept {len(kept.items)} of {count} completions in {kept.draws} draws"
-    usable = [q for q in kept.quality if math.isfinite(q.acceptance.value)]
-    if not usable:
+    rates = {q.beta: q.acceptance.value for q in kept.quality if math.isfinite(q.acceptance.value)}
+    if not rates:
         return f"{outcome}: no draw satisfies the target; train longer, or towards a softer target"
-    (own,) = (q for q in usable if q.beta == beta)
-    outcome += f", acceptance rate {own.acceptance.value:.3g} at β {beta:g}"
-    easier = [q for q in usable if q.beta < beta and q.acceptance.value * max_draws > 2 * count]
-    if easier:
-        outcome += f"; β {easier[-1].beta:g} would accept {easier[-1].acceptance.value:.3g}"
-    return f"{outcome}; a larger --max-draws than {max_draws} gets on at this β"
+    easier = [other for other, rate in rates.items() if other < beta and rate * max_draws > 2 * count]
+    hint = f"; β {easier[-1]:g} would accept {rates[easier[-1]]:.3g}" if easier else ""
+    more = f"a larger --max-draws than {max_draws} gets on at this β"
+    return f"{outcome}, acceptance rate {rates[beta]:.3g} at β {beta:g}{hint}; {more}"
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
