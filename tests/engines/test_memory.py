@@ -74,5 +74,5 @@ def test_a_step_that_does_not_fit_is_refused_with_what_helps(step, monkeypatch):
 
 def test_peak_memory_is_that_of_this_process():
     before = memory.peak_memory()
-    held = torch.ones(2**24)
-    assert before + held.nbytes // 2 < memory.peak_memory() < memory.machine_memory()
+    held = torch.ones(before // 4)  # as much again as there has ever been
+    assert before + held.nbytes // 4 < memory.peak_memory() < memory.machine_memory()
