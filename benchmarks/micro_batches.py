@@ -1,6 +1,6 @@
 """Seconds of an update and peak memory against trainer.micro_batch_tokens: where its default comes from.
 
-python benchmarks/micro_batches.py --output benchmarks/results/NAME.json [--setting smollm2-135m] [--tokens 194 512 1024]
+python benchmarks/micro_batches.py --output FILE.json [--setting smollm2-135m] [--tokens 194 512 1024]
 
 Every size is a process of its own, in turns; the first round of each warms up.
 """
