@@ -13,19 +13,12 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Context:
-    """One prompt.
+    """One prompt."""
 
-    Attributes:
-        index: its place in the data set; per-context statistics are kept under it.
-        text: the prompt as the tokenizer saw it; "" for the unconditional context.
-        token_ids: never empty.
-        columns: the other fields of its JSONL row; features receive them by name.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    index: int  # its place in the data set; per-context statistics are kept under it
+    text: str  # the prompt as the tokenizer saw it; "" for the unconditional context
+    token_ids: tuple[int, ...]  # never empty
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the other fields of its JSONL row, for features
 
 
 def load_contexts(path: str | None, tokenizer: Any, max_tokens: int) -> list[Context]:
@@ -41,7 +34,10 @@ def load_contexts(path: str | None, tokenizer: Any, max_tokens: int) -> list[Con
         UserError: naming file and line: missing, unreadable, empty, or a prompt that is too long.
     """
     if path is None:
-        return [Context(0, "", (_start_token(tokenizer),))]
+        starts = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+        if not starts:
+            raise UserError("contexts: this tokenizer has neither BOS nor EOS to start from; set contexts.train")
+        return [Context(0, "", (starts[0],))]
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")  # read_text would take a lone \r for the end of a line
     except UnicodeDecodeError:
@@ -76,17 +72,13 @@ def _parse_json(line: str, where: str) -> tuple[str | list, dict[str, Any]]:
 def make_context(
     index: int, prompt: str | list, columns: dict[str, Any], tokenizer: Any, max_tokens: int, where: str
 ) -> Context:
-    """A context of a text or of chat messages; `where` begins the errors.
-
-    Raises:
-        UserError: as `load_contexts`.
-    """
+    """A context of a text or of chat messages; raises as `load_contexts`, errors that begin with `where`."""
     is_chat = isinstance(prompt, list)
     if is_chat and tokenizer.chat_template is None:
         raise UserError(f"{where} has chat messages but the tokenizer has no chat template")
     try:
-        template = {"add_generation_prompt": True, "tokenize": False}
-        text = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **template)
+        options = {"add_generation_prompt": True, "tokenize": False}
+        text = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **options)
     except Exception as error:  # a template is a program
         message = " ".join(str(error).split())
         raise UserError(f"{where}: the chat template refuses these messages: {message}") from error
@@ -101,10 +93,3 @@ def make_context(
             "beside engine.max_new_tokens; shorten the prompt or lower engine.max_new_tokens"
         )
     return Context(index, text, token_ids, columns)
-
-
-def _start_token(tokenizer: Any) -> int:
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    raise UserError("contexts: this tokenizer has neither BOS nor EOS to start from; give prompts in contexts.train")

@@ -1,4 +1,4 @@
-"""Objects of the user's own, by import path: features, targets, runners of experiments."""
+"""Objects of the user's own, by import path: features, targets, divergences, runners of experiments."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def _load_module(name: str) -> Any:
 
 def _load_file(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"fdpg_imported_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
+    assert spec is not None and spec.loader is not None  # as for every name that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses, for one, look their module up
     spec.loader.exec_module(module)

@@ -21,30 +21,19 @@ from .targets import Target
 
 @dataclass(frozen=True)
 class Scores:
-    """What is known of B rollouts before the update; tensors are [B] float64.
+    """What is known of B rollouts before the update, as float64."""
 
-    Attributes:
-        texts: the rollouts as the features saw them.
-        values: of the target's features, [B, F]; NaN where one does not apply.
-        behavior_logprob: log q.
-        base_logprob: log a.
-        log_score: log P = log a + log φ.
-    """
-
-    texts: Completions
-    values: Tensor
-    behavior_logprob: Tensor
-    base_logprob: Tensor
-    log_score: Tensor
+    texts: Completions  # as the features saw them
+    values: Tensor  # of the target's features, [B, F]; NaN where one does not apply
+    behavior_logprob: Tensor  # log q, [B]
+    base_logprob: Tensor  # log a, [B]
+    log_score: Tensor  # log P = log a + log φ, [B]
 
 
 class Scorer:
-    """A target and its base model, asked about rollouts.
+    """A target, replaced when λ is fitted, and its base model, asked about rollouts.
 
-    Attributes:
-        target: replaced when λ is fitted.
-        base: frozen.
-        micro_batch_tokens: in one forward pass of the base.
+    A forward pass of the base takes `micro_batch_tokens`.
     """
 
     def __init__(self, target: Target, base: LanguageModel, tokenizer: Any, micro_batch_tokens: int):
@@ -60,13 +49,10 @@ class Scorer:
 
         `clock` counts under "features" the text, the sync features and what is then left to wait for the async ones;
         under "base" the pass of the base, at the end of which async features may be done already.
-
-        Raises:
-            RunError: a feature failed, or log q is not finite: training has diverged.
         """
         with contextlib.ExitStack() as until_done:
             with clock("features"):
-                texts = self.texts(rollouts)
+                texts = self._texts(rollouts)
                 wait_for_values = until_done.enter_context(started(self.target.features, texts))
             with clock("base"), self.base.as_base() as base:
                 token_logprobs = base.token_logprobs(rollouts, self.micro_batch_tokens)
@@ -75,18 +61,15 @@ class Scorer:
         base_logprob = sum_by_sequence(token_logprobs, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
         if not bool(behavior_logprob.isfinite().all()):
-            raise RunError(
-                "the policy's log-probs are not finite any more: training has diverged; "
-                "start again with a lower optimizer.learning_rate"
-            )
+            raise RunError("the policy has diverged: log q is not finite; restart with a lower optimizer.learning_rate")
         return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
 
-    def texts(self, rollouts: Rollouts) -> Completions:
+    def _texts(self, rollouts: Rollouts) -> Completions:
         return Completions.decode(rollouts, self.tokenizer, self.base.continues_prompt)
 
     def log_phi(self, base: Rollouts, fit: bool = False) -> Tensor:
         """[B], of samples of the base, where it is log P/q; with `fit`, λ is fitted to them first."""
-        with started(self.target.features, self.texts(base)) as wait_for_values:
+        with started(self.target.features, self._texts(base)) as wait_for_values:
             values = wait_for_values()
         if fit:
             self.target = self.target.fit(values, base.context_index)

@@ -37,11 +37,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
+    """The keys and values of a YAML file; raises UserError where it holds something else."""
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -54,11 +50,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_config(data: Mapping[str, Any]) -> TrainConfig:
-    """Validate plain data.
-
-    Raises:
-        UserError: as `load_config`.
-    """
+    """Validate plain data; raises as `load_config`."""
     try:
         return TrainConfig.model_validate(data)
     except ValidationError as error:
@@ -80,8 +72,7 @@ def config_keys() -> dict[str, str]:
 def set_key(data: Any, key: str, value: Any) -> None:
     """Put a value at a dotted key of plain data; numbers in the key are places in lists.
 
-    Raises:
-        UserError: the key leads into a plain value or past the end of a list.
+    Raises UserError where the key leads into a plain value or past the end of a list.
     """
     *path, last = key.split(".")
     for part in path:
@@ -143,10 +134,7 @@ def _explain(error: Any) -> str:
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         if path[-1] in _DISTORTING:
-            return (
-                f"{key}: samples are drawn from the policy itself; {path[-1]} would make the recorded log q a "
-                "number of another distribution and every importance ratio wrong, so it is not an option"
-            )
+            return f"{key}: samples come from the policy itself, or the recorded log q and all ratios would be wrong"
         near = [known for known in _FIELDS if known.split(".")[-1] == path[-1] and "N" not in known]
         near = near or difflib.get_close_matches(_generic(key), _FIELDS, n=1, cutoff=0.5)
         return f"{key}: there is no such key" + (f"; did you mean {near[0]}?" if near else "")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ..divergence import divergence_at
+from ..divergence import last_divergence
 from ..errors import UserError
 from ..features.code import Pep8Feature, PythonParsesFeature
 from ..features.entities import EntitiesFeature
@@ -82,12 +82,11 @@ class ImportedTarget(Section):
 
     def build(self, device: str) -> Target:
         target = import_object(self.path)
-        if callable(target) and not isinstance(target, Target):
-            try:
-                target = target()
-            except Exception as error:  # the user's code
-                message = " ".join(str(error).split())
-                raise UserError(f"target: {self.path!r} raised {type(error).__name__}: {message}") from error
+        try:
+            target = target() if callable(target) else target
+        except Exception as error:  # the user's code
+            message = " ".join(str(error).split())
+            raise UserError(f"target: {self.path!r} raised {type(error).__name__}: {message}") from error
         if not isinstance(target, Target):
             kind = type(target).__name__
             raise UserError(f"target: {self.path!r} is a {kind}, not a Target or a function that makes one")
@@ -230,19 +229,13 @@ class TrainConfig(Section):
     @field_validator("divergence")
     @classmethod
     def _known_divergence(cls, name: str) -> str:
-        divergence_at(name, 0, 1)
+        last_divergence(name)
         return name
 
     @model_validator(mode="after")
-    def _baseline_has_others(self) -> Self:
+    def _agrees_with_itself(self) -> Self:
         if self.loss.baseline == "leave_one_out" and self.trainer.samples_per_context == 1:
-            raise ValueError(
-                "loss.baseline leave_one_out needs trainer.samples_per_context ≥ 2; use running or none with 1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _adaptive_proposal_has_its_own_weights(self) -> Self:
+            raise ValueError("loss.baseline leave_one_out needs trainer.samples_per_context ≥ 2; use running or none")
         if self.proposal.kind == "adaptive" and self.trainer.pipeline_depth:
             raise ValueError(
                 "proposal.kind: adaptive decides itself how old its weights are; set trainer.pipeline_depth: 0"
@@ -252,9 +245,6 @@ class TrainConfig(Section):
 
 # what a resumed run may change without becoming another run
 RESUMABLE = (
-    "trainer.rounds",
-    "trainer.checkpoint_every",
-    "tracking",
-    "device",
+    *("trainer.rounds", "trainer.checkpoint_every", "tracking", "device"),
     *(f"engine.{key}" for key in EngineConfig.model_fields if key != "max_new_tokens"),
 )

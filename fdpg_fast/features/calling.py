@@ -33,40 +33,30 @@ class TimeUp(BaseException):
 class Call:
     """A call that has begun: a sync function has returned already, what an async one returned is being awaited.
 
-    Args:
-        function: called here, in this thread, with `arguments`; may return an awaitable.
-        seconds: until its result has to be there. In the main thread a sync function is interrupted then, elsewhere
-            it is only judged when it returns; an async one is cancelled, which it must let happen.
-
-    Raises:
-        TimeUp: a sync function was not done within the limit; and whatever it raises itself.
+    In the main thread a sync function is interrupted when its `seconds` are over, elsewhere it is only judged when it
+    returns; an async one is cancelled, which it must let happen. Both then raise TimeUp.
     """
 
     def __init__(self, function: Callable[..., Any], arguments: Mapping[str, Any], seconds: float):
         self._deadline = time.monotonic() + seconds
-        self._result = _call(function, arguments, self._deadline)
-        self._future: Future[Any] | None = None
-        if inspect.isawaitable(self._result):
-            self._future = asyncio.run_coroutine_threadsafe(_await(self._result, self._deadline), event_loop())
+        returned = _call(function, arguments, self._deadline)
+        self._result: Future[Any] = Future()
+        if inspect.isawaitable(returned):
+            self._result = asyncio.run_coroutine_threadsafe(_await(returned, self._deadline), event_loop())
+        else:
+            self._result.set_result(returned)
 
     def result(self) -> Any:
-        """What it returned, waited for.
-
-        Raises:
-            TimeUp: an async function was not done within the limit; and whatever it raises itself.
-        """
-        if self._future is None:
-            return self._result
-        wait([self._future], max(0.0, self._deadline - time.monotonic()))
-        if self._future.done():
-            return self._future.result()
-        self.cancel()
-        raise TimeUp
+        """What it returned, waited for; raises what it raised."""
+        wait([self._result], self._deadline - time.monotonic())
+        if not self._result.done():
+            self.cancel()
+            raise TimeUp
+        return self._result.result()
 
     def cancel(self) -> None:
         """Stop what is still awaited."""
-        if self._future is not None:
-            self._future.cancel()
+        self._result.cancel()
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -85,7 +75,6 @@ def event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
     while True:
         with contextlib.suppress(SystemExit, KeyboardInterrupt):  # with which a task stops its loop
             loop.run_forever()
@@ -111,7 +100,7 @@ def _call(function: Callable[..., Any], arguments: Mapping[str, Any], deadline: 
 def _call_interruptibly(function: Callable[..., Any], arguments: Mapping[str, Any], deadline: float) -> Any:
     """Call in the main thread; from the deadline on a signal handler raises TimeUp in it, again and again.
 
-    A thread sends the signal. A function that holds the GIL, such as a regular expression gone exponential, keeps that
+    A thread sends the signal. A function that holds the GIL, as a regular expression gone exponential does, keeps that
     thread from running; but it uses the CPU, and a timer of CPU time signals without the GIL.
     """
     armed, over, main_thread = False, threading.Event(), threading.get_ident()
@@ -121,10 +110,8 @@ def _call_interruptibly(function: Callable[..., Any], arguments: Mapping[str, An
             raise TimeUp
 
     def watch() -> None:
-        pause = deadline - time.monotonic()
-        while not over.wait(pause):
+        while not over.wait(max(deadline - time.monotonic(), _INTERVAL)):
             signal.pthread_kill(main_thread, _WAKE)
-            pause = _INTERVAL
 
     before = {number: signal.signal(number, interrupt) for number in (_WAKE, signal.SIGPROF)}
     signal.siginterrupt(signal.SIGPROF, False)  # system calls of all threads go on: _WAKE is for those of this one

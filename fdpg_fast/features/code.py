@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
+from collections.abc import Callable
 from typing import Literal
 
 from ..errors import UserError
@@ -21,9 +22,9 @@ class PythonParsesFeature(FeatureSection):
 def python_parses() -> Feature:
     """1 where prompt + completion (of an encoder-decoder: the completion) is a complete Python module, else 0.
 
-    A completion that was cut off before its EOS counts as 0, though by chance it may parse.
+    What was cut off before its EOS counts as 0, though by chance it may parse.
     """
-    return Feature("python_parses", _score_parses)
+    return _of_source("python_parses", parses)
 
 
 class Pep8Feature(FeatureSection):
@@ -41,23 +42,23 @@ def pep8() -> Feature:
     except ModuleNotFoundError:
         raise UserError('feature pep8 needs pycodestyle: pip install "fdpg-fast[examples]"') from None
 
+    # spelled out, or the user's own ~/.config/pycodestyle would change the target
+    checks = {"select": (), "ignore": pycodestyle.DEFAULT_IGNORE.split(","), "max_line_length": 79}
+    options = pycodestyle.StyleGuide(quiet=2, **checks).options
+
+    def clean(source: str) -> bool:
+        lines = (source.rstrip("\n") + "\n").splitlines(keepends=True)
+        # pycodestyle only cuts source into tokens: `x = 1 1` has no fault of style
+        return parses(source) and pycodestyle.Checker(lines=lines, options=options).check_all() == 0
+
+    return _of_source("pep8", clean)
+
+
+def _of_source(name: str, holds: Callable[[str], bool]) -> Feature:
     def score(texts: list[str], finished: list[bool]) -> list[float]:
-        # spelled out, or the user's own ~/.config/pycodestyle would change the target
-        checks = {"select": (), "ignore": pycodestyle.DEFAULT_IGNORE.split(","), "max_line_length": 79}
-        style = pycodestyle.StyleGuide(quiet=2, **checks)
+        return [float(done and holds(text)) for text, done in zip(texts, finished, strict=True)]
 
-        def clean(source: str) -> bool:
-            lines = (source.rstrip("\n") + "\n").splitlines(keepends=True)
-            # pycodestyle only cuts source into tokens: `x = 1 1` has no fault of style
-            return parses(source) and pycodestyle.Checker(lines=lines, options=style.options).check_all() == 0
-
-        return [float(done and clean(text)) for text, done in zip(texts, finished, strict=True)]
-
-    return Feature("pep8", score)
-
-
-def _score_parses(texts: list[str], finished: list[bool]) -> list[float]:
-    return [float(done and parses(text)) for text, done in zip(texts, finished, strict=True)]
+    return Feature(name, score)
 
 
 def parses(source: str) -> bool:

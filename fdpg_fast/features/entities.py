@@ -26,10 +26,10 @@ class EntitiesFeature(FeatureSection):
 
 
 def entities(min_entities: int) -> Feature:
-    """1 where a completion names at least min_entities entities and its prompt names all of them, else 0.
+    """1 where a completion names at least min_entities entities (see `named`) and its prompt all of them, else 0.
 
-    See `named` for what an entity is. In the prompt a capitalised word counts wherever it stands. A completion that
-    was cut off before its EOS counts as 0: its last name may be half of one.
+    In the prompt a capitalised word counts wherever it stands. What was cut off before its EOS counts as 0: its last
+    name may be half of one.
     """
 
     def score(completions: list[str], prompts: list[str], finished: list[bool]) -> list[float]:
@@ -43,27 +43,23 @@ def entities(min_entities: int) -> Feature:
 def named(text: str, first_words: bool = False) -> set[str]:
     """The entities of a text: every number, every word in code font, and every word written as a name.
 
-    A name has a capital letter, an underscore, a digit or a dot in it (`TypeError`, `max_length`, `int8`, `os.path`),
-    but a word whose only capital is its first letter counts only inside a sentence, and the pronoun I and
-    abbreviations of single letters (`e.g.`) never do. In code font, between backticks, every word counts.
-
-    Args:
-        first_words: count capitalised words at the start of a sentence too.
+    A name has a capital letter, an underscore, a digit or a dot in it (`TypeError`, `max_length`, `int8`, `os.path`).
+    But a word whose only capital is its first letter counts only inside a sentence, unless `first_words` says so, and
+    the pronoun I and abbreviations of single letters (`e.g.`) never do. Between backticks every word counts.
     """
-    code = [match.span(1) for match in _CODE.finditer(text)]
-    found, previous_end = set(), None
+    in_code = [match.span(1) for match in _CODE.finditer(text)]
+    names: set[str] = set()
+    previous_end = None
     for match in _WORD.finditer(text):
         word, start = match[0], match.start()
         starts_sentence = previous_end is None or bool(_SENTENCE_END.search(text, previous_end, start))
         capitalised = word[0].isupper() and word != "I" and (first_words or not starts_sentence)
-        if capitalised or _is_name(word) or any(first <= start < last for first, last in code):
-            found.add(word)
+        if capitalised or _is_name(word) or any(first <= start < last for first, last in in_code):
+            names.add(word)
         previous_end = match.end()
-    return found
+    return names
 
 
 def _is_name(word: str) -> bool:
-    if word[0].isdigit():
-        return True
-    is_abbreviation = all(len(part) == 1 for part in word.split("."))
-    return not is_abbreviation and any(c in "_." or c.isdigit() or c.isupper() for c in (word[0].lower() + word[1:]))
+    is_abbreviation = all(len(part) == 1 and not part.isdigit() for part in word.split("."))
+    return not is_abbreviation and any(c in "_." or c.isdigit() or c.isupper() for c in word[0].lower() + word[1:])

@@ -22,23 +22,14 @@ from .calling import Call, TimeUp, is_async
 
 @dataclass(frozen=True)
 class Completions:
-    """B completions as features see them.
+    """B completions as features see them."""
 
-    Attributes:
-        completions: decoded text without the EOS, [B].
-        prompts: what each of them continues, [B].
-        completion_ids: token ids without the EOS, [B].
-        finished: ended by EOS rather than cut off, [B].
-        columns: the contexts' other JSONL fields, [B] each; None where a context lacks the field.
-        continues_prompt: prompt and completion are one text; not so of an encoder-decoder.
-    """
-
-    completions: list[str]
-    prompts: list[str]
-    completion_ids: list[list[int]]
-    finished: list[bool]
-    columns: Mapping[str, list[Any]] = field(default_factory=dict)
-    continues_prompt: bool = True
+    completions: list[str]  # without the EOS
+    prompts: list[str]  # what each of them continues
+    completion_ids: list[list[int]]  # without the EOS
+    finished: list[bool]  # ended by EOS rather than cut off
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)  # JSONL fields; None where a context has none
+    continues_prompt: bool = True  # prompt and completion are one text; not so of an encoder-decoder
 
     @property
     def texts(self) -> list[str]:
@@ -46,6 +37,14 @@ class Completions:
         if not self.continues_prompt:
             return self.completions
         return [prompt + text for prompt, text in zip(self.prompts, self.completions, strict=True)]
+
+    def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """What the function takes, by name, of these lists and the columns."""
+        own = ("completions", "prompts", "texts", "completion_ids", "finished")
+        given = {**self.columns, **{name: getattr(self, name) for name in own}}
+        parameters = inspect.signature(function).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return {name: value for name, value in given.items() if takes_all or name in parameters}
 
     @staticmethod
     def decode(rollouts: Rollouts, tokenizer: Any, continues_prompt: bool = True) -> Completions:
@@ -87,22 +86,14 @@ class Feature:
 
     def start(self, batch: Completions) -> Call:
         """Call it on B completions; raises as `__call__`."""
-        arguments = {
-            **batch.columns,
-            "completions": batch.completions,
-            "prompts": batch.prompts,
-            "texts": batch.texts,
-            "completion_ids": batch.completion_ids,
-            "finished": batch.finished,
-        }
         with self._named_errors(batch):
-            return Call(self.score, _accepted(self.score, arguments), self.timeout)
+            return Call(self.score, batch.arguments(self.score), self.timeout)
 
     def finish(self, call: Call, batch: Completions) -> Tensor:
         """The values of a call that was started, [B] float64; raises as `__call__`."""
         with self._named_errors(batch):
             values = call.result()
-        return self._checked(values, batch)
+        return self._checked(values, batch.completions)
 
     @contextlib.contextmanager
     def _named_errors(self, batch: Completions) -> Iterator[None]:
@@ -117,24 +108,21 @@ class Feature:
             message = " ".join(str(error).split())
             raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {message}") from error
 
-    def _checked(self, values: Any, batch: Completions) -> Tensor:
-        is_array = getattr(values, "ndim", 0) > 0  # of numpy or torch
-        if isinstance(values, str) or not (isinstance(values, Sequence) or is_array):
-            raise RunError(f"feature {self.name!r} returned {type(values).__name__}, not one number a completion")
-        if len(values) != len(batch.completions):
-            raise RunError(
-                f"feature {self.name!r} returned {len(values)} values for {len(batch.completions)} completions"
-            )
+    def _checked(self, values: Any, completions: list[str]) -> Tensor:
+        has_returned = f"feature {self.name!r} returned"
+        if isinstance(values, str) or not (isinstance(values, Sequence) or getattr(values, "ndim", 0) > 0):
+            raise RunError(f"{has_returned} {type(values).__name__}, not one number a completion")
+        if len(values) != len(completions):
+            raise RunError(f"{has_returned} {len(values)} values for {len(completions)} completions")
         numbers = []
-        for value, text in zip(values, batch.completions, strict=True):
-            try:
-                number = math.nan if value is None else float(value)
-            except (TypeError, ValueError, OverflowError, RuntimeError):
-                shown = " ".join(repr(value).split())[:60]
-                raise RunError(f"feature {self.name!r} returned {shown} for {text[:60]!r}, not a number") from None
+        for value, text in zip(values, completions, strict=True):
+            shown: Any = value
+            number = math.nan
+            with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+                number = shown = math.nan if value is None else float(value)
             if value is not None and not math.isfinite(number):
                 raise RunError(
-                    f"feature {self.name!r} returned {number} for {text[:60]!r}; "
+                    f"{has_returned} {' '.join(repr(shown).split())[:60]} for {text[:60]!r}, not a number; "
                     "return a finite number, or None where the feature does not apply"
                 )
             numbers.append(number)
@@ -168,15 +156,11 @@ def feature(function: Callable[..., Any] | None = None, *, name: str | None = No
 
 
 def import_feature(path: str, *, name: str | None = None, timeout: float = 60.0) -> Feature:
-    """The feature at "package.module:function" or "some/file.py:function".
-
-    Raises:
-        UserError: there is no such module or function.
-    """
-    found = import_object(path)
-    if not callable(found):
-        raise UserError(f"import path {path!r} leads to a {type(found).__name__}, not a function")
-    return feature(found, name=name, timeout=timeout)
+    """The feature at "package.module:function" or "some/file.py:function"; raises UserError if there is none."""
+    function = import_object(path)
+    if not callable(function):
+        raise UserError(f"import path {path!r} leads to a {type(function).__name__}, not a function")
+    return feature(function, name=name, timeout=timeout)
 
 
 class FeatureSection(Section):
@@ -204,10 +188,3 @@ class ImportedFeature(FeatureSection):
 
     def make(self, device: str) -> Feature:
         return import_feature(self.path)
-
-
-def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}

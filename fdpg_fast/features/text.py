@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ..errors import UserError
 from .feature import Feature, FeatureSection
@@ -24,10 +26,10 @@ class WordFeature(FeatureSection):
 
 def word(word: str) -> Feature:
     """1 where the completion contains the word (whole, in any case), else 0."""
-    if not word.strip():
+    word = word.strip()
+    if not word:
         raise UserError("feature word: the word is empty")
-    pattern = re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.IGNORECASE)
-    return Feature(f"word:{word.strip()}", _searcher(pattern))
+    return replace(regex(rf"(?i)(?<!\w){re.escape(word)}(?!\w)"), name=f"word:{word}")
 
 
 class RegexFeature(FeatureSection):
@@ -43,10 +45,10 @@ class RegexFeature(FeatureSection):
 def regex(pattern: str) -> Feature:
     """1 where the pattern is found anywhere in the completion, else 0."""
     try:
-        compiled = re.compile(pattern)
+        search = re.compile(pattern).search
     except re.error as error:
         raise UserError(f"feature regex: {pattern!r} is not a regular expression: {error}") from None
-    return Feature(f"regex:{pattern}", _searcher(compiled))
+    return Feature(f"regex:{pattern}", lambda completions: [float(search(text) is not None) for text in completions])
 
 
 class SentimentFeature(FeatureSection):
@@ -62,9 +64,6 @@ def sentiment() -> Feature:
 
     The compound score c ∈ [−1, 1] as (1 + c)/2, in the range of a classifier's probability. Not its logarithm, which
     falls without bound as c nears −1: the most negative texts would decide a round.
-
-    Raises:
-        UserError: vaderSentiment is not installed.
     """
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -100,38 +99,27 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        network, loading = AutoModelForSequenceClassification.from_pretrained(
-            model, use_safetensors=True, output_loading_info=True
-        )
+        options = {"use_safetensors": True, "output_loading_info": True}
+        network, loading = AutoModelForSequenceClassification.from_pretrained(model, **options)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(f"feature classifier: cannot load {model!r}: {str(error).splitlines()[0]}") from None
     if loading["missing_keys"]:  # transformers would make a random head, another one in every run
-        raise UserError(
-            f"feature classifier: {model!r} is no sequence classifier: it has no trained classification head"
-        )
+        raise UserError(f"feature classifier: {model!r} is no sequence classifier: it has no trained head")
     network = network.to(device).eval()
     independent = network.config.problem_type == "multi_label_classification" or network.config.num_labels == 1
-    labels = {name.lower(): index for index, name in network.config.id2label.items()}
-    if label.lower() not in labels:
-        raise UserError(f"feature classifier: {model!r} has no label {label!r}, only {', '.join(labels)}")
-    column = int(labels[label.lower()])
+    columns = {name.lower(): int(index) for index, name in network.config.id2label.items()}
+    if label.lower() not in columns:
+        raise UserError(f"feature classifier: {model!r} has no label {label!r}, only {', '.join(columns)}")
 
     @torch.no_grad()
-    def score(completions: list[str]) -> list[float]:
-        scores = [0.0] * len(completions)
-        by_length = sorted(range(len(completions)), key=lambda i: -len(completions[i]))
-        for first in range(0, len(completions), batch_size):
-            rows = by_length[first : first + batch_size]
+    def score(completions: list[str]) -> Tensor:
+        chances = torch.empty(len(completions))
+        by_length = torch.tensor([len(text) for text in completions]).argsort(descending=True, stable=True)
+        for rows in by_length.split(batch_size):
             inputs = tokenizer([completions[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
             logits = network(**inputs.to(device)).logits.float()
-            chances = logits.sigmoid() if independent else logits.softmax(-1)
-            for i, chance in zip(rows, chances[:, column].tolist(), strict=True):
-                scores[i] = chance
-        return scores
+            chances[rows] = (logits.sigmoid() if independent else logits.softmax(-1))[:, columns[label.lower()]].cpu()
+        return chances
 
     return Feature(f"classifier:{label}", score, timeout=600.0)
-
-
-def _searcher(pattern: re.Pattern[str]) -> Any:
-    return lambda completions: [float(pattern.search(text) is not None) for text in completions]
