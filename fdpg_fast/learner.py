@@ -29,27 +29,15 @@ class Update:
 
 
 class Learner:
-    """Policy and optimizer.
+    """A policy that is trained in place over so many rounds, and its AdamW.
 
-    Args:
-        policy: trained in place.
-        loss: ratio and caps.
-        optimizer: rate, decay and clipping of AdamW.
-        rounds: of the whole run; the schedule ends there.
-        micro_batch_tokens: bounds the memory of a forward and backward pass.
-
-    Attributes:
-        masters: float32 copies of the trained parameters, which AdamW works on where some are bfloat16: those do not
-            move by less than 1/256 of themselves. None where all are float32, as a LoRA adapter always is.
+    `micro_batch_tokens` bounds the memory of a forward and backward pass. `masters` are float32 copies of the trained
+    parameters, which AdamW works on where some are bfloat16: those do not move by less than 1/256 of themselves. There
+    are none where all are float32, as a LoRA adapter always is.
     """
 
     def __init__(
-        self,
-        policy: LanguageModel,
-        loss: LossConfig,
-        optimizer: OptimizerConfig,
-        rounds: int,
-        micro_batch_tokens: int,
+        self, policy: LanguageModel, loss: LossConfig, optimizer: OptimizerConfig, rounds: int, micro_batch_tokens: int
     ):
         self.policy, self.micro_batch_tokens = policy, micro_batch_tokens
         self._settings, self._rounds = optimizer, rounds
@@ -65,12 +53,8 @@ class Learner:
             if isinstance(module, torch.nn.Embedding) and module.weight is embedding:
                 module.sparse = True
         self._tables = {embedding, self._head} & {*self._parameters, *self.masters}
-        self.optimizer = torch.optim.AdamW(
-            self._trained.values(),
-            lr=optimizer.learning_rate,
-            betas=BETAS,
-            weight_decay=optimizer.weight_decay,
-            fused=True,  # one pass over the parameters, and no temporaries of their size
+        self.optimizer = torch.optim.AdamW(  # fused: one pass over the parameters, and no temporaries of their size
+            self._trained.values(), optimizer.learning_rate, BETAS, weight_decay=optimizer.weight_decay, fused=True
         )
 
     def backward(

@@ -42,10 +42,10 @@ class TransformersEngine:
     def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         """As `Engine.sample`."""
         generator = torch.Generator().manual_seed(seed)
-        contexts_at_once = max(1, self.max_sequences // samples_per_context)
+        at_once = max(1, self.max_sequences // samples_per_context)  # contexts
         completions: list[list[Completion]] = [[] for _ in contexts]
-        for first in range(0, len(contexts), contexts_at_once):
-            group = contexts[first : first + contexts_at_once]
+        for first in range(0, len(contexts), at_once):
+            group = contexts[first : first + at_once]
             for begun in range(0, samples_per_context, self.max_sequences):  # one context may want more than fit
                 count = min(self.max_sequences, samples_per_context - begun)
                 for i, completion in enumerate(self._decode(group, count, generator)):
@@ -55,11 +55,9 @@ class TransformersEngine:
 
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
         """Sample from this very module: nothing to move, unless there is to be a copy."""
-        self.language_model = policy
         if self._copy is not None:
             self._copy.take_weights(policy)
-            self.language_model = self._copy
-        self.version = version
+        self.language_model, self.version = self._copy or policy, version
 
     def sleep(self) -> None:
         """Nothing is held between two calls."""
@@ -90,7 +88,7 @@ class TransformersEngine:
             if len(left) <= 0.8 * len(rows):  # drop the ended once that pays for copying the cache
                 rows, drawn, has_ended = rows[left], drawn[left], has_ended[left]
                 decoding.select(left)
-            states = decoding.advance(drawn)
+            states = decoding.run(drawn[:, None])[:, 0]
 
         is_eos = torch.isin(tokens, eos).int()
         lengths = (is_eos.cumsum(1) - is_eos == 0).sum(1)  # tokens that no end precedes
@@ -99,14 +97,9 @@ class TransformersEngine:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF.
+    """One token per row by inverse CDF: ids [B] and log-probs [B] float32 under softmax(logits).
 
-    Args:
-        logits: [B, V] float32; overwritten.
-        uniform: numbers in [0, 1), [B] float64.
-
-    Returns:
-        token ids [B] and their log-probs [B] float32 under softmax(logits).
+    logits [B, V] float32 are overwritten; uniform [B] float64 is in [0, 1).
     """
     logits.sub_(logits.amax(dim=1, keepdim=True))  # stays: log-probs of rare tokens come from there
     cumulative = logits.exp().cumsum(1, dtype=torch.float64)  # [B, V]

@@ -18,28 +18,16 @@ from . import attention
 
 
 class Decoding:
-    """Completions that grow, a token at a time; a subclass says how its model is run.
+    """B completions that grow, begun from a prompt's cache; a subclass says how its model is run."""
 
-    Args:
-        cache: keys and values of what was computed so far.
-        rows: what a forward pass is told of each completion besides its tokens, [B, …] each.
-
-    Attributes:
-        first: the state that predicts each completion's first token, [B, D].
-    """
-
-    first: Tensor
+    first: Tensor  # the state that predicts each completion's first token, [B, D]
 
     def __init__(self, cache: Cache, **rows: Tensor):
-        self._cache, self._rows = cache, rows
+        self._cache, self._rows = cache, rows  # what a pass is told of each completion besides its tokens, [B, …]
 
     def run(self, tokens: Tensor) -> Tensor:
         """Append T tokens to each completion, [B, T]; the states that predict what follows each, [B, T, D]."""
         raise NotImplementedError
-
-    def advance(self, tokens: Tensor) -> Tensor:
-        """Append one token to each completion, [B]; the states that predict the next, [B, D]."""
-        return self.run(tokens[:, None])[:, 0]
 
     def select(self, rows: Tensor) -> None:
         """Keep only these completions, [b] indices into the present ones."""
@@ -67,8 +55,7 @@ class ContinuedDecoding(Decoding):
         states = attention.run(model, input_ids, positions, self, self._cache)  # [C, P, D]
         self._begin(states.take_along_dim(lengths[:, :, None] - 1, dim=1)[:, 0], context_index)
 
-    def run(self, tokens: Tensor) -> Tensor:
-        """As `Decoding.run`, of one token: T = 1."""
+    def run(self, tokens: Tensor) -> Tensor:  # T = 1
         states = attention.run(self._model, tokens, self._rows["next_position"], self, self._cache)
         self._rows["next_position"] += 1
         return states
@@ -105,14 +92,12 @@ class _RoomyLayer(DynamicLayer):
         self._room, self._used = room, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        start, self._used = self._used, self._used + key_states.shape[2]
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states  # [C, H, P, d]
-            return key_states, value_states
-        missing = self._used - self.keys.shape[2]
-        if missing > 0:
-            more = (0, 0, 0, max(missing, self._room))
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start, self._used = self._used, self._used + key_states.shape[2]
+        if (missing := self._used - self.keys.shape[2]) > 0:
+            more = (0, 0, 0, missing + self._room)
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
         self.keys[:, :, start : self._used], self.values[:, :, start : self._used] = key_states, value_states
         return self.keys[:, :, : self._used], self.values[:, :, : self._used]

@@ -18,6 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from ..contexts import Context
 from ..errors import UserError
 from ..rollouts import Rollouts
+from .attention import Segments
 from .decoding import Decoding, pad_prompts, roomy_cache
 from .head import FusedHead
 from .language_model import LanguageModel
@@ -27,14 +28,7 @@ SCALED_IF_TIED = ("t5", "longt5", "umt5", "switch_transformers")
 
 
 class EncoderDecoderModel(LanguageModel):
-    """An encoder-decoder, always in eval mode.
-
-    Args:
-        model: any transformers sequence-to-sequence model of text whose decoder keeps an `EncoderDecoderCache`.
-
-    Raises:
-        UserError: it names no start token, or scoring it does not reproduce the model's own logits.
-    """
+    """Any transformers sequence-to-sequence model of text whose decoder keeps an `EncoderDecoderCache`."""
 
     continues_prompt = False
     _layout = "as an encoder-decoder"
@@ -46,31 +40,24 @@ class EncoderDecoderModel(LanguageModel):
         tied = config.model_type in SCALED_IF_TIED and config.tie_word_embeddings
         scaled = getattr(config, "scale_decoder_outputs", tied)
         bias = getattr(model, "final_logits_bias", None)  # BART's: a buffer [1, V], mostly zeros
-        self.head = FusedHead(
-            model.get_output_embeddings(),
-            bias=None if bias is None else bias[0],
-            temperature=config.d_model**0.5 if scaled else 1.0,
-        )
+        temperature = config.d_model**0.5 if scaled else 1.0
+        self.head = FusedHead(model.get_output_embeddings(), None if bias is None else bias[0], temperature)
         self._check_scoring()
 
     def prompt_room(self, max_new_tokens: int) -> int:
-        """As `LanguageModel.prompt_room`; prompt and completion have positions of their own."""
+        """Prompt and completion have positions of their own."""
         return self.max_length if max_new_tokens <= self.max_length else 0
 
     def start(self, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int) -> Decoding:
-        """As `LanguageModel.start`."""
         return _AnswerDecoding(self.model, contexts, context_index, max_new_tokens)
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
-        """The decoder's state that predicts each completion token, [N, D]; carries gradients where they are on."""
-        lengths = rollouts.lengths.cpu()
-        decoding = _AnswerDecoding(self.model, rollouts.contexts, rollouts.context_index, int(lengths.max()))
+        decoding = _AnswerDecoding(self.model, rollouts.contexts, rollouts.context_index)
         states = decoding.first[:, None]  # [B, 1, D]
-        if int(lengths.max()) > 1:
-            tokens = pad_sequence(rollouts.token_ids.split(lengths.tolist()), batch_first=True)  # [B, T]
+        tokens = pad_sequence(rollouts.token_ids.split(rollouts.lengths.tolist()), batch_first=True)  # [B, T]
+        if tokens.shape[1] > 1:
             states = torch.cat([states, decoding.run(tokens[:, :-1].to(self.device))], dim=1)
-        is_real = torch.arange(states.shape[1]) < lengths[:, None]
-        return states.flatten(0, 1).index_select(0, is_real.flatten().nonzero()[:, 0].to(self.device))
+        return Segments(rollouts.lengths.cpu(), self.device).unpad(states[:, None])[:, 0]
 
     def _own_logits(self, prompt: Tensor, completion: Tensor) -> Tensor:
         return self.model(prompt[None], labels=completion[None]).logits[0]
@@ -79,16 +66,15 @@ class EncoderDecoderModel(LanguageModel):
 class _AnswerDecoding(Decoding):
     """Completions behind a start token, which see their prompt through the encoder; see `LanguageModel.start`."""
 
-    def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int):
+    def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor, room: int = 0):
         self._decoder = model.get_decoder()
         input_ids, is_real = pad_prompts(contexts, model.device)
         encoded = model.get_encoder()(input_ids=input_ids, attention_mask=is_real).last_hidden_state
-        cache = EncoderDecoderCache(roomy_cache(max_new_tokens), DynamicCache())
+        cache = EncoderDecoderCache(roomy_cache(room), DynamicCache())
         super().__init__(cache, encoder_hidden_states=encoded, encoder_attention_mask=is_real)
         start = torch.full_like(input_ids[:, :1], model.config.decoder_start_token_id)
         self._begin(self.run(start)[:, 0], context_index)
 
     def run(self, tokens: Tensor) -> Tensor:
-        """As `Decoding.run`."""
         output = self._decoder(input_ids=tokens, past_key_values=self._cache, use_cache=True, **self._rows)
         return output.last_hidden_state

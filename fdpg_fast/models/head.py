@@ -23,7 +23,7 @@ class FusedHead(nn.Module):
     """
 
     def __init__(
-        self, layer: nn.Module, *, bias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None
+        self, layer: nn.Module, bias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None
     ):
         super().__init__()
         self.layer, self._bias, self.temperature, self.softcap = layer, bias, temperature, softcap

@@ -21,18 +21,11 @@ from .head import FusedHead
 class LanguageModel:
     """A causal LM, always in eval mode: dropout would make its log-probs differ from the sampler's.
 
-    Args:
-        model: any transformers causal LM whose attention goes through the attention registry.
-
-    Raises:
-        UserError: the packed forward pass does not reproduce the model's own logits.
-
-    Attributes:
-        head: turns hidden states into log-probs and the loss.
-        continues_prompt: prompt and completion are one text; else the completion answers it.
+    Any of transformers will do whose attention goes through the attention registry; one whose own logits the packed
+    forward pass does not reproduce is refused.
     """
 
-    continues_prompt = True
+    continues_prompt = True  # prompt and completion are one text; else the completion answers it
     _layout = "on packed rows"
 
     def __init__(self, model: PreTrainedModel):
@@ -62,13 +55,7 @@ class LanguageModel:
         return self.max_length - max_new_tokens
 
     def start(self, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int) -> Decoding:
-        """B completions to be decoded side by side.
-
-        Args:
-            contexts: C prompts, each of which is computed once.
-            context_index: which of them each completion continues, [B] int64.
-            max_new_tokens: that a completion may have.
-        """
+        """B completions to be decoded side by side, of C prompts, each computed once; context_index is [B] int64."""
         return ContinuedDecoding(self.model, contexts, context_index, max_new_tokens)
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
@@ -109,23 +96,21 @@ class LanguageModel:
     @torch.no_grad()
     def _check_scoring(self) -> None:
         """Compare with the model's own forward pass on two short rows; a wrong log-prob must not start a run."""
-        generator = torch.Generator().manual_seed(0)
         vocabulary = self.model.config.get_text_config().vocab_size
-        texts, lengths = torch.randint(vocabulary, (2, 7), generator=generator), (2, 4)
-        prompts = [Context(i, "", tuple(texts[i, :n].tolist())) for i, n in enumerate(lengths)]
-        probe = pack(prompts, [[(texts[i, n:].tolist(), [0.0] * (7 - n), False)] for i, n in enumerate(lengths)])
-        kind, own = type(self.model).__name__, []
+        texts = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0))
+        pairs = [texts[0].split([2, 5]), texts[1].split([4, 3])]
+        prompts = [Context(i, "", tuple(prompt.tolist())) for i, (prompt, _) in enumerate(pairs)]
+        probe = pack(prompts, [[(text.tolist(), [0.0] * len(text), False)] for _, text in pairs])
+        kind = type(self.model).__name__
         try:
             ours = self.token_logprobs(probe, micro_batch_tokens=1024)
-            for text, n in zip(texts.to(self.device), lengths, strict=True):
-                logprob = self._own_logits(text[:n], text[n:]).float().log_softmax(-1)
-                own.append(logprob.gather(1, text[n:, None])[:, 0].cpu())
+            logits = torch.cat([self._own_logits(*(part.to(self.device) for part in pair)) for pair in pairs])
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"model: {kind} cannot run {self._layout}: {type(error).__name__}: {error}") from error
-        gap = float((ours - torch.cat(own)).abs().max())
-        limit = 1e-3 if self.model.dtype == torch.float32 else 0.25
+        own = logits.float().log_softmax(-1).cpu().gather(1, probe.token_ids[:, None])[:, 0]
+        gap, limit = float((ours - own).abs().max()), 1e-3 if self.model.dtype == torch.float32 else 0.25
         if not gap < limit:
             raise UserError(
                 f"model: {kind} cannot be scored {self._layout}: its log-probs differ from the model's own by "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +17,44 @@ from .onednn import speed_up
 
 
 def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> LanguageModel:
-    """Load a causal LM or an encoder-decoder from a folder or the hub; safetensors only.
-
-    Raises:
-        UserError: there is no such model, or it cannot be used.
-    """
-    _refuse_missing_folder(path)
+    """A causal LM or an encoder-decoder from a folder or the hub; safetensors only."""
     transformers.utils.logging.disable_progress_bar()  # a bar for every load drowns the lines that matter
-    try:
+    with _loading(repr(path), path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model: Any = kind.from_pretrained(
             path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model: cannot load {path!r}: {first_line(error)}{_hint(path)}") from None
     model = model.to(device)
     speed_up(model)
     return (EncoderDecoderModel if config.is_encoder_decoder else LanguageModel)(model)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model, from where the model is.
-
-    Raises:
-        UserError: there is none.
-    """
-    _refuse_missing_folder(path)
-    try:
+    """The tokenizer of a model, from where the model is."""
+    with _loading(f"the tokenizer of {path!r}", path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model: cannot load the tokenizer of {path!r}: {first_line(error)}{_hint(path)}") from None
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a text: chat models often have more than one.
-
-    Raises:
-        UserError: none is named.
-    """
+    """Every token that ends a text: chat models often have more than one."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     declared = declared if isinstance(declared, list) else [declared]
-    found = {token_id for token_id in (*declared, tokenizer.eos_token_id) if token_id is not None}
-    if not found:
+    token_ids = {token_id for token_id in (*declared, tokenizer.eos_token_id) if token_id is not None}
+    if not token_ids:
         raise UserError("model: neither its generation config nor its tokenizer names an EOS token")
-    return tuple(sorted(found))
+    return tuple(sorted(token_ids))
 
 
-def _refuse_missing_folder(path: str) -> None:
-    """A mistyped folder is no name on the hub: do not ask the network for it."""
+@contextlib.contextmanager
+def _loading(what: str, path: str) -> Iterator[None]:
     folder = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or ("/" in path and folder.parent.is_dir())
-    if looks_local and not folder.exists():
-        raise UserError(f"model: there is no folder {path!r} here")
-
-
-def _hint(path: str) -> str:
-    if Path(path).is_dir():
-        names = {p.name for p in Path(path).iterdir()}
-        if not any(name.endswith(".safetensors") for name in names):
-            return f" ({path!r} holds no .safetensors file, the only format that is loaded)"
-        return ""
-    return f" (there is no folder {path!r} here)" if not Path(path).exists() else ""
+    if not folder.exists() and (path.startswith((".", "/", "~")) or ("/" in path and folder.parent.is_dir())):
+        raise UserError(f"model: there is no folder {path!r} here")  # mistyped: no name to ask the network for
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        hint = "" if folder.exists() else f" (there is no folder {path!r} here)"
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            hint = f" ({path!r} holds no .safetensors file, the only format that is loaded)"
+        raise UserError(f"model: cannot load {what}: {first_line(error)}{hint}") from None

@@ -13,27 +13,20 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config.schema import LoRAConfig
 from ..errors import UserError
 from .language_model import LanguageModel
 
-ADAPTER, WEIGHTS_FILE, PREFIX = "default", "adapter_model.safetensors", "base_model.model."  # peft's names
+ADAPTER = "default"  # as peft calls the first
 
 
 class LoRAPolicy(LanguageModel):
-    """A model with an adapter, which does nothing yet: B starts as 0.
+    """A model with an adapter that does nothing yet, for B starts as 0, or with one from a folder that `save` wrote.
 
-    Args:
-        base: gets the adapter put into its module; from then on it is this policy's `as_base`.
-        config: rank, scale and layers.
-        seed: of A; the global generators are left as they are.
-        checkpoint: folder that `save` wrote, to go on from.
-
-    Raises:
-        UserError: peft is not installed, or a layer that is asked for is not there.
+    `base` gets it put into its module, and is this policy's `as_base` from then on; the seed is that of A.
     """
 
     def __init__(self, base: LanguageModel, config: LoRAConfig, seed: int, checkpoint: Path | None = None):
@@ -61,30 +54,25 @@ class LoRAPolicy(LanguageModel):
         self._peft_config: Any = model.peft_config[ADAPTER]
         self._peft_config.target_modules = sorted(self._peft_config.target_modules)  # equal runs write equal files
         if checkpoint is not None:
-            saved = load_file(checkpoint / WEIGHTS_FILE)
-            peft.set_peft_model_state_dict(model, {name.removeprefix(PREFIX): saved[name] for name in saved})
+            peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(checkpoint), str(model.device)))
         super().__init__(model)
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[LanguageModel]:
         """This module with its adapter off: no second set of weights."""
-        layers = [layer for layer in self._adapted_layers().values() if not layer.disable_adapters]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
+        with contextlib.ExitStack() as until_done:
+            for layer in self._adapting_layers().values():
+                layer.enable_adapters(False)
+                until_done.callback(layer.enable_adapters, True)
             yield self
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """As of the model that this policy amounts to: base weight + alpha/rank · B·A, one layer at a time."""
-        layers = self._adapted_layers().items()
-        adapted = {f"{name}.base_layer.weight": layer for name, layer in layers if not layer.disable_adapters}
+        layers = self._adapting_layers()
         for name, tensor in self.model.state_dict().items():
-            if name in adapted:
-                tensor = (tensor + adapted[name].get_delta_weight(ADAPTER)).to(tensor.dtype)
+            if layer := layers.get(name.removesuffix(".base_layer.weight")):
+                tensor = (tensor + layer.get_delta_weight(ADAPTER)).to(tensor.dtype)
             if ".lora_" not in name:
                 yield name.replace(".base_layer.", "."), tensor
 
@@ -93,22 +81,20 @@ class LoRAPolicy(LanguageModel):
         import peft
 
         adapter = peft.get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
-        tensors = {PREFIX + name: tensor.contiguous() for name, tensor in adapter.items()}
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapter.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self._peft_config.save_pretrained(folder)
 
-    def _adapted_layers(self) -> dict[str, Any]:
-        return {name: module for name, module in self.model.named_modules() if hasattr(module, "get_delta_weight")}
+    def _adapting_layers(self) -> dict[str, Any]:
+        layers = [(name, m) for name, m in self.model.named_modules() if hasattr(m, "get_delta_weight")]
+        return {name: layer for name, layer in layers if not layer.disable_adapters}
 
 
 def _refuse_unknown(model: transformers.PreTrainedModel, modules: list[str] | str) -> None:
     """peft passes over a name that matches nothing, and adapts a head if it is told to."""
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    known = [f".{name}" for name, module in model.base_model.named_modules() if isinstance(module, linear)]
+    layers = [f".{name}" for name, module in model.base_model.named_modules() if isinstance(module, linear)]
     for name in [] if modules == "all-linear" else modules:
-        if not any(layer.endswith(f".{name}") for layer in known):
-            names = sorted({layer.rsplit(".", 1)[1] for layer in known})
-            raise UserError(
-                f"lora.target_modules: {name!r} is no linear layer inside {type(model).__name__}; "
-                f"there are {', '.join(names)}"
-            )
+        if not any(layer.endswith(f".{name}") for layer in layers):
+            names, kind = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers})), type(model).__name__
+            raise UserError(f"lora.target_modules: {name!r} is no linear layer inside {kind}; there are {names}")

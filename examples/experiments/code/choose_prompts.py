@@ -8,14 +8,15 @@ this file, each for training and evaluation, with the rate that was measured. Ta
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import torch
 
-from fdpg_fast import Trainer, load_config
-from fdpg_fast.features import Completions, python_parses
-from fdpg_fast.runs.finished import sample_base
+from fdpg_fast import load_config
+from fdpg_fast.features import python_parses
+from fdpg_fast.session import Session
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "tiny-python-lm"
@@ -31,15 +32,16 @@ def measured(split: str) -> list[tuple[float, dict[str, str]]]:
     path = MODEL / "prompts" / f"{split}.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     overrides = {
+        "run_dir": "runs/choose-prompts",  # not written; the quickstart's own may be there already
         "model": str(MODEL),
         "contexts.train": str(path),
         "contexts.eval": str(path),
         "engine.max_new_tokens": str(NEW_TOKENS),
         "evaluation.contexts": str(len(rows)),
     }
-    trainer = Trainer(load_config(HERE.parents[1] / "quickstart.yaml", overrides))
-    rollouts = sample_base(trainer, SAMPLES, SEED)
-    parses = python_parses()(Completions.decode(rollouts, trainer.tokenizer))
+    with contextlib.closing(Session(load_config(HERE.parents[1] / "quickstart.yaml", overrides))) as session:
+        rollouts = session.engine.sample(session.eval_contexts, SAMPLES, SEED)  # untrained, the policy is the base
+        parses = python_parses()(session.scorer.texts(rollouts))
     sums = torch.zeros(len(rows), dtype=torch.float64).index_add(0, rollouts.context_index, parses)
     rates = (sums / SAMPLES).tolist()
     return sorted(zip(rates, rows, strict=True), key=lambda pair: (pair[0], pair[1]["prompt"]))

@@ -90,7 +90,7 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
         rollouts = engine.sample(
             [contexts[i] for i in chosen], each, derived_seed(config.trainer.seed, "rollouts", round_index)
         )
-        owner = rollouts.context_index
+        context_index = rollouts.context_index
         r = reward(Completions.decode(rollouts, tokenizer))
         log_a, log_pi = (sequence_logprobs(model.model, rollouts) for model in (base, policy))
         penalised = (r - beta * (log_pi - log_a)).view(-1, each)  # [C, n]
@@ -106,8 +106,8 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        point = {f"target/{reward.name}": mean(r, owner).value, "policy/kl_to_base": mean(log_pi - log_a, owner).value}
-        curve.append({"round": float(round_index), **point})
+        reached, kl = (mean(values, context_index).value for values in (r, log_pi - log_a))
+        curve.append({"round": float(round_index), f"target/{reward.name}": reached, "policy/kl_to_base": kl})
 
     tested = contexts if config.contexts.eval is None else load_contexts(config.contexts.eval, tokenizer, room)
     settings = config.evaluation
