@@ -37,7 +37,7 @@ def activity(what: str, total: int = 0) -> Iterator[None]:
     _show_innermost(False)
     _activities.append(current)
     if _display is not None:
-        current.task = _display.add_task(what, total=total or None)
+        current.task = _display.add_task(what, total=total or None, counted="")
     else:
         threading.Thread(target=_say, args=(current, ended), daemon=True).start()
     try:
@@ -50,11 +50,12 @@ def activity(what: str, total: int = 0) -> Iterator[None]:
 
 
 def advance(count: int) -> None:
-    """Say that so many items of the innermost activity are done; without an activity it says nothing."""
-    if _activities:
-        _activities[-1].done += count
-        if _activities[-1].task is not None:
-            _display.advance(_activities[-1].task, count)
+    """Say that so many items of the innermost activity are done; where none are counted it says nothing."""
+    if _activities and _activities[-1].total:
+        current = _activities[-1]
+        current.done += count
+        if current.task is not None and _display is not None:
+            _display.update(current.task, advance=count, counted=f"{current.done:,} of {current.total:,}")
 
 
 def _show_innermost(visible: bool) -> None:
@@ -100,10 +101,15 @@ class _Lines(logging.Handler):
 def _live(handler: _Lines) -> Iterator[None]:
     global _display
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     handler.console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(20),
+        TextColumn("{task.fields[counted]}"),
+    )
     with Progress(*columns, TimeElapsedColumn(), console=handler.console, transient=True) as _display:
         try:
             with activity("working"):

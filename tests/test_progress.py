@@ -66,7 +66,7 @@ def test_a_terminal_has_a_live_line_and_the_log_above_it(said, monkeypatch):
         logging.getLogger("fdpg_fast").info("a line [with] brackets, longer than a terminal is wide" + 80 * ".")
         threading.Event().wait(0.3)
     shown = screen.getvalue()
-    assert "loading [model]" in shown and "2/8" in shown
+    assert "loading [model]" in shown and "2 of 8" in shown
     assert "a line [with] brackets, longer than a terminal is wide" + 80 * "." in shown
     assert [line for line in said() if "loading" in line] == []
     with activity("afterwards"):  # in plain lines again
