@@ -44,8 +44,9 @@ def activity(what: str, total: int = 0) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        _show_innermost(False)
         _activities.remove(current)
+        if current.task is not None and _display is not None:
+            _display.remove_task(current.task)
         _show_innermost(True)
 
 
