@@ -122,6 +122,7 @@ class Ours:
 
     def __init__(self, config: TrainConfig):
         self.trainer = Trainer(config)
+        assert self.trainer.session.engine is not None  # started before anything is timed
         optimizer = self.trainer.session.state.learner.optimizer
         self._started = self._optimizer = 0.0
         optimizer.register_step_pre_hook(self._before)
