@@ -17,7 +17,7 @@ from .errors import UserError
 from .learner import Learner
 from .measure.estimators import LogPartition
 from .measure.evaluate import Evaluation, evaluate
-from .models.language_model import LanguageModel, plan_micro_batch_tokens
+from .models.language_model import LanguageModel, default_micro_batch_tokens
 from .models.load import eos_token_ids, load_model, load_tokenizer
 from .models.lora import LoRAPolicy
 from .partition import Baseline, Estimates, PartitionFunction
@@ -78,7 +78,7 @@ class Session:
         else:
             policy = base = LoRAPolicy(base, config.lora, self.seed("lora", 0), self.checkpoint)
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
-        self.micro_batch_tokens = config.trainer.micro_batch_tokens or plan_micro_batch_tokens(policy.model)
+        self.micro_batch_tokens = config.trainer.micro_batch_tokens or default_micro_batch_tokens(policy.model)
         # no activations are kept in scoring: larger micro-batches fit, and waste less
         self.scorer = Scorer(target, base, self.tokenizer, 4 * self.micro_batch_tokens)
         proposal = None
