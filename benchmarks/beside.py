@@ -28,7 +28,7 @@ from pathlib import Path
 import rounds, torch
 setting, pipeline, count = rounds.SETTINGS[sys.argv[1]], sys.argv[2], int(sys.argv[3])
 torch.manual_seed(0)
-made = {**rounds.PIPELINES, "ours-mkl": rounds.OursWithMKL}[pipeline]
+made = {**rounds.PIPELINES, "without oneDNN": getattr(rounds, "OursWithMKL", rounds.Ours)}[pipeline]
 with tempfile.TemporaryDirectory() as folder:
     running, found = made(rounds.make_config(setting, Path(folder))), []
     for index in range(count):
@@ -87,7 +87,7 @@ def main() -> None:
             helps = [{name: seconds_of_help(tree) for name, tree in trees.items()} for _ in range(9)]
             found["help_seconds"] = {name: statistics.median(one[name] for one in helps) for name in trees}
             for setting in options.settings:
-                cases = [(name, pipeline) for pipeline in ("ours", "ours-mkl") for name in trees] + [("after", "plain")]
+                cases = [("before", "ours"), ("after", "ours"), ("before", "without oneDNN"), ("after", "plain")]
                 turns: dict[str, list[dict[str, Any]]] = {f"{name} {pipeline}": [] for name, pipeline in cases}
                 for _ in range(options.turns):
                     for name, pipeline in cases:

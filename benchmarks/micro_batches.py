@@ -22,7 +22,6 @@ import json, sys, tempfile
 from pathlib import Path
 import rounds, torch
 setting, tokens, count = rounds.SETTINGS[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3])
-rounds.onednn.IS_FASTER = sys.argv[4] == "onednn" and rounds.onednn.IS_FASTER
 torch.manual_seed(0)
 with tempfile.TemporaryDirectory() as folder:
     config = rounds.make_config(setting, Path(folder))
@@ -40,12 +39,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[194, 384, 768, 1024, 1700, 3400])
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="of each turn; the first warms up")
-    parser.add_argument("--products", choices=("onednn", "mkl"), default="onednn", help="of the layers")
     options = parser.parse_args()
     found: dict[str, dict] = {str(tokens): {"update": [], "peak_bytes": 0} for tokens in options.tokens}
     for _ in range(options.turns):
         for tokens in options.tokens:
-            command = [sys.executable, "-c", TURN, options.setting, str(tokens), str(options.rounds), options.products]
+            command = [sys.executable, "-c", TURN, options.setting, str(tokens), str(options.rounds)]
             done = subprocess.run(command, cwd=ROOT / "benchmarks", check=True, stdout=subprocess.PIPE, text=True)
             one, kept = json.loads(done.stdout.splitlines()[-1]), found[str(tokens)]
             kept["update"] += one["update"]
@@ -53,7 +51,7 @@ def main() -> None:
     for tokens, kept in found.items():
         seconds = statistics.median(kept["update"])
         print(f"{tokens:>6} tokens: update {seconds:.2f} s, peak {kept['peak_bytes'] / 2**30:.2f} GiB", flush=True)
-    record = {"machine": machine(), "setting": options.setting, "products": options.products, "tokens": found}
+    record = {"machine": machine(), "setting": options.setting, "tokens": found}
     options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """The two settings, both pipelines behind one method, and the measuring of their rounds and peak memory.
 
-python benchmarks/rounds.py SETTING ours|plain|ours-mkl [ROUNDS]     one pipeline alone: peak memory and seconds as JSON
+python benchmarks/rounds.py SETTING ours|plain [ROUNDS]     one pipeline alone: peak memory and seconds as JSON
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import TrainConfig
 from fdpg_fast.contexts import load_contexts
 from fdpg_fast.engines.memory import peak_memory
-from fdpg_fast.models import onednn
 from fdpg_fast.runs.metrics import round_metrics
 from fdpg_fast.seeds import schedule
 from fdpg_fast.trainer import Trainer
@@ -169,14 +168,6 @@ class Plain:
         return self.pipeline.round([self.contexts[i].text for i in chosen])
 
 
-class OursWithMKL(Ours):
-    """Ours with PyTorch's own matrix products in the layers too, also where oneDNN's are faster."""
-
-    def __init__(self, config: TrainConfig):
-        onednn.IS_FASTER = False
-        super().__init__(config)
-
-
 PIPELINES = {"ours": Ours, "plain": Plain}
 
 
@@ -210,7 +201,7 @@ def main(setting_name: str, pipeline: str, rounds: str = "2") -> None:
     """Two rounds show the peak: the second is the first with AdamW's moments in place."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as run_dir:
-        make = {**PIPELINES, "ours-mkl": OursWithMKL}[pipeline]
+        make = PIPELINES[pipeline]
         running = make(make_config(SETTINGS[setting_name], Path(run_dir)))
         peak, seconds = {"loaded": peak_memory()}, []
         for index in range(int(rounds)):

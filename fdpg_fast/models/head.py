@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdpg_kernels import FDPGLoss, fdpg_loss, linear_logprob
-
-from .onednn import linear
 
 
 class FusedHead(nn.Module):
@@ -50,7 +49,7 @@ class FusedHead(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, D] → [B, V] float32, multiplied in float32: logits of 30 in bfloat16 are off by a tenth of a nat."""
         bias = None if self.bias is None else self.bias.float()
-        logits = linear(hidden.float(), self.weight.float(), bias)
+        logits = F.linear(hidden.float(), self.weight.float(), bias)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if self.temperature == 1.0 else logits / self.temperature

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from ..errors import UserError
 from .encoder_decoder import EncoderDecoderModel
 from .language_model import LanguageModel, first_line
-from .onednn import speed_up
 
 
 def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> LanguageModel:
@@ -26,7 +25,6 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
             path, config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     model = model.to(device)
-    speed_up(model)
     return (EncoderDecoderModel if config.is_encoder_decoder else LanguageModel)(model)
 
 
