@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,19 +70,14 @@ class Learner:
             table.grad = torch.zeros_like(table)
         device = self.policy.device
         loss, columns = torch.zeros((), device=device), []
+        options: dict[str, Any] = {"divergence": divergence, "total_sequences": len(rollouts), **self._loss}
+        options["weight_grad_out"] = None if self._head is None else self._head.grad
         for rows in rollouts.micro_batches(self.micro_batch_tokens):
             batch = rollouts.part(rows)
-            sequences = batch.behavior_logprob, target_log_score[rows], log_z[rows]
+            options["baseline"] = baseline[rows].to(device)
+            sequences = [x.to(device) for x in (batch.behavior_logprob, target_log_score[rows], log_z[rows])]
             result = self.policy.head(
-                self.policy.hidden(batch),
-                batch.token_ids.to(device),
-                batch.cu_seqlens,
-                *(x.to(device) for x in sequences),
-                baseline=baseline[rows].to(device),
-                divergence=divergence,
-                total_sequences=len(rollouts),
-                weight_grad_out=None if self._head is None else self._head.grad,
-                **self._loss,
+                self.policy.hidden(batch), batch.token_ids.to(device), batch.cu_seqlens, *sequences, **options
             )
             result.loss.backward()
             loss += result.loss.detach()

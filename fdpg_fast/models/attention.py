@@ -40,14 +40,12 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
-def run(
-    model: PreTrainedModel, input_ids: Tensor, positions: Tensor, layout: Any, cache: Cache | None = None
-) -> Tensor:
+def run(model: PreTrainedModel, tokens: Tensor, positions: Tensor, layout: Any, cache: Cache | None = None) -> Tensor:
     """Final hidden states of rows of tokens, [R, T] → [R, T, D]; layers add their keys and values to the cache."""
     output = model.base_model(
-        input_ids=input_ids,
+        input_ids=tokens,
         position_ids=positions,
-        attention_mask=torch.empty(1, 1, 1, 1, device=input_ids.device),  # 4-D: handed through as it is, and not read
+        attention_mask=torch.empty(1, 1, 1, 1, device=tokens.device),  # 4-D: handed through as it is, and not read
         past_key_values=cache,
         use_cache=cache is not None,
         layout=layout,

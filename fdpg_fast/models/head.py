@@ -28,13 +28,11 @@ class FusedHead(nn.Module):
         self.layer, self._bias, self.temperature, self.softcap = layer, bias, temperature, softcap
 
     @property
-    def weight(self) -> Tensor:
-        """The output matrix, [V, D]."""
+    def weight(self) -> Tensor:  # [V, D]
         return self.layer.weight  # type: ignore[return-value]
 
     @property
-    def bias(self) -> Tensor | None:
-        """What is added to the logits, [V]."""
+    def bias(self) -> Tensor | None:  # [V]
         return getattr(self.layer, "bias", None) if self._bias is None else self._bias
 
     def forward(self, hidden: Tensor, token_ids: Tensor, *sequences: Tensor, **options: Any) -> FDPGLoss:
