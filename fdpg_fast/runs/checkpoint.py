@@ -51,11 +51,7 @@ class TrainerState:
 
 
 def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
-    """Write the checkpoint of `state.round` rounds and delete those older than the newest ones.
-
-    Raises:
-        RunError: the disk is full or not writable; what was there before is intact.
-    """
+    """Write the checkpoint of `state.round` rounds and delete old ones; a RunError leaves what was there."""
     folder = run_dir / "checkpoints"
     final = folder / f"round-{state.round:06d}"
     temporary = folder / f".writing-{final.name}"
@@ -97,7 +93,7 @@ def round_of(path: Path) -> int:
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint, None where there is none; raises UserError that names the one before if it is damaged."""
+    """The newest checkpoint, or None; raises UserError that names the one before if it is damaged."""
     *older, newest = [None, *checkpoints(run_dir)]
     if newest is not None and (fault := _fault(newest)):
         remedy = f"continue from {older[-1].name}" if older[-1] else "start again from round 0"

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from ..config.load import dump_config
@@ -38,7 +37,7 @@ class Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, at: object) -> None:
         for _, finish in self._trackers:
             finish()
         if isinstance(error, UserError) and not self._resume:
