@@ -183,7 +183,7 @@ class RoundsConfig(Section):
     pipeline_depth: int = Field(default=0, ge=0)
     """n: sample n rounds ahead, while the learner trains, with weights n rounds old (the ratio keeps it exact)."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens in a forward and backward pass: bounds memory, changes nothing else; left out, by the model: 448 or more."""
+    """Tokens in a forward and backward pass: bounds memory, changes nothing else; by the model if left out: 448 up."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Rounds between checkpoints; the last round always writes one."""
 
