@@ -150,16 +150,16 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from .runs.finished import evaluate_checkpoint, read_finished
-    from .runs.folder import to_json
+    from .runs.folder import to_json, write_whole
     from .runs.tables import evaluation_table
     from .session import Session
 
     session = Session(read_finished(options.run_dir), resume=True)
     evaluation = evaluate_checkpoint(session, options.samples, options.seed)
     row = {"round": session.state.round, **evaluation.as_dict()}
-    path = Path(options.run_dir) / "evaluation.json"
-    path.write_text(to_json(row) + "\n", encoding="utf-8")
-    print(f"{evaluation_table(row)}\n\nwritten to {path}")
+    print(evaluation_table(row))  # first: it is not lost where the disk is full
+    path = write_whole(Path(options.run_dir) / "evaluation.json", to_json(row) + "\n")
+    print(f"\nwritten to {path}")
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -262,6 +262,14 @@ def test_evaluate_measures_the_checkpoint_on_a_fresh_sample(run_dir, tmp_path, c
     runs.assert_equal(runs.record(copy), runs.record(run_dir))
 
 
+def test_an_evaluation_that_cannot_be_written_has_been_shown(run_dir, tmp_path, capsys):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    (copy / "evaluation.json").mkdir()
+    assert runs.call("evaluate", copy, "--samples=2") == 1
+    shown = capsys.readouterr()
+    assert "E[letters]" in shown.out and f"writing {copy}/evaluation.json: Is a directory" in shown.err
+
+
 def test_sample_prints_json_lines_of_the_policy(run_dir, tiny_model, capsys):
     def sampled(*options: str) -> list[dict]:
         assert runs.call("sample", run_dir, *options) == 0

@@ -7,6 +7,7 @@ large sample of the base.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -89,12 +90,12 @@ def frozen_base_sample(session: Session, samples: int, seed: int, folder: Path) 
     if path.exists():
         return Rollouts(contexts=contexts, **load_file(path))
     what = f"drawing {samples} completions of the base for each of {len(contexts)} contexts, for Z"
-    with session.base.as_base() as base, activity(what, samples * len(contexts)):
-        engine = session.start_engine(base, 0)
-        try:
-            rollouts = engine.sample(contexts, samples, seed)
-        finally:
-            engine.close()
+    with (
+        session.base.as_base() as base,
+        activity(what, samples * len(contexts)),
+        contextlib.closing(session.start_engine(base, 0)) as engine,
+    ):
+        rollouts = engine.sample(contexts, samples, seed)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # of two runs side by side the later one wins
     save_file(rollouts.tensors(), temporary)
