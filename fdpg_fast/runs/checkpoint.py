@@ -2,9 +2,10 @@
 
     checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder), or
                                 a LoRA adapter as peft saves it (peft.AutoPeftModelForCausalLM.from_pretrained does)
-                                trainer.safetensors: optimizer, Z, baseline, torch's generator, rollouts sampled ahead,
-                                an adaptive proposal
-                                trainer.json: round, λ, the other generators
+                                trainer/state.tensors: optimizer, Z, baseline, torch's generator, rollouts sampled
+                                ahead, an adaptive proposal; safetensors by another suffix, for loaders and uploads of
+                                models take every *.safetensors that they find
+                                trainer/state.json: round, λ, the other generators
                                 SHA256SUMS: of every file, as `sha256sum --check` reads it
 
 A checkpoint is written under a temporary name, flushed and renamed: a killed process leaves the older one whole.
@@ -35,7 +36,7 @@ from ..partition import Estimates
 from ..rollouts import Rollouts
 from ..sampling import Sampling
 
-TENSORS, STATE, SUMS = "trainer.safetensors", "trainer.json", "SHA256SUMS"
+TENSORS, STATE, SUMS = "trainer/state.tensors", "trainer/state.json", "SHA256SUMS"
 NEWEST = 2  # checkpoints that stay; older ones are deleted once a newer one is complete
 
 
@@ -64,11 +65,13 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
             temporary.mkdir(parents=True)
             state.learner.policy.save(temporary)
             tokenizer.save_pretrained(temporary)
+            (temporary / STATE).parent.mkdir()
             save_file(_tensors(state), temporary / TENSORS)
             (temporary / STATE).write_text(json.dumps(trainer, default=np.ndarray.tolist))
-            sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())  # of a tokenizer in folders too
+            sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in files]
             (temporary / SUMS).write_text("".join(sums))
-            for path in temporary.iterdir():
+            for path in [*temporary.rglob("*"), temporary]:
                 _fsync(path)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -140,7 +143,7 @@ def _tensors(state: TrainerState) -> dict[str, Tensor]:
 
 def _fault(path: Path) -> str | None:
     try:
-        expected = dict(line.split("  ")[::-1] for line in (path / SUMS).read_text().splitlines())
+        expected = dict(line.split("  ", 1)[::-1] for line in (path / SUMS).read_text().splitlines())
     except (OSError, ValueError):
         return f"{SUMS} is not readable"
     for name in (STATE, TENSORS, *expected):

@@ -267,7 +267,7 @@ def test_a_run_trains_all_weights_and_engine_and_learner_agree(uninterrupted, ti
 
 def test_a_killed_run_goes_on_to_the_same_numbers(uninterrupted, tiny_t5, tmp_path):
     path = runs.write_config(tmp_path, config(tiny_t5, tmp_path, "run"))
-    moment = runs.Moment("open", ".writing-round-000003/trainer.json")
+    moment = runs.Moment("open", ".writing-round-000003/trainer/state.json")
     assert runs.run(tmp_path, "train", path, at=moment).status == -9
     ended = runs.run(tmp_path, "train", "--resume", "run")
     assert ended.status == 0, ended.stderr

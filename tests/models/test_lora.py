@@ -192,7 +192,7 @@ def finished(tiny_model, tmp_path_factory):
 
 MOMENTS = {
     "between two checkpoints": Moment("open", "metrics.jsonl", 4),
-    "between a checkpoint's adapter and its trainer state": Moment("open", ".writing-round-000004/trainer.safetensors"),
+    "between a checkpoint's adapter and the trainer": Moment("open", ".writing-round-000004/trainer/state.tensors"),
     "before a checkpoint's rename": Moment("os.rename", ".writing-round-000004"),
 }
 

@@ -111,8 +111,10 @@ def record(run_dir: Path) -> dict[str, Any]:
             for row in rows(run_dir / "metrics.jsonl")
         ]
     }
-    for path in [run_dir / "evaluation.jsonl", run_dir / "samples.jsonl", *run_dir.glob("checkpoints/*/*")]:
-        if path.name == "trainer.json":
+    for path in [run_dir / "evaluation.jsonl", run_dir / "samples.jsonl", *run_dir.glob("checkpoints/*/**/*")]:
+        if path.is_dir():
+            continue
+        if path.name == "state.json":
             state = strict(path.read_text())
             kept[str(path.relative_to(run_dir))] = {k: v for k, v in state.items() if k not in ("python", "numpy")}
         elif path.name != "SHA256SUMS":
