@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def make_context(
         options = {"add_generation_prompt": True, "tokenize": False}
         text = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **options)
     except Exception as error:  # a template is a program
-        message = " ".join(str(error).split())
-        raise UserError(f"{where}: the chat template refuses these messages: {message}") from error
+        raise UserError(f"{where}: the chat template refuses these messages: {one_line(error)}") from error
     if not text.strip():
         raise UserError(f"{where} is an empty prompt; leave the path out to sample unconditionally")
     token_ids = tuple(tokenizer(text, add_special_tokens=not is_chat)["input_ids"])  # a template writes its own BOS

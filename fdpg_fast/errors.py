@@ -23,3 +23,12 @@ def disk_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{what}: {error.strerror or error}; free some space and continue with --resume") from error
+
+
+def one_line(said: object) -> str:
+    """What an exception, a server or a name says, in one line that a terminal may show: control characters escaped."""
+    try:
+        text = " ".join(str(said).split())[:500]
+    except Exception:  # of somebody's own class
+        return "without a message"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

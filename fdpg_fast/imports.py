@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 def import_object(path: str) -> Any:
@@ -24,8 +24,7 @@ def import_object(path: str) -> Any:
         module = _load_file(module_path) if module_path.endswith(".py") else _load_module(module_path)
         return getattr(module, attribute)
     except Exception as error:  # whatever the user's module does when it is imported
-        message = " ".join(str(error).split())
-        raise UserError(f"import path {path!r}: {type(error).__name__}: {message}") from error
+        raise UserError(f"import path {path!r}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _load_module(name: str) -> Any:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .schema import TrainConfig
 
 _DISTORTING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty")
@@ -43,7 +43,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config: cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"config: {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config: {str(path)!r} is not YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"config: {str(path)!r} must hold keys and values, e.g. 'model: examples/tiny-python-lm'")
     return data

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ..divergence import last_divergence
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..features.code import Pep8Feature, PythonParsesFeature
 from ..features.entities import EntitiesFeature
 from ..features.feature import ImportedFeature
@@ -85,8 +85,7 @@ class ImportedTarget(Section):
         try:
             target = target() if callable(target) else target
         except Exception as error:  # the user's code
-            message = " ".join(str(error).split())
-            raise UserError(f"target: {self.path!r} raised {type(error).__name__}: {message}") from error
+            raise UserError(f"target: {self.path!r} raised {type(error).__name__}: {one_line(error)}") from error
         if not isinstance(target, Target):
             kind = type(target).__name__
             raise UserError(f"target: {self.path!r} is a {kind}, not a Target or a function that makes one")

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config.section import Section
-from ..errors import RunError, UserError
+from ..errors import RunError, UserError, one_line
 from ..imports import import_object
 from ..rollouts import Rollouts
 from .calling import Call, TimeUp, is_async
@@ -105,8 +105,7 @@ class Feature:
                 f"for {len(batch.completions)} completions; raise the feature's timeout or make it faster"
             ) from None
         except (Exception, SystemExit) as error:
-            message = " ".join(str(error).split())
-            raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {message}") from error
+            raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {one_line(error)}") from error
 
     def _checked(self, values: Any, completions: list[str]) -> Tensor:
         has_returned = f"feature {self.name!r} returned"
