@@ -1,6 +1,7 @@
 """Two kinds of failure that a person can do something about; anything else is a bug and keeps its traceback."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 
@@ -32,3 +33,9 @@ def one_line(said: object) -> str:
     except Exception:  # of somebody's own class
         return "without a message"
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was wanted that there is not, of a GPU or of the machine, by Python, PyTorch or the system."""
+    wanted = re.search("(?i)out of memory|(can't|cannot) allocate memory|bad_alloc|ALLOC_FAILED", str(error))
+    return isinstance(error, MemoryError) or wanted is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..contexts import Context
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory, one_line
 from ..rollouts import Rollouts, pack
 from . import attention
 from .decoding import ContinuedDecoding, Decoding
@@ -34,7 +34,7 @@ class LanguageModel:
         try:
             model.set_attn_implementation(attention.IMPLEMENTATION)
         except (ValueError, AttributeError) as error:
-            raise UserError(f"model: {kind} does not let its attention be chosen: {first_line(error)}") from None
+            raise UserError(f"model: {kind} does not let its attention be chosen: {one_line(error)}") from None
         config = model.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
@@ -108,7 +108,10 @@ class LanguageModel:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"model: {kind} cannot run {self._layout}: {type(error).__name__}: {error}") from error
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {one_line(error)[:300]}"
+            raise UserError(f"model: {kind} cannot run {self._layout}: {reason}") from error
         own = logits.float().log_softmax(-1).cpu().gather(1, probe.token_ids[:, None])[:, 0]
         gap, limit = float((ours - own).abs().max()), 1e-3 if self.model.dtype == torch.float32 else 0.25
         if not gap < limit:
@@ -130,7 +133,3 @@ def default_micro_batch_tokens(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     token_bytes = 20 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
     return max(448, (2**28 if model.device.type == "cpu" else 2**33) // token_bytes)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
