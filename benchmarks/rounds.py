@@ -23,7 +23,7 @@ import torch
 
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import TrainConfig
-from fdpg_fast.contexts import load_contexts
+from fdpg_fast.contexts import Prompting, load_contexts
 from fdpg_fast.engines.memory import peak_memory
 from fdpg_fast.runs.metrics import round_metrics
 from fdpg_fast.seeds import schedule
@@ -161,7 +161,9 @@ class Plain:
             samples_per_context=config.trainer.samples_per_context,
             learning_rate=config.optimizer.learning_rate,
         )
-        self.contexts = load_contexts(config.contexts.train, self.pipeline.tokenizer, 400)
+        self.contexts = load_contexts(
+            config.contexts.train, Prompting(self.pipeline.tokenizer, 400, len(self.pipeline.tokenizer))
+        )
 
     def round(self, index: int) -> tuple[dict[str, float], int]:
         chosen = schedule(len(self.contexts), self.settings.contexts_per_round, index, self.settings.seed)

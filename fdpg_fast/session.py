@@ -9,7 +9,7 @@ import torch
 
 from .clock import Clock
 from .config.schema import TrainConfig
-from .contexts import Context, load_contexts
+from .contexts import Context, Prompting, load_contexts
 from .divergence import last_divergence
 from .engines import Engine
 from .engines.build import build_engine
@@ -65,9 +65,10 @@ class Session:
                 f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
                 f"in the model's {base.max_length} positions"
             )
-        self.contexts = load_contexts(config.contexts.train, self.tokenizer, self.room)
-        held_out = config.contexts.eval
-        self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.tokenizer, self.room)
+        rows, held_out = len(base.model.get_input_embeddings().weight), config.contexts.eval
+        self.prompting = Prompting(self.tokenizer, self.room, rows, base.continues_prompt, config.contexts)
+        self.contexts = load_contexts(config.contexts.train, self.prompting)
+        self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.prompting)
         self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
         self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
         done = 0 if self.checkpoint is None else round_of(self.checkpoint)

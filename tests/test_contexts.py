@@ -1,13 +1,18 @@
 """Prompts from files, the errors that name file and line, and the order in which rounds visit them."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
-from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, BertTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from fdpg_fast.contexts import load_contexts
+from fdpg_fast.chats import ContextsConfig
+from fdpg_fast.contexts import Prompting
+from fdpg_fast.contexts import load_contexts as load
 from fdpg_fast.errors import UserError
 from fdpg_fast.seeds import schedule
 
@@ -15,7 +20,10 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<bot>{% endif %}"
 CHAT = [{"role": "user", "content": "hi"}]
 END = "<|end|>"
-STRICT_TEMPLATE = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+
+
+def load_contexts(path, tokenizer, max_tokens=50, rows=1000, continues_prompt=True, **settings):
+    return load(path, Prompting(tokenizer, max_tokens, rows, continues_prompt, ContextsConfig(**settings)))
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +78,8 @@ def test_jsonl_columns_reach_the_context(tokenizer, write):
     rows = {"prompt": "1+1=", "answer": 2, "tags": ["sum"]}, "", {"prompt": "two\nlines", "level": None}
     contexts = load_contexts(write("p.jsonl", *rows), tokenizer, 50)
     assert [(c.text, dict(c.columns)) for c in contexts] == [
-        ("1+1=", {"answer": 2, "tags": ["sum"]}),
-        ("two\nlines", {"level": None}),
+        ("1+1=", {"answer": 2, "tags": ["sum"], "level": None}),  # columns are those of the whole data set
+        ("two\nlines", {"answer": None, "tags": None, "level": None}),
     ]
 
 
@@ -82,15 +90,133 @@ def test_chat_messages_go_through_the_template(chat_tokenizer, write):
     assert chat_tokenizer.decode(context.token_ids) == context.text and dict(context.columns) == {"id": 7}
 
 
-def test_special_tokens_are_added_once(chat_tokenizer, write):
-    """A plain prompt gets the tokenizer's BOS; a template writes its own."""
-    backend = Tokenizer.from_str(chat_tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END)
-    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
-    path = write("p.jsonl", {"prompt": "hi"}, {"prompt": CHAT})
-    for context in load_contexts(path, tokenizer, 50):
-        assert context.token_ids[0] == 0 and context.token_ids.count(0) == 1
+def byte_level(tokenizer, single=f"{END} $A </s>"):
+    """The tokenizer, with what a post-processor puts around a text."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["</s>"])
+    ids = [(token, backend.token_to_id(token)) for token in (END, "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token="</s>")
+
+
+def sentencepiece(**keys):
+    """Llama's, of single characters and bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *map(chr, range(33, 127))]
+    return LlamaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], **keys)
+
+
+def wordpiece():
+    """BERT's, as Chinese GPT-2 models have it."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hi", "there", "##s"]
+    return BertTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, bos_token="[CLS]", eos_token="[SEP]", sep_token="[SEP]"
+    )
+
+
+TOKENIZERS = {
+    "byte-level with BOS and EOS": byte_level,
+    "byte-level with EOS": lambda tokenizer: byte_level(tokenizer, "$A </s>"),
+    "byte-level, EOS twice": lambda tokenizer: byte_level(tokenizer, f"{END} $A </s> </s>"),
+    "sentencepiece with BOS": lambda _: sentencepiece(add_bos_token=True),
+    "sentencepiece with EOS": lambda _: sentencepiece(add_bos_token=False, add_eos_token=True),
+    "sentencepiece with both": lambda _: sentencepiece(add_bos_token=True, add_eos_token=True),
+    "wordpiece": lambda _: wordpiece(),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_what_a_tokenizer_puts_around_a_text(name, tokenizer, write):
+    """Its BOS once, whether or not the text begins with it; its EOS behind the prompt of an encoder-decoder only."""
+    tokenizer = TOKENIZERS[name](tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    own = tokenizer("hi there")["input_ids"]
+    before, body = ([bos], own[1:]) if own[0] == bos else ([], own)
+    body = [token_id for token_id in body if token_id != eos]
+    path = write("p.txt", "hi there", tokenizer.bos_token + "hi there")
+    plain, begun = load_contexts(path, tokenizer)
+    assert list(plain.token_ids) == before + body
+    assert begun.token_ids[0] == bos and begun.token_ids[1] != bos and eos not in begun.token_ids
+    answered, _ = load_contexts(path, tokenizer, continues_prompt=False)
+    assert list(answered.token_ids) == own
+    # an encoder-decoder's text that already ends with EOS gets no second one
+    (ended,) = load_contexts(write("p.txt", "hi there" + tokenizer.eos_token), tokenizer, continues_prompt=False)
+    assert ended.token_ids[-1] == eos and ended.token_ids[-2] != eos
+
+
+def test_a_template_writes_its_own_special_tokens(tokenizer, write):
+    tokenizer = byte_level(tokenizer)
+    for template in ("{{ bos_token }}" + TEMPLATE, TEMPLATE):  # one that writes no BOS is not to have any
+        tokenizer.chat_template = template
+        (context,) = load_contexts(write("p.jsonl", {"prompt": CHAT}), tokenizer)
+        assert list(context.token_ids) == tokenizer.apply_chat_template(
+            CHAT, add_generation_prompt=True, return_dict=False
+        )
+
+
+@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_batches_are_what_the_tokenizer_makes_of_each_prompt_alone(tokenizer, write, prompts):
+    path = write("p.jsonl", *({"prompt": prompt} for prompt in prompts))
+    assert [list(c.token_ids) for c in load_contexts(path, tokenizer, 10_000)] == [
+        tokenizer(prompt)["input_ids"] for prompt in prompts
+    ]
+
+
+def test_a_token_without_an_embedding_is_refused_with_the_remedy(tokenizer, write):
+    tokenizer = byte_level(tokenizer)
+    tokenizer.add_tokens(["<think>"])
+    path = write("p.jsonl", {"prompt": "hi"}, {"prompt": "so: <think>"})
+    assert len(load_contexts(path, tokenizer, rows=len(tokenizer))) == 2
+    rows = len(tokenizer) - 1
+    message = rf"p\.jsonl:2 has the token '<think>', number {rows}, but the model has only {rows} embeddings"
+    with pytest.raises(UserError, match=message + rf".*resize_token_embeddings\({len(tokenizer)}\)"):
+        load_contexts(path, tokenizer, rows=rows)
+    with pytest.raises(UserError, match="the start has the token"):
+        load_contexts(None, tokenizer, rows=tokenizer.bos_token_id)
+
+
+def test_a_prompt_that_makes_no_token_is_refused(write):
+    path = write("p.txt", "a", "b")
+    drops = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    with pytest.raises(UserError, match=r"p\.txt:2: the tokenizer makes no token"):
+        load_contexts(path, drops)
+    raises = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "[UNK]")))
+    with pytest.raises(UserError, match=r"the tokenizer fails from .*p\.txt:1 on: .*Missing \[UNK\]"):
+        load_contexts(path, raises)
+
+
+@pytest.mark.parametrize("unit", ["x", "x ", " ", "é", "def f(x):\n    return x\n"])
+def test_a_prompt_of_megabytes_is_refused_without_tokenizing_it_all(unit, tokenizer, write, monkeypatch):
+    seen = []
+    path = write("p.jsonl", {"prompt": "a" + unit * (4_000_000 // len(unit))})
+    whole = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: seen.append(len(a[1][0])) or whole(*a, **k))
+    with pytest.raises(UserError, match=r"p\.jsonl:1 has more than 100 tokens but the model has room for 50"):
+        load_contexts(path, tokenizer, 50)
+    assert max(seen) <= 64 * 51
+
+
+def test_a_long_prompt_of_few_tokens_is_taken(write):
+    """Many spaces may be one token, and much text may be none: what counts is the tokens."""
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    text = "x" * 40 + " " * 4000 + "y z"
+    assert len(load_contexts(write("p.jsonl", {"prompt": text}), tokenizer, 3)[0].token_ids) == 3
+    with pytest.raises(UserError, match="has 3 tokens but the model has room for 2"):
+        load_contexts(write("p.jsonl", {"prompt": text}), tokenizer, 2)
+
+
+def test_many_prompts_are_made_in_batches_with_progress(tokenizer, write, monkeypatch):
+    counts, calls = [], []
+    monkeypatch.setattr("fdpg_fast.contexts.advance", counts.append)
+    whole = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: calls.append(a) or whole(*a, **k))
+    contexts = load_contexts(write("p.txt", *map(str, range(3500))), tokenizer)
+    assert [c.text for c in contexts] == [str(i) for i in range(3500)] and [c.index for c in contexts] == [*range(3500)]
+    assert sum(counts) == 3500 and len(counts) > 1 and len(calls) < 20
+    # equal tokens of a data set are one object: 8 bytes for each place instead of 36
+    assert len({id(token) for c in contexts for token in c.token_ids}) == 10
 
 
 def test_without_a_file_sampling_starts_from_bos_or_else_eos(tokenizer):
@@ -126,6 +252,12 @@ BAD_FILES = {
     "prompt is a number": ("p.jsonl", [{"prompt": 3}], r'p\.jsonl:1: "prompt" must be a string or a list'),
     "message lacks its role": ("p.jsonl", [{"prompt": [{"content": "a"}]}], r'p\.jsonl:1: "prompt" must be'),
     "chat without a template": ("p.jsonl", [{"prompt": CHAT}], r"p\.jsonl:1 .*no chat template"),
+    "chat as a text": ("p.jsonl", [{"prompt": json.dumps(CHAT)}], r"p\.jsonl:1 holds chat messages as one text"),
+    "chat as Python prints it": ("p.txt", ["ok", repr(CHAT)], r"p\.txt:2 holds chat messages as one text"),
+    "half a character": ("p.jsonl", ['{"prompt": "a\\ud800"}'], r"p\.jsonl:1 is no text: '\\ud800' is half"),
+    "image": ("p.jsonl", [{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "messages of text"),
+    "BOS twice": ("p.txt", [f"{END}{END}x"], r"p\.txt:1 begins with BOS twice"),
+    "ended": ("p.txt", ["ok", f"x{END}"], rf"p\.txt:2 ends with EOS, '{re.escape(END)}'"),
 }
 
 
@@ -135,32 +267,6 @@ def test_bad_files_are_refused_in_one_line_that_names_the_place(name, tokenizer,
     with pytest.raises(UserError, match=message) as refusal:
         load_contexts(write(file, *lines), tokenizer, 50)
     assert "\n" not in str(refusal.value)
-
-
-def test_missing_folder_and_binary_files_are_refused(tokenizer, tmp_path):
-    binary = tmp_path / "latin.txt"
-    binary.write_bytes("ein Gruß\n".encode("latin-1"))
-    for path, reason in ((tmp_path / "no.txt", "No such file"), (tmp_path, "directory"), (binary, "not UTF-8 text")):
-        with pytest.raises(UserError, match=reason) as refusal:
-            load_contexts(str(path), tokenizer, 50)
-        assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-def test_a_template_that_refuses_the_messages_is_the_file_s_fault(chat_tokenizer, write):
-    """Gemma's template, for one, raises on a system message."""
-    chat_tokenizer.chat_template = STRICT_TEMPLATE
-    path = write("p.jsonl", {"prompt": CHAT}, {"prompt": [{"role": "system", "content": "be brief"}]})
-    with pytest.raises(UserError, match=r"p\.jsonl:2.*no system role"):
-        load_contexts(path, chat_tokenizer, 50)
-    chat_tokenizer.chat_template = "{{ '>' + messages[0].content }}"
-    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]  # as multimodal templates want it
-    with pytest.raises(UserError, match=r"p\.jsonl:1"):
-        load_contexts(write("p.jsonl", {"prompt": parts}), chat_tokenizer, 50)
-
-
-def test_a_chat_without_messages_is_refused(chat_tokenizer, write):
-    with pytest.raises(UserError, match=r"p\.jsonl:1"):
-        load_contexts(write("p.jsonl", {"prompt": []}), chat_tokenizer, 50)
 
 
 # --- schedule ---

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from ..chats import ContextsConfig
 from ..divergence import last_divergence
 from ..errors import UserError, one_line
 from ..features.code import Pep8Feature, PythonParsesFeature
@@ -18,14 +19,6 @@ from ..features.text import ClassifierFeature, RegexFeature, SentimentFeature, W
 from ..imports import import_object
 from ..targets import Target, distributional, pointwise, rlhf
 from .section import Section
-
-
-class ContextsConfig(Section):
-    train: str | None = None
-    """.jsonl file with "prompt" and other columns, or a text file with one prompt a line; none: start from BOS."""
-    eval: str | None = None
-    """Prompts that are never trained on, for the evaluation; none: those of `train`."""
-
 
 FeatureConfig = Annotated[
     WordFeature

@@ -1,6 +1,24 @@
 """What all sections of a config have in common: frozen, no unknown keys, documented by their attributes' docstrings."""
 
-from pydantic import BaseModel, ConfigDict
+import os.path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+
+def _user_path(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if (
+        not path
+        or "\0" in path
+        or expanded.startswith("~")
+        or max(len(part.encode()) for part in path.split("/")) > 255
+    ):
+        raise ValueError("no file can have this name")
+    return expanded
+
+
+UserPath = Annotated[str, AfterValidator(_user_path)]  # a file, a folder or whatever begins with one; ~ is expanded
 
 
 class Section(BaseModel):
@@ -9,3 +27,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, dict) else ():
+            is_switch = name in cls.model_fields and cls.model_fields[name].annotation is bool
+            if not is_switch and any(
+                isinstance(item, bool) for item in (value if isinstance(value, list) else [value])
+            ):
+                raise ValueError(f"{name} is neither true nor false (YAML's yes and no too); put quotes around a text")
+        return data

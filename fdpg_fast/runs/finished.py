@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..chats import ContextsConfig
 from ..clock import Clock
 from ..config.schema import TrainConfig
-from ..contexts import Context, make_context
+from ..contexts import Context, make_contexts
 from ..errors import UserError
 from ..measure import quasi_rejection
 from ..measure.estimators import log_partition
@@ -79,5 +81,6 @@ def quasi_rejection_sample(
 def _contexts_to_continue(session: Session, prompt: str | None, count: int) -> list[Context]:
     session.restore()
     if prompt is not None:
-        session.eval_contexts = [make_context(0, prompt, {}, session.tokenizer, session.room, "--prompt")]
+        plain = replace(session.prompting, settings=ContextsConfig())
+        session.eval_contexts = make_contexts([("--prompt", {"prompt": prompt})], plain)
     return session.eval_contexts[:count]

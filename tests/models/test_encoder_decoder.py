@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from fdpg_fast.config.schema import EngineConfig, LoRAConfig
-from fdpg_fast.contexts import load_contexts
+from fdpg_fast.contexts import Prompting, load_contexts
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.engines.build import choose_engine
 from fdpg_fast.errors import UserError
@@ -228,9 +228,10 @@ def tiny_t5(tmp_path_factory):
 
 def test_prompts_are_what_the_tokenizer_makes_of_them(tiny_t5, tmp_path):
     tokenizer = hf.AutoTokenizer.from_pretrained(tiny_t5)
-    (context,) = load_contexts(str(runs.write_contexts(tmp_path, "ab")), tokenizer, 10)
+    prompting = Prompting(tokenizer, 10, len(tokenizer), continues_prompt=False)
+    (context,) = load_contexts(str(runs.write_contexts(tmp_path, "ab")), prompting)
     assert len(context.token_ids) == 3 and context.token_ids[-1] == EOS
-    (nothing,) = load_contexts(None, tokenizer, 10)
+    (nothing,) = load_contexts(None, prompting)
     assert nothing.token_ids == tuple(tokenizer("")["input_ids"]) == (EOS,)
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fdpg_fast import Trainer
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import RLHFTerm, TrainConfig
-from fdpg_fast.contexts import load_contexts
+from fdpg_fast.contexts import Prompting, load_contexts
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
 from fdpg_fast.experiments.rows import Row
@@ -71,7 +71,8 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
     tokenizer = load_tokenizer(config.model, trust_remote_code=False)
     policy, base = (load_model(config.model, "float32", "cpu", trust_remote_code=False) for _ in range(2))
     room = policy.max_length - config.engine.max_new_tokens
-    contexts = load_contexts(config.contexts.train, tokenizer, room)
+    prompting = Prompting(tokenizer, room, len(tokenizer))
+    contexts = load_contexts(config.contexts.train, prompting)
     engine = TransformersEngine(
         policy,
         eos_token_ids(policy.model, tokenizer),
@@ -109,7 +110,7 @@ def reinforce(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, Es
         reached, kl = (mean(values, context_index).value for values in (r, log_pi - log_a))
         curve.append({"round": float(round_index), f"target/{reward.name}": reached, "policy/kl_to_base": kl})
 
-    tested = contexts if config.contexts.eval is None else load_contexts(config.contexts.eval, tokenizer, room)
+    tested = contexts if config.contexts.eval is None else load_contexts(config.contexts.eval, prompting)
     settings = config.evaluation
     rollouts = engine.sample(
         tested[: settings.contexts], settings.samples_per_context, derived_seed(config.trainer.seed, "evaluation", 0)
