@@ -70,6 +70,7 @@ class Session:
         self.contexts = load_contexts(config.contexts.train, self.prompting)
         self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.prompting)
         self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
+        base.refuse_lengths(self.contexts + self.eval_contexts, config.engine.max_new_tokens)
         self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
         done = 0 if self.checkpoint is None else round_of(self.checkpoint)
         if done > rounds:

@@ -4,18 +4,19 @@ C prompts and their B completions become one row of tokens, prompts first. Only 
 whom, so it is the one thing replaced, through transformers' attention registry. It asks a layout that the forward pass
 is given; without one it is plain SDPA, so that the model stays an ordinary transformers model. A layout has
 
-* `max_length`: tokens of the longest text, prompt and completion together, and
+* `window`: how many tokens the layers see at a time, which they write there, and
 * `attend(query, key, value, scale)`: [R, H, T, d] each (fewer heads in key and value) → [R, T, H, d].
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -23,14 +24,13 @@ from ..errors import UserError
 from ..rollouts import Rollouts
 
 IMPLEMENTATION = "fdpg_packed"
+UNLIMITED = 2**31  # tokens
 
 
 def _attention(module, query, key, value, attention_mask, *, layout=None, scaling=None, **options):
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    window = options.get("sliding_window")
-    if window is not None and layout.max_length > window:
-        raise UserError(f"prompt and completion reach {layout.max_length} tokens, past the model's window of {window}")
+    layout.window = min(layout.window, options.get("sliding_window") or layout.window)
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise UserError(f"{type(module).__name__}: attention with a soft cap or sinks is not supported")
     return layout.attend(query, key, value, scaling), None
@@ -38,6 +38,17 @@ def _attention(module, query, key, value, attention_mask, *, layout=None, scalin
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def rotary_limits(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    """Rotary scalings of which a forward pass takes one by its longest text, and the length up to which it is one."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # of all layers, or of each kind of them
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+        if kind == "longrope":
+            yield kind, parameters["original_max_position_embeddings"]
+        elif kind == "dynamic":
+            yield kind, config.max_position_embeddings
 
 
 def run(model: PreTrainedModel, tokens: Tensor, positions: Tensor, layout: Any, cache: Cache | None = None) -> Tensor:
@@ -64,6 +75,8 @@ class PackedBatch:
     In the row comes every prompt once, then every completion without its last token, which predicts nothing.
     """
 
+    window = UNLIMITED
+
     def __init__(self, rollouts: Rollouts, device: torch.device, dtype: torch.dtype):
         context_index = rollouts.context_index.cpu()
         prompts = [torch.tensor(context.token_ids) for context in rollouts.contexts]
@@ -73,7 +86,6 @@ class PackedBatch:
         positions = [torch.arange(i, i + len(text)) for i, text in zip(starts, prompts + inputs, strict=True)]
         self.input_ids = torch.cat(prompts + inputs)[None].to(device)  # [1, M]
         self.position_ids = torch.cat(positions)[None].to(device)  # [1, M], in each text
-        self.max_length = int((prompt_lengths[context_index] + input_lengths).max()) + 1
 
         # a completion's first token is predicted by its prompt's last, the others by the token before each
         self._prompts_end = int(prompt_lengths.sum())

@@ -44,11 +44,13 @@ class Decoding:
 class ContinuedDecoding(Decoding):
     """Completions that continue their prompts, begun behind the prompts' padding; see `LanguageModel.start`."""
 
+    window = attention.UNLIMITED
+
     def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int):
         self._model = model
         input_ids, is_real = pad_prompts(contexts, model.device)
         lengths, longest = is_real.sum(1, keepdim=True), is_real.shape[1]
-        self.max_length, self._is_padded = longest + max_new_tokens, not bool(is_real.all())
+        self._is_padded = not bool(is_real.all())
         attended = F.pad(is_real, (0, max_new_tokens), value=True)  # [C, P + max_new_tokens]
         super().__init__(roomy_cache(max_new_tokens), attended=attended, next_position=lengths)
         positions = torch.arange(longest, device=model.device)[None]

@@ -27,6 +27,7 @@ class LanguageModel:
 
     continues_prompt = True  # prompt and completion are one text; else the completion answers it
     _layout = "on packed rows"
+    _window = attention.UNLIMITED  # tokens that its layers see at a time, known from the first pass
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval()
@@ -48,20 +49,44 @@ class LanguageModel:
     @property
     def max_length(self) -> int:
         """Positions that there are."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", attention.UNLIMITED)
 
     def prompt_room(self, max_new_tokens: int) -> int:
         """Tokens that a prompt may have before a completion of so many; less than 1: there is no room."""
         return self.max_length - max_new_tokens
 
+    def refuse_lengths(self, contexts: Sequence[Context], max_new_tokens: int) -> None:
+        """Refuse completions of so many tokens whose log-probs would be wrong, or depend on what is beside them.
+
+        Raises:
+            UserError: they reach past a window, or lie on both sides of the length at which rotary scaling changes.
+        """
+        prompts = [len(context.token_ids) for context in contexts]
+        shortest, longest = min(prompts), max(prompts) + max_new_tokens
+        remedy = "shorten the prompts or lower engine.max_new_tokens"
+        if longest > self._window:
+            reach = f"prompt and completion reach {longest:,} tokens"
+            raise UserError(f"model: {reach}, past the model's window of {self._window:,}; {remedy}")
+        for kind, limit in attention.rotary_limits(self.model.config.get_text_config()):
+            if longest > limit and (kind == "dynamic" or shortest <= limit):
+                more = "" if kind == "dynamic" else ", or leave the short prompts out"
+                raise UserError(
+                    f"model: its rotary scaling ({kind}) is another one past {limit:,} tokens, for a whole batch; "
+                    f"with prompts of {shortest:,} tokens up and texts of {longest:,}, log-probs would depend on the "
+                    f"neighbours; {remedy}{more}"
+                )
+
     def start(self, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int) -> Decoding:
         """B completions to be decoded side by side, of C prompts, each computed once; context_index is [B] int64."""
+        self.refuse_lengths(contexts, max_new_tokens)
         return ContinuedDecoding(self.model, contexts, context_index, max_new_tokens)
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """The hidden state that predicts each completion token, [N, D]; carries gradients where they are on."""
+        self.refuse_lengths(rollouts.contexts, int(rollouts.lengths.max()))
         batch = attention.PackedBatch(rollouts, self.device, self.model.dtype)
         states = attention.run(self.model, batch.input_ids, batch.position_ids, batch)
+        self._window = batch.window
         return states[0].index_select(0, batch.target_rows)
 
     @torch.no_grad()

@@ -16,21 +16,8 @@ from fdpg_fast.contexts import Context
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
 from fdpg_fast.models.language_model import LanguageModel
-from support.language import EOS, VOCABULARY, contexts_of, rollouts_of
+from support.language import COMMON, EOS, GROUPED, VOCABULARY, build, contexts_of, plain_logprobs, rollouts_of
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": EOS,
-    "eos_token_id": EOS,
-    "pad_token_id": EOS,  # pad == EOS == BOS, as in GPT-2: nothing may be recognised by its id
-}
-GROUPED = {**COMMON, "num_key_value_heads": 2}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
 OPT = {**COMMON, "ffn_dim": 40, "word_embed_proj_dim": 24, "pad_token_id": 1}
@@ -55,29 +42,6 @@ CONFIGS = {
     "granite: logits_scaling": lambda: hf.GraniteConfig(**GROUPED, logits_scaling=4.0, attention_multiplier=0.2),
     "deepseek: values narrower than keys": lambda: hf.DeepseekV3Config(**COMMON, **DEEPSEEK),
 }
-
-
-def build(config, dtype=torch.float32):
-    torch.manual_seed(0)
-    config._experts_implementation = "eager"  # the default multiplies experts in float32 only
-    model = hf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # transformers starts them at 0, where a forgotten one would not show
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def plain_logprobs(model, rollouts):
-    """Log-probs of the completions' tokens from the model's own forward pass, one sequence at a time, [N]."""
-    ends, context_index = rollouts.cu_seqlens.tolist(), rollouts.context_index.tolist()
-    parts = []
-    for start, end, context in zip(ends, ends[1:], context_index, strict=False):
-        prompt = torch.tensor(rollouts.contexts[context].token_ids)
-        completion = rollouts.token_ids[start:end]
-        logits = model(torch.cat([prompt, completion])[None], use_cache=False).logits[0]
-        table = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        parts.append(table.gather(1, completion[:, None])[:, 0])
-    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,13 +1,27 @@
-"""Contexts, rollouts and counts that the tests of models and engines share."""
+"""Models, contexts, rollouts and counts that the tests of models and engines share."""
 
 from __future__ import annotations
 
 import torch
+import transformers as hf
 
 from fdpg_fast.contexts import Context
 from fdpg_fast.rollouts import Rollouts
 
 VOCABULARY, EOS = 61, 0
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,  # pad == EOS == BOS, as in GPT-2: nothing may be recognised by its id
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
 
 
 def contexts_of(*lengths):
@@ -46,3 +60,27 @@ def p_value(counts, probability):
     counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), expected))
     statistic = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum()
     return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2))
+
+
+def build(config, dtype=torch.float32):
+    """A random model, the same for equal configs."""
+    torch.manual_seed(0)
+    config._experts_implementation = "eager"  # the default multiplies experts in float32 only
+    model = hf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers starts them at 0, where a forgotten one would not show
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def plain_logprobs(model, rollouts):
+    """Log-probs of the completions' tokens from the model's own forward pass, one sequence at a time, [N]."""
+    ends, context_index = rollouts.cu_seqlens.tolist(), rollouts.context_index.tolist()
+    parts = []
+    for start, end, context in zip(ends, ends[1:], context_index, strict=False):
+        prompt = torch.tensor(rollouts.contexts[context].token_ids)
+        completion = rollouts.token_ids[start:end]
+        logits = model(torch.cat([prompt, completion])[None], use_cache=False).logits[0]
+        table = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        parts.append(table.gather(1, completion[:, None])[:, 0])
+    return torch.cat(parts)
