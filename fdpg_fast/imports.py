@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -23,7 +24,7 @@ def import_object(path: str) -> Any:
     try:
         module = _load_file(module_path) if module_path.endswith(".py") else _load_module(module_path)
         return getattr(module, attribute)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise UserError(f"import path {path!r}: {type(error).__name__}: {one_line(error)}") from error
 
 
@@ -34,9 +35,19 @@ def _load_module(name: str) -> Any:
 
 
 def _load_file(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"fdpg_imported_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None  # as for every name that ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses, for one, look their module up
-    spec.loader.exec_module(module)
-    return module
+    """The module of a file, under its own name or, where another module has that, folder.name; executed once.
+
+    Its folder becomes importable, behind all that is installed: no file of it hides a module of a library. Processes
+    that it starts find the module by the same name on the same path.
+    """
+    file = Path(path).resolve(strict=True)
+    importlib.invalidate_caches()  # it may have been written a moment ago
+    for folder, name in ((file.parent, file.stem), (file.parent.parent, f"{file.parent.name}.{file.stem}")):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+        found = None
+        with contextlib.suppress(ImportError, ValueError):  # a name with a dot, or of a module without a spec
+            found = importlib.util.find_spec(name)
+        if found is not None and found.origin is not None and Path(found.origin).resolve() == file:
+            return importlib.import_module(name)
+    raise ImportError(f"{file.stem!r} is the name of another module, or cannot be one's: rename the file")

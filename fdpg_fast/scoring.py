@@ -33,12 +33,19 @@ class Scores:
 class Scorer:
     """A target, replaced when λ is fitted, and its base model, asked about rollouts.
 
-    A forward pass of the base takes `micro_batch_tokens`.
+    A forward pass of the base takes `micro_batch_tokens`; texts are without special tokens unless they are kept.
     """
 
-    def __init__(self, target: Target, base: LanguageModel, tokenizer: Any, micro_batch_tokens: int):
+    def __init__(
+        self,
+        target: Target,
+        base: LanguageModel,
+        tokenizer: Any,
+        micro_batch_tokens: int,
+        keep_special_tokens: bool = False,
+    ):
         self.target, self.base, self.tokenizer = target, base, tokenizer
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens, self.keep_special_tokens = micro_batch_tokens, keep_special_tokens
 
     @property
     def feature_names(self) -> list[str]:
@@ -65,7 +72,7 @@ class Scorer:
         return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
 
     def _texts(self, rollouts: Rollouts) -> Completions:
-        return Completions.decode(rollouts, self.tokenizer, self.base.continues_prompt)
+        return Completions.decode(rollouts, self.tokenizer, self.base.continues_prompt, self.keep_special_tokens)
 
     def log_phi(self, base: Rollouts, fit: bool = False) -> Tensor:
         """[B], of samples of the base, where it is log P/q; with `fit`, λ is fitted to them first."""

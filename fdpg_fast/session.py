@@ -14,6 +14,7 @@ from .divergence import last_divergence
 from .engines import Engine
 from .engines.build import build_engine
 from .errors import UserError
+from .features import check_columns
 from .learner import Learner
 from .measure.estimators import LogPartition
 from .measure.evaluate import Evaluation, evaluate
@@ -71,6 +72,8 @@ class Session:
         self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.prompting)
         self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
         base.refuse_lengths(self.contexts + self.eval_contexts, config.engine.max_new_tokens)
+        check_columns(target.features, self.contexts, "contexts.train")
+        check_columns(target.features, self.eval_contexts, "contexts.eval")
         self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
         done = 0 if self.checkpoint is None else round_of(self.checkpoint)
         if done > rounds:
@@ -82,7 +85,7 @@ class Session:
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         self.micro_batch_tokens = config.trainer.micro_batch_tokens or default_micro_batch_tokens(policy.model)
         # no activations are kept in scoring: larger micro-batches fit, and waste less
-        self.scorer = Scorer(target, base, self.tokenizer, 4 * self.micro_batch_tokens)
+        self.scorer = Scorer(target, base, self.tokenizer, 4 * self.micro_batch_tokens, config.keep_special_tokens)
         proposal = None
         if config.proposal.kind == "adaptive":
             proposal = AdaptiveProposal(config.proposal.every, self._load(config.model))

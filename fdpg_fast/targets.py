@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import by_context
-from .errors import RunError, UserError
+from .errors import RunError, UserError, one_line
 from .features import Feature
 
 MIN_FIT_ESS = 50.0  # below it the moments of the reweighted sample are not known to one digit
@@ -46,6 +47,11 @@ class Target:
     terms: tuple[Term | MomentTerm, ...]
     exponents: tuple[float, ...] | None = None  # λ of all moments in order, once fitted
 
+    def __post_init__(self) -> None:
+        for term in self.terms:
+            if not (isinstance(term, Term | MomentTerm) and all(isinstance(x, Feature) for x in term.features)):
+                raise UserError(f"target: {one_line(repr(term))} is no term; write Target((Term((feature, …), …), …))")
+
     def __mul__(self, other: Target) -> Target:
         return Target(self.terms + other.terms)
 
@@ -72,7 +78,8 @@ class Target:
         if self.needs_fit:
             raise ValueError("a distributional target has no λ before fit()")
         fixed, centred = self._factors(values)
-        return fixed + centred @ torch.tensor(self.exponents or (), dtype=torch.float64)
+        exponents = torch.tensor(self.exponents or (), dtype=torch.float64)
+        return _checked(self, values, lambda _: fixed + centred @ exponents)
 
     def fit(self, values: Tensor, context_index: Tensor) -> Target:
         """λ such that all moments hold together on samples of the base: values [S, F] of `features`, contexts [S].
@@ -113,8 +120,33 @@ class Target:
             if isinstance(term, MomentTerm):
                 centred.append((own - torch.tensor(term.moments, dtype=torch.float64)).nan_to_num(0.0))
             else:
-                fixed = fixed + term.log_phi(own)
+                fixed = fixed + _checked(term, own, term.log_phi)
         return fixed, torch.cat(centred, dim=1)
+
+
+def _checked(term: Term | Target, values: Tensor, function: Callable[[Tensor], Any]) -> Tensor:
+    """log φ of a term or of all, [B] float64: what a function makes of the features' values, [B, F].
+
+    Raises:
+        RunError: it failed, or returned something else than B logarithms of factors as the term declares them.
+    """
+    name = f"target: log φ of {', '.join(feature.name for feature in term.features) or 'no feature'}"
+    try:
+        log_phi = function(values.clone())
+    except RunError:  # says all already
+        raise
+    except Exception as error:  # the user's code
+        raise RunError(f"{name} raised {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(log_phi, Tensor) or log_phi.shape != values.shape[:1] or not log_phi.is_floating_point():
+        found = f"{list(log_phi.shape)} of {log_phi.dtype}" if isinstance(log_phi, Tensor) else type(log_phi).__name__
+        raise RunError(f"{name} is {found}, not a tensor [{len(values)}] of torch.float64")
+    log_phi = log_phi.detach().to("cpu", torch.float64)
+    valid = log_phi.isfinite() | (log_phi.isneginf() & term.can_be_zero)
+    if not bool(valid.all()):
+        row = int(valid.long().argmin())
+        right = "a finite number" if term.can_be_zero else "a finite number, or −inf with can_be_zero=True"
+        raise RunError(f"{name} is {float(log_phi[row]):g}, not {right}, where the features are {values[row].tolist()}")
+    return log_phi
 
 
 def pointwise(feature: Feature) -> Target:

@@ -89,6 +89,75 @@ def test_a_user_s_own_term_and_target():
     assert Target(()).log_phi(values).tolist() == [0, 0, 0] and not Target(()).needs_fit
 
 
+def raises(values):
+    raise ValueError("first\nsecond \x1b[2J")
+
+
+def mutates(values):
+    values[:] = 0.0
+    return values[:, 0]
+
+
+# what a term's function returns for the values 1 and 2, whether it may be 0, and the complaint
+DAMAGES = {
+    "exception": (raises, False, r"raised ValueError: first second \\x1b\[2J$"),
+    "list": (lambda values: [0.0, 0.0], False, r"is list, not a tensor \[2\] of torch.float64"),
+    "nothing": (lambda values: None, False, "is NoneType"),
+    "number": (lambda values: -1.0, False, "is float"),
+    "one for all": (lambda values: values[:1, 0], False, r"is \[1\] of torch.float64, not a tensor \[2\]"),
+    "0-d": (lambda values: values.sum(), False, r"is \[\] of"),
+    "a column": (lambda values: values, False, r"is \[2, 1\] of"),
+    "too many": (lambda values: torch.zeros(3), False, r"is \[3\] of"),
+    "a condition": (lambda values: values[:, 0] > 1, False, r"is \[2\] of torch.bool"),
+    "complex": (lambda values: values[:, 0].to(torch.complex128), False, r"is \[2\] of torch.complex128"),
+    "NaN": (lambda values: values[:, 0] * NAN, True, r"is nan, not a finite number, where the features are \[1.0\]"),
+    "+inf": (lambda values: (values[:, 0] - 1) * INF, True, "is nan"),
+    "overflow": (
+        lambda values: (values[:, 0] * 1e3).exp(),
+        False,
+        "is inf, not a finite number, or −inf with",
+    ),
+    "log of 0": (lambda values: (values[:, 0] - 2).abs().log(), False, r"is -inf, .* features are \[2.0\]$"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_a_term_returns_is_checked(name):
+    function, can_be_zero, complaint = DAMAGES[name]
+    target = rlhf(named("g"), 1.0) * Target((Term((named("f"),), function, can_be_zero),))
+    with pytest.raises(RunError, match=f"^target: log φ of f {complaint}") as failure:
+        target.log_phi(torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=F64))
+    assert "\n" not in str(failure.value)
+
+
+def test_a_term_may_return_any_float_and_does_as_it_likes_with_its_values():
+    weight = torch.ones((), requires_grad=True)
+    for function in (lambda v: v[:, 0].float() * weight, lambda v: v[:, 0].bfloat16(), lambda v: v.log()[:, 0].exp()):
+        log_phi = Target((Term((named("f"),), function, False),)).log_phi(column(1, 2))
+        assert log_phi.tolist() == [1, 2] and log_phi.dtype == F64 and not log_phi.requires_grad
+    values = column(1, 2)
+    assert Target((Term((named("f"),), mutates, False),)).log_phi(values).tolist() == [0, 0]
+    assert values.tolist() == [[1], [2]]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [rlhf(named("f"), 1e-300), replace(distributional([named("f")], [-1e308]), exponents=(9.0,))],
+    ids=["rlhf", "distributional"],
+)
+@pytest.mark.parametrize("value", [1e300, -1e300])
+def test_values_beyond_float64_end_in_one_line(target, value):
+    value = value if target.exponents is None else 1e308
+    with pytest.raises(RunError, match=r"^target: log φ of f is -?inf, not a finite number.* features are \["):
+        target.log_phi(column(value))
+
+
+@pytest.mark.parametrize("terms", [(named("f"),), (Term(named("f"), raises, False),), (Term(("f",), raises, False),)])
+def test_a_target_of_something_else_than_terms_is_refused(terms):
+    with pytest.raises((UserError, TypeError)):
+        Target(terms)
+
+
 # --- λ ---
 
 

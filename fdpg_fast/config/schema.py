@@ -15,6 +15,7 @@ from ..errors import UserError, one_line
 from ..features.code import Pep8Feature, PythonParsesFeature
 from ..features.entities import EntitiesFeature
 from ..features.feature import ImportedFeature
+from ..features.remote import HTTPFeature
 from ..features.text import ClassifierFeature, RegexFeature, SentimentFeature, WordFeature
 from ..imports import import_object
 from ..targets import Target, distributional, pointwise, rlhf
@@ -28,6 +29,7 @@ FeatureConfig = Annotated[
     | SentimentFeature
     | EntitiesFeature
     | ClassifierFeature
+    | HTTPFeature
     | ImportedFeature,
     Field(discriminator="kind"),
 ]
@@ -200,6 +202,8 @@ class TrainConfig(Section):
     """φ as a product of terms; the target is base·φ."""
     target_fit_samples: int = Field(default=2048, ge=1)
     """Samples of the base from which λ of distributional terms is fitted."""
+    keep_special_tokens: bool = False
+    """Leave special tokens in the texts that features and samples.jsonl get, all but BOS, EOS and padding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of policy and base model."""
     device: str = "auto"

@@ -32,9 +32,9 @@ def entities(min_entities: int) -> Feature:
     name may be half of one.
     """
 
-    def score(completions: list[str], prompts: list[str], finished: list[bool]) -> list[float]:
-        known = {prompt: named(prompt, first_words=True) for prompt in set(prompts)}
-        rows = zip(completions, prompts, finished, strict=True)
+    def score(completion_texts: list[str], prompt_texts: list[str], finished: list[bool]) -> list[float]:
+        known = {prompt: named(prompt, first_words=True) for prompt in set(prompt_texts)}
+        rows = zip(completion_texts, prompt_texts, finished, strict=True)
         return [float(done and len(own := named(text)) >= min_entities and own <= known[p]) for text, p, done in rows]
 
     return Feature("entities", score)

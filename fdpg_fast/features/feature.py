@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,51 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config.section import Section
+from ..contexts import Context
 from ..errors import RunError, UserError, one_line
 from ..imports import import_object
-from ..rollouts import Rollouts
 from .calling import Call, TimeUp, is_async
-
-
-@dataclass(frozen=True)
-class Completions:
-    """B completions as features see them."""
-
-    completions: list[str]  # without the EOS
-    prompts: list[str]  # what each of them continues
-    completion_ids: list[list[int]]  # without the EOS
-    finished: list[bool]  # ended by EOS rather than cut off
-    columns: Mapping[str, list[Any]] = field(default_factory=dict)  # JSONL fields; None where a context has none
-    continues_prompt: bool = True  # prompt and completion are one text; not so of an encoder-decoder
-
-    @property
-    def texts(self) -> list[str]:
-        """What was written in full: prompt + completion, or the completion alone if it does not continue its prompt."""
-        if not self.continues_prompt:
-            return self.completions
-        return [prompt + text for prompt, text in zip(self.prompts, self.completions, strict=True)]
-
-    def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """What the function takes, by name, of these lists and the columns."""
-        own = ("completions", "prompts", "texts", "completion_ids", "finished")
-        given = {**self.columns, **{name: getattr(self, name) for name in own}}
-        parameters = inspect.signature(function).parameters
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        return {name: value for name, value in given.items() if takes_all or name in parameters}
-
-    @staticmethod
-    def decode(rollouts: Rollouts, tokenizer: Any, continues_prompt: bool = True) -> Completions:
-        ids = rollouts.completion_ids()
-        contexts = [rollouts.contexts[i] for i in rollouts.context_index.tolist()]
-        names = sorted({name for context in rollouts.contexts for name in context.columns})
-        return Completions(
-            completions=tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            prompts=[context.text for context in contexts],
-            completion_ids=ids,
-            finished=rollouts.finished.tolist(),
-            columns={name: [context.columns.get(name) for context in contexts] for name in names},
-            continues_prompt=continues_prompt,
-        )
+from .completions import GIVEN, ON_REQUEST, Completions
 
 
 @dataclass(frozen=True)
@@ -67,14 +27,21 @@ class Feature:
 
     Attributes:
         name: under which its mean is reported.
-        score: called with the keyword arguments that it takes out of completions, prompts, texts, completion_ids,
-            finished and the columns; returns (or awaits) one number, bool or None a completion.
+        score: called with those keyword arguments of `Completions.arguments` that it takes; returns (or awaits) one
+            number, bool or None a completion.
         timeout: seconds that one call may take.
+
+    Raises:
+        UserError: the name is empty, or holds what a terminal would obey.
     """
 
     name: str
     score: Callable[..., Any]
     timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not (self.name and self.name.isprintable()):
+            raise UserError(f"a feature cannot be called {self.name!r}: give it a name of printable characters")
 
     def __call__(self, batch: Completions) -> Tensor:
         """Its values, [B] float64; NaN where it does not apply.
@@ -92,8 +59,7 @@ class Feature:
     def finish(self, call: Call, batch: Completions) -> Tensor:
         """The values of a call that was started, [B] float64; raises as `__call__`."""
         with self._named_errors(batch):
-            values = call.result()
-        return self._checked(values, batch.completions)
+            return self._checked(call.result(), batch.completions)
 
     @contextlib.contextmanager
     def _named_errors(self, batch: Completions) -> Iterator[None]:
@@ -104,6 +70,8 @@ class Feature:
                 f"feature {self.name!r} did not return within its timeout of {self.timeout:g} s "
                 f"for {len(batch.completions)} completions; raise the feature's timeout or make it faster"
             ) from None
+        except RunError:  # says all already
+            raise
         except (Exception, SystemExit) as error:
             raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {one_line(error)}") from error
 
@@ -117,15 +85,35 @@ class Feature:
         for value, text in zip(values, completions, strict=True):
             shown: Any = value
             number = math.nan
-            with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            with contextlib.suppress(Exception):  # of somebody's own class
                 number = shown = math.nan if value is None else float(value)
             if value is not None and not math.isfinite(number):
                 raise RunError(
-                    f"{has_returned} {' '.join(repr(shown).split())[:60]} for {text[:60]!r}, not a number; "
+                    f"{has_returned} {one_line(repr(shown))[:60]} for {text[:60]!r}, not a number; "
                     "return a finite number, or None where the feature does not apply"
                 )
             numbers.append(number)
         return torch.tensor(numbers, dtype=torch.float64)
+
+
+def check_columns(features: Sequence[Feature], contexts: Sequence[Context], where: str) -> None:
+    """Refuse what calls of features on a data set would end in.
+
+    Raises:
+        UserError: a column is called as an argument of ours, or a feature asks for a column that is not there.
+    """
+    columns = {name for context in contexts for name in context.columns}
+    given = GIVEN | ON_REQUEST
+    if taken := sorted(columns & given):
+        raise UserError(f"{where}: the column {taken[0]!r} has the name of what features get anyway; rename it")
+    for feature in features:
+        for parameter in inspect.signature(feature.score).parameters.values():
+            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if not variadic and parameter.default is parameter.empty and parameter.name not in columns | given:
+                raise UserError(
+                    f"target: feature {feature.name!r} asks for {parameter.name!r}, which {where} has no column for; "
+                    f"there are {', '.join(sorted(columns | given))}"
+                )
 
 
 @contextlib.contextmanager
@@ -151,15 +139,19 @@ def feature(function: Callable[..., Any] | None = None, *, name: str | None = No
         return lambda f: feature(f, name=name, timeout=timeout)
     if isinstance(function, Feature):
         return function
-    return Feature(name or str(getattr(function, "__name__", "feature")), function, timeout)
+    return Feature(name or str(getattr(function, "__name__", type(function).__name__)), function, timeout)
 
 
 def import_feature(path: str, *, name: str | None = None, timeout: float = 60.0) -> Feature:
-    """The feature at "package.module:function" or "some/file.py:function"; raises UserError if there is none."""
+    """The feature at "package.module:function" or "some/file.py:function", under that name: two instances differ.
+
+    Raises:
+        UserError: there is none.
+    """
     function = import_object(path)
-    if not callable(function):
+    if not callable(function) or inspect.isclass(function):
         raise UserError(f"import path {path!r} leads to a {type(function).__name__}, not a function")
-    return feature(function, name=name, timeout=timeout)
+    return feature(function, name=name or path.rpartition(":")[2], timeout=timeout)
 
 
 class FeatureSection(Section):
@@ -168,7 +160,7 @@ class FeatureSection(Section):
     name: str | None = None
     """Name in metrics and tables; none: made from the kind."""
     timeout: float | None = Field(default=None, gt=0)
-    """Seconds that one call may take; none: 60, or 600 for a classifier."""
+    """Seconds that one call may take; none: 60, or 600 for a classifier or a server."""
 
     def build(self, device: str) -> Feature:
         """The feature that the section describes, under the name and with the timeout that it gives."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+import unicodedata
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .feature import Feature, FeatureSection
+
+# scripts without spaces between words, as the Unicode names of their characters begin
+_UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HALFWIDTH", "IDEOGRAPHIC", "BOPOMOFO", "THAI", "LAO"}
+_UNSPACED |= {"KHMER", "MYANMAR", "TIBETAN", "TAI", "JAVANESE", "BALINESE"}
+# the i of Turkish in both cases; variation selectors
+_SAME = str.maketrans("İı", "ii", "".join(map(chr, [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)])))
 
 
 class WordFeature(FeatureSection):
@@ -25,11 +31,38 @@ class WordFeature(FeatureSection):
 
 
 def word(word: str) -> Feature:
-    """1 where the completion contains the word (whole, in any case), else 0."""
+    """1 where the completion contains the word (whole, in any case, composed or decomposed), else 0.
+
+    Whole: no letter, digit, underscore or accent next to it. In scripts without spaces between words letters are no
+    bound: there the word is found wherever its characters stand.
+    """
     word = word.strip()
     if not word:
         raise UserError("feature word: the word is empty")
-    return replace(regex(rf"(?i)(?<!\w){re.escape(word)}(?!\w)"), name=f"word:{word}")
+    wanted = _folded(word)
+
+    def holds(text: str) -> bool:
+        text, start = _folded(text), -1
+        while (start := text.find(wanted, start + 1)) >= 0:
+            before, after = text[:start][-1:], text[start + len(wanted) :][:1]
+            accented = after and unicodedata.category(after)[0] == "M"
+            if not (accented or _joined(before, wanted[0]) or _joined(after, wanted[-1])):
+                return True
+        return False
+
+    return Feature(_named("word", word), lambda completion_texts: [float(holds(text)) for text in completion_texts])
+
+
+def _folded(text: str) -> str:
+    """One spelling of all that differ in case, in composition, or in what only chooses a glyph."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).translate(_SAME).casefold())
+
+
+def _joined(neighbour: str, own: str) -> bool:
+    """Whether a character beside a word, which may be none, belongs to it, by the word's character there."""
+    if not neighbour or not (neighbour == "_" or unicodedata.category(neighbour)[0] in "LNM"):
+        return False
+    return all(unicodedata.name(letter, "").split(" ")[0] not in _UNSPACED for letter in (neighbour, own))
 
 
 class RegexFeature(FeatureSection):
@@ -46,9 +79,17 @@ def regex(pattern: str) -> Feature:
     """1 where the pattern is found anywhere in the completion, else 0."""
     try:
         search = re.compile(pattern).search
-    except re.error as error:
-        raise UserError(f"feature regex: {pattern!r} is not a regular expression: {error}") from None
-    return Feature(f"regex:{pattern}", lambda completions: [float(search(text) is not None) for text in completions])
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"feature regex: {pattern[:80]!r} is not a regular expression: {error}") from None
+
+    def score(completion_texts: list[str]) -> list[float]:
+        return [float(search(text) is not None) for text in completion_texts]
+
+    return Feature(_named("regex", pattern), score)
+
+
+def _named(kind: str, text: str) -> str:
+    return f"{kind}:{text if text.isprintable() else repr(text)[1:-1]}"
 
 
 class SentimentFeature(FeatureSection):
@@ -70,7 +111,7 @@ def sentiment() -> Feature:
     except ModuleNotFoundError:
         raise UserError("feature sentiment: needs vaderSentiment; pip install vaderSentiment") from None
     score = SentimentIntensityAnalyzer().polarity_scores
-    return Feature("sentiment", lambda completions: [(1 + score(text)["compound"]) / 2 for text in completions])
+    return Feature("sentiment", lambda completion_texts: [(1 + score(x)["compound"]) / 2 for x in completion_texts])
 
 
 class ClassifierFeature(FeatureSection):
@@ -99,11 +140,11 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        options = {"use_safetensors": True, "output_loading_info": True}
+        options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}  # None would ask
         network, loading = AutoModelForSequenceClassification.from_pretrained(model, **options)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"feature classifier: cannot load {model!r}: {str(error).splitlines()[0]}") from None
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # of files that may hold anything, a kind of its own for each library
+        raise UserError(f"feature classifier: cannot load {model!r}: {one_line(error)}") from None
     if loading["missing_keys"]:  # transformers would make a random head, another one in every run
         raise UserError(f"feature classifier: {model!r} is no sequence classifier: it has no trained head")
     network = network.to(device).eval()
@@ -113,11 +154,11 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
         raise UserError(f"feature classifier: {model!r} has no label {label!r}, only {', '.join(columns)}")
 
     @torch.no_grad()
-    def score(completions: list[str]) -> Tensor:
-        chances = torch.empty(len(completions))
-        by_length = torch.tensor([len(text) for text in completions]).argsort(descending=True, stable=True)
+    def score(completion_texts: list[str]) -> Tensor:
+        chances = torch.empty(len(completion_texts))
+        by_length = torch.tensor([len(text) for text in completion_texts]).argsort(descending=True, stable=True)
         for rows in by_length.split(batch_size):
-            inputs = tokenizer([completions[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+            inputs = tokenizer([completion_texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
             logits = network(**inputs.to(device)).logits.float()
             chances[rows] = (logits.sigmoid() if independent else logits.softmax(-1))[:, columns[label.lower()]].cpu()
         return chances

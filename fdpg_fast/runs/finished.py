@@ -82,5 +82,6 @@ def _contexts_to_continue(session: Session, prompt: str | None, count: int) -> l
     session.restore()
     if prompt is not None:
         plain = replace(session.prompting, settings=ContextsConfig())
-        session.eval_contexts = make_contexts([("--prompt", {"prompt": prompt})], plain)
+        row = {**dict.fromkeys(session.contexts[0].columns), "prompt": prompt}  # features may ask for any column
+        session.eval_contexts = make_contexts([("--prompt", row)], plain)
     return session.eval_contexts[:count]

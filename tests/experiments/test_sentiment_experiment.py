@@ -1,6 +1,5 @@
 """RLHF is reverse KL: the plain REINFORCE of the sentiment experiment and fdpg-fast draw one learning curve."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,7 @@ VOWELS = (
 
 @pytest.fixture
 def run_case():
-    yield import_object(RUNNER)
-    sys.modules.pop("fdpg_imported_reinforce", None)
+    return import_object(RUNNER)
 
 
 @pytest.mark.parametrize(("beta", "max_grad_norm"), [(0.1, 1.0), (0.02, 1e6)], ids=["clipped", "not clipped"])

@@ -1,11 +1,11 @@
 """Features: what each one counts, how a user's own is called, and that a bad one ends in one clear line."""
 
 import asyncio
-import json
 import signal
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 
 import numpy
@@ -29,6 +29,7 @@ from fdpg_fast.features import (
     sentiment,
     word,
 )
+from fdpg_fast.features.code import PythonParsesFeature
 from fdpg_fast.features.entities import named
 from fdpg_fast.rollouts import Rollouts
 
@@ -55,9 +56,40 @@ def test_word_is_whole_and_in_any_case():
     assert values(word("amazing"), *texts) == [1, 1, 0, 0, 1, 1, 0, 0]
     assert values(word(" Café "), "un CAFÉ.", "cafés", "cafe", "le café,") == [1, 0, 0, 1]
     assert values(word("C++"), "in C++.", "C+", "c++11", "(C++)") == [1, 0, 0, 1]  # its own punctuation is literal
-    assert values(word("東京"), "東京 へ", "東京都") == [1, 0]
     with pytest.raises(UserError, match="the word is empty"):
         word("  ")
+
+
+SPELLINGS = [
+    ("東京", "東京 へ", 1),
+    ("東京", "東京都へ", 1),
+    ("東京", "京東", 0),
+    ("AI", "私はAIです。", 1),  # between characters that need no space
+    ("AI", "私はAI2です", 0),
+    ("ไม่", "ผมไม่รู้", 1),
+    ("ไม", "ไม้", 0),  # another vowel or tone is another word
+    ("が", "か\u3099", 1),
+    ("か", "が", 0),
+    ("ភាសា", "ភាសាខ្មែរ", 1),
+    ("हिन्दी", "यह हिन्दी है", 1),
+    ("हिन्द", "हिन्दी", 0),
+    ("서울", "서울 이다", 1),
+    ("서울", unicodedata.normalize("NFD", "서울"), 1),
+    ("café", unicodedata.normalize("NFD", "un CAFÉ."), 1),
+    (unicodedata.normalize("NFD", "café"), "un CAFÉ.", 1),
+    ("cafe", unicodedata.normalize("NFD", "café"), 0),
+    ("Nguyễn", unicodedata.normalize("NFD", "họ NGUYỄN"), 1),
+    ("straße", "STRASSE", 1),
+    ("istanbul", "İstanbul'da", 1),
+    ("σοφός", "ΣΟΦΌΣ", 1),
+    ("❤", "I ❤\ufe0f you", 1),
+    ("naïve", "naïvely", 0),
+]
+
+
+@pytest.mark.parametrize(("wanted", "text", "found"), SPELLINGS)
+def test_words_of_all_scripts_are_found_however_they_are_composed(wanted, text, found):
+    assert values(word(wanted), text) == [found]
 
 
 NAMED = {
@@ -300,17 +332,50 @@ def test_import_paths(tmp_path, monkeypatch):
     (tmp_path / "my_features.py").write_text(source)
     for path in (f"{tmp_path}/my_features.py:double", "my_features:double"):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(str(tmp_path))
         found = import_feature(path)
         assert found.name == "double" and values(found, "ab") == [4]
     assert import_feature("my_features:double", name="twice", timeout=1.0).name == "twice"
 
 
-def test_a_file_does_not_take_the_place_of_a_module_of_its_name(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "json", json)  # put back whatever happens
-    (tmp_path / "json.py").write_text("def f(completions):\n    return [1] * len(completions)\n")
-    assert values(import_feature(f"{tmp_path}/json.py:f"), "a") == [1]
-    assert sys.modules["json"] is json
+INSTANCES = """
+import functools
+class Longer:
+    def __init__(self, limit): self.limit = limit
+    def __call__(self, completions): return [len(text) > self.limit for text in completions]
+short, long = Longer(1), Longer(3)
+def make(limit):
+    def score(completions): return short(completions) if limit == 1 else long(completions)
+    return score
+made_short, made_long = make(1), make(3)
+part = functools.partial(Longer.__call__, short)
+anonymous = lambda completions: short(completions)
+"""
+
+
+def test_a_feature_of_a_file_is_called_as_it_is_there(tmp_path):
+    """Two instances of a class, or two functions that one function made, are two features."""
+    (tmp_path / "instances.py").write_text(INSTANCES)
+    names = ("short", "long", "made_short", "made_long", "part", "anonymous")
+    found = [import_feature(f"{tmp_path}/instances.py:{name}") for name in names]
+    assert [feature.name for feature in found] == list(names)
+    assert [values(feature, "ab")[0] for feature in found] == [1, 0, 1, 0, 1, 1]
+    with pytest.raises(UserError, match="leads to a type, not a function"):
+        import_feature(f"{tmp_path}/instances.py:Longer")
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31mred", "\u202eevil", "\ud800", "a\x00"])
+def test_names_that_a_terminal_would_obey_are_refused(name):
+    with pytest.raises(UserError, match="a feature cannot be called") as refusal:
+        Feature(name, len)
+    assert str(refusal.value).isprintable()
+    with pytest.raises(UserError, match="a feature cannot be called"):
+        PythonParsesFeature(kind="python_parses", name=name).build("cpu") if name else Feature(name, len)
+
+
+def test_patterns_and_words_that_are_not_printable_get_printable_names():
+    for made in (regex("a\n\tb\x1b"), word("a\x1bb"), regex("(?x) a\n# comment\n b")):
+        assert made.name.isprintable()
+    assert regex("é  東京").name == "regex:é  東京"
 
 
 BROKEN = "raise ValueError('at import')\n"
