@@ -29,12 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         with lines_for_a_person():
             options.run(options)
             sys.stdout.flush()  # where nobody reads any more, here is where it shows
-    except (UserError, RunError) as error:
-        print(f"fdpg-fast: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("fdpg-fast: stopped; continue with --resume", file=sys.stderr)
-        return 130
+    except (UserError, RunError, KeyboardInterrupt) as error:
+        notes = getattr(error, "__notes__", [])  # where finished work is
+        print("; ".join([f"fdpg-fast: {str(error) or 'stopped'}", *notes]), file=sys.stderr)
+        return {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
     except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -13,6 +13,10 @@ class RunError(Exception):
     """Something failed while running; checkpoints written so far are intact. Exit status 1."""
 
 
+class Diverged(RunError):
+    """The policy is no longer one: what it has become is not worth a checkpoint."""
+
+
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
     """Say plainly that the disk is full or not writable.
@@ -23,7 +27,7 @@ def disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{what}: {error.strerror or error}; free some space and continue with --resume") from error
+        raise RunError(f"{what}: {error.strerror or error}; free some space") from error
 
 
 def one_line(said: object) -> str:

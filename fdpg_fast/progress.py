@@ -92,10 +92,11 @@ class _Lines(logging.Handler):
     console: Any = None  # of rich, where the live line must stay the last one
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.console is None:
-            print(record.getMessage(), file=sys.stderr, flush=True)
-        else:
-            self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # a terminal that has gone away, or a pipe, ends no run
+            if self.console is None:
+                print(record.getMessage(), file=sys.stderr, flush=True)
+            else:
+                self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -70,19 +70,24 @@ class Sampling:
             self._pending = None
             self._compare(index, clock)
 
-    def sync(self, rollouts: Rollouts, scores: Scores, update: Update, version: int) -> None:
-        """Hand the policy's new weights to the engine, unless an adaptive proposal stays what it is."""
+    def sync(self, index: int) -> None:
+        """Hand the weights that round `index` samples with to the engine, unless it has them."""
+        model, version = self._policy, index
+        if self.proposal is not None:
+            model, version = self.proposal.model, self.proposal.version
+        if self._engine.version != version:
+            self._engine.sync_weights(model, version)
+
+    def observe(self, rollouts: Rollouts, scores: Scores, update: Update, done: int) -> None:
+        """Let an adaptive proposal see the last of `done` rounds, and take the new weights if they are nearer."""
         proposal, weights = self.proposal, update.weights
         if proposal is None:
-            self._engine.sync_weights(self._policy, version)
             return
         self.facts["proposal/version"] = float(proposal.version)  # that the round was sampled with
         log_ratio = weights.policy_logprob - weights.behavior_logprob
         proposal.observe(scores.log_score - scores.behavior_logprob, log_ratio, rollouts.dataset_index)
-        if (gain := proposal.decide(self._policy, version)) is not None:
+        if (gain := proposal.decide(self._policy, done)) is not None:
             self.facts["proposal/kl_gain"] = gain
-        if proposal.version == version:
-            self._engine.sync_weights(proposal.model, version)
 
     def close(self) -> None:
         """Wait for the thread, and close the engine if there is one."""

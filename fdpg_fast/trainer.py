@@ -1,4 +1,4 @@
-"""The round, as data flows: sample → score → log Z and baseline → gradient → step → sync."""
+"""The round, as data flows: sync → sample → score → log Z and baseline → gradient → step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import transformers
 
+from . import stopping
 from .clock import Clock
 from .config.schema import TrainConfig
 from .divergence import divergence_at
@@ -62,34 +63,38 @@ class Trainer:
         session, rounds = self.session, self.session.config.trainer.rounds
         before = after = None
         with contextlib.closing(session), session.recorder() as run:
-            if not self._prepare(run) and evaluate:
+            is_new = not self._prepare(run)
+            run.start(session.state)
+            if is_new and evaluate:
                 before = self._evaluate(run)
             log.info("%s", describe_engine(session.config, session.base))
             if (proposal := session.sampling.proposal) is not None:
                 session.engine.sync_weights(proposal.model, proposal.version)
-            run.start(session.state.round)
             for index in range(session.state.round, rounds):
-                run.record(self.round(index), session.state)
+                run.record(self.round(index))
             if evaluate:
                 after = self._evaluate(run)
-        return RunResult(run.folder.path, before, after, write_report(run.folder.path) if evaluate else None)
+            report = write_report(run.folder.path) if evaluate else None
+        return RunResult(run.folder.path, before, after, report)
 
     def round(self, index: int) -> Round:
-        """Sample, score, estimate, step and sync, once."""
+        """Sync, sample, score, estimate and step, once. Until the step nothing has happened to what is trained."""
         session, clock = self.session, Clock()
         state, sampling, learner = session.state, session.sampling, session.state.learner
         divergence = divergence_at(session.config.divergence, index, session.config.trainer.rounds)
+        with clock("sync"):
+            sampling.sync(index)
         rollouts = sampling.take(index, session.round_contexts, clock)  # waits; starts what is ahead
         scores = session.scorer(rollouts, clock)  # φ beside log a
         log_z, baseline = state.estimates.update(rollouts, scores, divergence)
         with clock("update"):
             loss, weights = learner.backward(rollouts, scores.log_score, log_z, baseline, divergence)
         sampling.meet(index, clock)  # what was sampled ahead must agree with the weights that now move
+        stopping.check()
+        state.round = index + 1  # from here on this round is finished, or lost
         with clock("update"):
             update = learner.step(loss, weights, index)
-        state.round = index + 1
-        with clock("sync"):
-            sampling.sync(rollouts, scores, update, index + 1)
+            sampling.observe(rollouts, scores, update, index + 1)
         log_z_now, samples = state.estimates.partition.summary(), session.scorer.rows(scores, SAMPLES_LOGGED["train"])
         return Round(index, rollouts, scores, log_z_now, update, samples, sampling.facts, clock)
 
@@ -120,7 +125,7 @@ class Trainer:
     def _evaluate(self, run: Recorder) -> Evaluation:
         """Measure the policy as it is now, on one fresh sample, and record that."""
         session, done = self.session, self.session.state.round
-        if session.sampling.proposal is not None:
+        if session.engine.version != done:  # of the round before, or of an adaptive proposal
             session.engine.sync_weights(session.state.learner.policy, done)
         # one seed for every evaluation: before and after are compared on common random numbers
         each, seed = session.config.evaluation.samples_per_context, session.seed("evaluation", 0)

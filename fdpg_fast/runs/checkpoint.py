@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,15 @@ TENSORS, STATE, SUMS = "trainer/state.tensors", "trainer/state.json", "SHA256SUM
 NEWEST = 2  # checkpoints that stay; older ones are deleted once a newer one is complete
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What was between two rounds and is no longer as soon as the next one begins; weights move only at its end."""
+
+    round: int
+    tensors: dict[str, Tensor]
+    trainer: dict[str, Any]  # what JSON holds
+
+
 @dataclass
 class TrainerState:
     """Everything that changes from round to round besides the policy's weights."""
@@ -47,17 +57,29 @@ class TrainerState:
     learner: Learner
     estimates: Estimates
     sampling: Sampling  # what it has sampled ahead, and an adaptive proposal
-    round: int = 0
+    round: int = 0  # counted up just before the weights move
     exponents: tuple[float, ...] | None = None  # λ of the target
+    settled: Settled | None = None  # of the last round that was finished; None before the first one begins
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the weights are those that `settled` belongs to, even if a round has begun."""
+        return self.settled is None or self.settled.round == self.round
+
+    def settle(self) -> Settled:
+        """What a checkpoint of this moment holds; by reference, for tensors of a state are replaced, never changed."""
+        groups = {f"ahead.{i}.": rollouts.tensors() for i, rollouts in enumerate(self.sampling.ahead)}
+        groups["estimates."] = self.estimates.state()
+        trainer: dict[str, Any] = {"round": self.round, "exponents": self.exponents}
+        trainer |= {"python": random.getstate(), "numpy": np.random.get_state()}  # features may draw from them
+        return Settled(self.round, _named(groups) | {"torch_generator": torch.get_rng_state()}, trainer)
 
 
-def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
-    """Write the checkpoint of `state.round` rounds and delete old ones; a RunError leaves what was there."""
+def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokenizer: Any) -> Path:
+    """Write the checkpoint of `settled.round` rounds and delete old ones; a RunError leaves what was there."""
     folder = run_dir / "checkpoints"
-    final = folder / f"round-{state.round:06d}"
+    final = folder / f"round-{settled.round:06d}"
     temporary = folder / f".writing-{final.name}"
-    trainer: dict[str, Any] = {"round": state.round, "exponents": state.exponents}
-    trainer |= {"python": random.getstate(), "numpy": np.random.get_state()}  # features may draw from them, we do not
     try:
         with disk_errors(f"writing checkpoint {final}"):
             for unfinished in folder.glob(".writing-*"):  # of a process that was killed
@@ -66,8 +88,8 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
             state.learner.policy.save(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / STATE).parent.mkdir()
-            save_file(_tensors(state), temporary / TENSORS)
-            (temporary / STATE).write_text(json.dumps(trainer, default=np.ndarray.tolist))
+            save_file(_moving(state) | settled.tensors, temporary / TENSORS)
+            (temporary / STATE).write_text(json.dumps(settled.trainer, default=np.ndarray.tolist))
             files = sorted(path for path in temporary.rglob("*") if path.is_file())  # of a tokenizer in folders too
             sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in files]
             (temporary / SUMS).write_text("".join(sums))
@@ -77,17 +99,19 @@ def save_checkpoint(run_dir: Path, state: TrainerState, tokenizer: Any) -> Path:
             temporary.rename(final)
             _fsync(folder)  # or the rename does not survive a power cut
     except SafetensorError as error:  # how safetensors reports a full disk
-        raise RunError(f"writing checkpoint {final}: {error}; free some space and continue with --resume") from None
+        raise RunError(f"writing checkpoint {final}: {error}; free some space") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(run_dir)[:-NEWEST]:
-        shutil.rmtree(old)
+    older = [path for path in checkpoints(run_dir) if round_of(path) < settled.round]
+    for old in older[: 1 - NEWEST]:
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(Path(run_dir).glob("checkpoints/round-*"))
+    """Complete checkpoints of a run, oldest first; folders of other names, such as a copy, are none of ours."""
+    found = [path for path in Path(run_dir).glob("checkpoints/round-*") if re.fullmatch(r"round-\d{6,}", path.name)]
+    return sorted(found, key=round_of)
 
 
 def round_of(path: Path) -> int:
@@ -130,15 +154,17 @@ def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], l
     torch.set_rng_state(tensors["torch_generator"])
 
 
-def _tensors(state: TrainerState) -> dict[str, Tensor]:
-    groups = {f"optimizer.{i}": moments for i, moments in state.learner.optimizer.state_dict()["state"].items()}
-    groups |= {f"ahead.{i}": rollouts.tensors() for i, rollouts in enumerate(state.sampling.ahead)}
-    groups["master"] = {str(i): master for i, master in enumerate(state.learner.masters)}
-    groups["estimates"] = state.estimates.state()
+def _moving(state: TrainerState) -> dict[str, Tensor]:
+    """What moves with the weights, at the end of a round."""
+    groups = {f"optimizer.{i}.": moments for i, moments in state.learner.optimizer.state_dict()["state"].items()}
+    groups["master."] = {str(i): master for i, master in enumerate(state.learner.masters)}
     if state.sampling.proposal is not None:
-        groups["proposal"] = state.sampling.proposal.state()
-    named = {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
-    return {name: x.contiguous() for name, x in named.items()} | {"torch_generator": torch.get_rng_state()}
+        groups["proposal."] = state.sampling.proposal.state()
+    return _named(groups)
+
+
+def _named(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {prefix + name: x.contiguous() for prefix, tensors in groups.items() for name, x in tensors.items()}
 
 
 def _fault(path: Path) -> str | None:

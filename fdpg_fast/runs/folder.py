@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..measure.estimators import Estimate
 
 Json = dict[str, Any]
 Parsed = TypeVar("Parsed")
+OURS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "checkpoints", "report.html")
 TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
 NO_NUMBERS = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}  # as Python's json has them, and as we do
 
@@ -31,10 +33,15 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        names, folders = (*OURS, ".lock"), (self.path, *self.path.parents)
         try:
+            self._made = [self.path / name for name in names if not os.path.lexists(self.path / name)]
+            self._made += [folder for folder in folders if not folder.exists()]  # inner ones first
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until close)
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 (held until close)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._lock.fileno()).st_nlink == 0:
+                raise BlockingIOError  # discarded meanwhile by who held it: it locks nothing any more
         except BlockingIOError:
             raise UserError(f"run_dir: {str(path)!r} is in use by another process; choose another folder") from None
         except OSError as error:
@@ -47,28 +54,30 @@ class RunFolder:
 
     def forget_from(self, round_index: int) -> None:
         """Drop what rounds ≥ round_index left in the .jsonl files: a resumed run writes them again."""
-        for path in (self.path / f"{name}.jsonl" for name in ("metrics", "samples", "evaluation")):
+        for path in (self.path / name for name in OURS if name.endswith(".jsonl")):
             if path.exists():
-                rows = read_jsonl(path, dict, skip_damaged=True)  # a kill may have cut the last one short
-                write_whole(path, "".join(to_json(row) + "\n" for row in rows if row["round"] < round_index))
+                # a kill may have cut the last one short
+                rows = read_jsonl(path, lambda row: (int(row["round"]), row), skip_damaged=True)
+                write_whole(path, "".join(to_json(row) + "\n" for index, row in rows if index < round_index))
 
     def discard(self) -> None:
-        """Remove what a run has written before its first round, and the folder if nothing else is in it."""
-        for name in ("config.yaml", "evaluation.jsonl", "samples.jsonl", ".lock"):
-            (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
+        """Remove what this process has made, before a first round; folders only where nothing else is in them."""
+        for path in self._made:
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
 
     def close(self) -> None:
         self._lock.close()
 
 
 def refuse_taken(run_dir: str) -> None:
-    """Raises UserError where the folder of a new run holds one already."""
-    if (Path(run_dir) / "config.yaml").exists():
-        raise UserError(
-            f"run_dir: {run_dir!r} already holds a run; continue it with --resume {run_dir}, or choose another run_dir"
-        )
+    """Raises UserError where the folder of a new run holds one already, or anything that has the name of a part."""
+    for name in OURS:
+        if os.path.lexists(Path(run_dir) / name):
+            held, remedy = "a run", f"continue it with --resume {run_dir}, or "
+            if not os.path.lexists(Path(run_dir) / "config.yaml"):
+                held, remedy = f"{name}, as a run would", ""
+            raise UserError(f"run_dir: {run_dir!r} already holds {held}; {remedy}choose another run_dir")
 
 
 @dataclass(frozen=True)

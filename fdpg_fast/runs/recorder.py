@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import time
 from pathlib import Path
 from typing import Any, Self
 
 from ..config.load import dump_config
 from ..config.schema import TrainConfig
 from ..divergence import last_divergence
-from ..errors import UserError
+from ..errors import Diverged, RunError, UserError
 from ..measure.diagnostics import Watch
 from ..measure.evaluate import Evaluation
-from .checkpoint import TrainerState, save_checkpoint
+from ..rollouts import Rollouts
+from ..stopping import Stopped, check, signalled, stoppable
+from .checkpoint import Settled, TrainerState, checkpoints, round_of, save_checkpoint
 from .folder import RunFolder, refuse_taken, write_whole
 from .metrics import Round, progress_line, round_metrics
 from .tracking import start_tracker
@@ -23,26 +25,52 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """The run folder and the trackers of a run that goes on; raises UserError where the folder cannot be had."""
+    """The run folder and the trackers of a run that goes on; raises UserError where the folder cannot be had.
+
+    Whatever ends the run early, a signal too, leaves a checkpoint of the last finished round, and says where it is.
+    """
 
     def __init__(self, config: TrainConfig, feature_names: list[str], tokenizer: Any, *, resume: bool):
         self._config, self._names, self._tokenizer, self._resume = config, feature_names, tokenizer, resume
-        if not resume:
-            refuse_taken(config.run_dir)
+        self._until_done = contextlib.ExitStack()
         self.folder = RunFolder(config.run_dir)
+        if not resume:
+            refuse_taken(config.run_dir)  # again: another process may have begun one since
         write_whole(self.folder.path / "config.yaml", dump_config(config))  # a resumed run may have more rounds now
         self._trackers = [start_tracker(name, config) for name in config.tracking]
-        self._watch, self._first, self._started = Watch(), 0, 0.0
+        self._watch, self._first, self._seconds = Watch(), 0, 0.0
+        self._state: TrainerState | None = None
+        self._latest: Rollouts | None = None  # of the last finished round
+        self._ends = False
 
     def __enter__(self) -> Self:
+        def at_rest() -> bool:
+            return not self._ends and (self._state is None or self._state.at_rest)
+
+        self._until_done.callback(self.folder.close)
+        for _, finish in self._trackers:
+            self._until_done.callback(finish)
+        self._until_done.enter_context(stoppable(at_rest))
         return self
 
-    def __exit__(self, kind: object, error: object, at: object) -> None:
-        for _, finish in self._trackers:
-            finish()
-        if isinstance(error, UserError) and not self._resume:
-            self.folder.discard()  # the config asks for what cannot be had: leave no half-made run in its way
-        self.folder.close()
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        with self._until_done:
+            if error is None:
+                return
+            self._ends = True
+            finished = 0 if self._state is None or self._state.settled is None else self._state.settled.round
+            if isinstance(error, UserError) and finished == 0:
+                if not self._resume:
+                    self.folder.discard()  # the config asks for what cannot be had: leave no half-made run in its way
+                return
+            what = self._leave_checkpoint(finished, error)
+            ended = signalled() or (RunError(str(error)) if isinstance(error, UserError) else error)
+            if isinstance(ended, Stopped):
+                log.warning("stopped; %s", what)
+            else:
+                ended.add_note(what)
+            if ended is not error:  # what a function of the user made of a signal is not what ended the run
+                raise ended from error
 
     def resume(self, round_index: int, checkpoint: Path | None) -> None:
         """Go on after so many rounds, from a checkpoint if there is one."""
@@ -52,9 +80,9 @@ class Recorder:
         else:
             log.info("resuming %s after round %d (%s)", self.folder.path, round_index, checkpoint.name)
 
-    def start(self, round_index: int) -> None:
-        """The first round that is run now: what is left is reckoned from here."""
-        self._first, self._started = round_index, time.perf_counter()
+    def start(self, state: TrainerState) -> None:
+        """The rounds begin, from this state."""
+        self._state, self._first, state.settled = state, state.round, state.settle()
 
     def evaluation(self, round_index: int, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
         """Add a line to evaluation.jsonl, and its samples to samples.jsonl."""
@@ -62,21 +90,47 @@ class Recorder:
         self.folder.append("evaluation.jsonl", {"round": round_index, "divergence": trained, **evaluation.as_dict()})
         self._samples(round_index, "evaluation", samples)
 
-    def record(self, this: Round, state: TrainerState) -> None:
-        """Write and say what happened in a round, and a checkpoint where one is due."""
-        settings, done = self._config.trainer, this.index + 1
+    def record(self, this: Round) -> None:
+        """Write and say what happened in a round, and a checkpoint where one is due. Then the round is finished."""
+        assert self._state is not None
+        settings, done, settled = self._config.trainer, this.index + 1, self._state.settle()
+        self._latest = this.rollouts.part(slice(0, 1))
         self._samples(this.index, "train", this.samples)
         metrics = round_metrics(this, self._names)
         self.folder.append("metrics.jsonl", {"round": this.index, **metrics})
+        if done % settings.checkpoint_every == 0 or done == settings.rounds:
+            self._save(settled)
+        self._state.settled = settled
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for track, _ in self._trackers:
             track(finite, step=this.index)
-        left = (time.perf_counter() - self._started) / (done - self._first) * (settings.rounds - done)
+        self._seconds += this.clock.total
+        left = self._seconds / (done - self._first) * (settings.rounds - done)
         log.info("%s", progress_line(done, settings.rounds, metrics, self._names, left))
         for complaint in self._watch(metrics):
             log.warning("%s", complaint)
-        if done % settings.checkpoint_every == 0 or done == settings.rounds:
-            save_checkpoint(self.folder.path, state, self._tokenizer)
+        check()
+
+    def _leave_checkpoint(self, finished: int, error: BaseException) -> str:
+        """Write what a run that ends early has done since its last checkpoint, and say in words what there is."""
+        path, state = self.folder.path, self._state
+        written, failure = max(map(round_of, checkpoints(path)), default=0), ""
+        if state is not None and state.settled is not None and state.at_rest and not isinstance(error, Diverged):
+            try:
+                if written < finished:
+                    written = round_of(self._save(state.settled))
+            except RunError as full:
+                failure = f"{full}; "
+        if not written:
+            return f"{failure}no checkpoint yet; start again with --resume {path}"
+        of = f"all {written}" if written >= finished else f"{written} of {finished}"
+        return f"{failure}{of} finished rounds are in {checkpoints(path)[-1]}; continue with --resume {path}"
+
+    def _save(self, settled: Settled) -> Path:
+        assert self._state is not None and self._latest is not None
+        if not bool(self._state.learner.policy.token_logprobs(self._latest, 1).isfinite().all()):
+            raise Diverged("the policy has diverged: its log-probs are not finite; lower optimizer.learning_rate")
+        return save_checkpoint(self.folder.path, self._state, settled, self._tokenizer)
 
     def _samples(self, round_index: int, split: str, samples: list[dict[str, Any]]) -> None:
         for row in samples:

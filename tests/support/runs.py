@@ -150,17 +150,25 @@ class Ended:
     stderr: str
 
 
-def run(folder: Path, *arguments: object, at: Moment | None = None, room: int | None = None) -> Ended:
+def run(
+    folder: Path,
+    *arguments: object,
+    at: Moment | None = None,
+    room: int | None = None,
+    send: int = signal.SIGKILL,
+    ignored: int | None = None,
+) -> Ended:
     """The command line in a process of its own, working in `folder`.
 
     Args:
-        at: when something happens to it: SIGKILL; with `room`, from then on no file can grow by more than so many bytes
-            over what the file in question holds (what a full disk does, short writes included).
+        at: when something happens to it: the signal `send`; with `room`, from then on no file can grow by more than so
+            many bytes over what the file in question holds (what a full disk does, short writes included).
+        ignored: a signal that the process begins with ignoring, as nohup lets it.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the server: a fork must not inherit a thread pool
     outputs = [folder / "stdout", folder / "stderr"]
     process = PROCESSES.Process(
-        target=_command, args=([str(argument) for argument in arguments], folder, outputs, at, room)
+        target=_command, args=([str(argument) for argument in arguments], folder, outputs, at, room, send, ignored)
     )
     process.start()
     process.join(120)
@@ -170,26 +178,36 @@ def run(folder: Path, *arguments: object, at: Moment | None = None, room: int | 
     return Ended(process.exitcode, *(path.read_text() for path in outputs))
 
 
-def _command(arguments: list[str], folder: Path, outputs: list[Path], moment: Moment | None, room: int | None) -> None:
+def _command(
+    arguments: list[str],
+    folder: Path,
+    outputs: list[Path],
+    moment: Moment | None,
+    room: int | None,
+    send: int,
+    ignored: int | None,
+) -> None:
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     os.chdir(folder)
     progress.AFTER = 3600.0
+    if ignored is not None:
+        signal.signal(ignored, signal.SIG_IGN)
     if moment is not None:
-        sys.addaudithook(_Trap(moment, room))
+        sys.addaudithook(_Trap(moment, room, send))
     sys.exit(main(arguments))
 
 
 class _Trap:
-    def __init__(self, moment: Moment, room: int | None):
-        self.moment, self.room, self.left = moment, room, moment.occurrence
+    def __init__(self, moment: Moment, room: int | None, send: int):
+        self.moment, self.room, self.send, self.left = moment, room, send, moment.occurrence
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event != self.moment.event or self.moment.part not in str(arguments[0] if arguments else ""):
             return
         self.left -= 1
         if self.left == 0 and self.room is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.send)
         elif self.left == 0:
             path = str(arguments[0])
             held = os.path.getsize(path) if os.path.isfile(path) else 0
