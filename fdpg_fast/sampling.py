@@ -42,6 +42,7 @@ class Sampling:
         self.facts: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[Rollouts] | None = None
+        self._synced = -1
 
     def take(self, index: int, contexts: Callable[[int], list[Context]], clock: Clock) -> Rollouts:
         """The rollouts of round `index`; starts what is to be sampled beside it, or lets the engine sleep.
@@ -72,11 +73,12 @@ class Sampling:
 
     def sync(self, index: int) -> None:
         """Hand the weights that round `index` samples with to the engine, unless it has them."""
-        model, version = self._policy, index
-        if self.proposal is not None:
-            model, version = self.proposal.model, self.proposal.version
-        if self._engine.version != version:
+        model, version, held = self._policy, index, self._engine.version
+        if self.proposal is not None:  # at first the engine has the policy's weights
+            model, version, held = self.proposal.model, self.proposal.version, self._synced
+        if version != held:
             self._engine.sync_weights(model, version)
+            self._synced = version
 
     def observe(self, rollouts: Rollouts, scores: Scores, update: Update, done: int) -> None:
         """Let an adaptive proposal see the last of `done` rounds, and take the new weights if they are nearer."""

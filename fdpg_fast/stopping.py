@@ -38,9 +38,8 @@ def stoppable(at_rest: Callable[[], bool]) -> Iterator[None]:
         if at_rest():
             check()
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: handler for number, handler in _DEFAULTS.items() if in_main_thread}
-    before = {number: handler for number, handler in before.items() if signal.getsignal(number) == handler}
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: handler for number, handler in _DEFAULTS.items() if here and signal.getsignal(number) == handler}
     for number in before:
         signal.signal(number, stop)
     try:

@@ -63,19 +63,16 @@ class Trainer:
         session, rounds = self.session, self.session.config.trainer.rounds
         before = after = None
         with contextlib.closing(session), session.recorder() as run:
-            is_new = not self._prepare(run)
-            run.start(session.state)
-            if is_new and evaluate:
+            self._prepare()
+            run.start(session.state, session.checkpoint)
+            if session.checkpoint is None and evaluate:
                 before = self._evaluate(run)
             log.info("%s", describe_engine(session.config, session.base))
-            if (proposal := session.sampling.proposal) is not None:
-                session.engine.sync_weights(proposal.model, proposal.version)
             for index in range(session.state.round, rounds):
                 run.record(self.round(index))
             if evaluate:
                 after = self._evaluate(run)
-            report = write_report(run.folder.path) if evaluate else None
-        return RunResult(run.folder.path, before, after, report)
+            return RunResult(run.folder.path, before, after, write_report(run.folder.path) if evaluate else None)
 
     def round(self, index: int) -> Round:
         """Sync, sample, score, estimate and step, once. Until the step nothing has happened to what is trained."""
@@ -98,16 +95,13 @@ class Trainer:
         log_z_now, samples = state.estimates.partition.summary(), session.scorer.rows(scores, SAMPLES_LOGGED["train"])
         return Round(index, rollouts, scores, log_z_now, update, samples, sampling.facts, clock)
 
-    def _prepare(self, run: Recorder) -> bool:
-        """Resume, or do what precedes the first round, λ and the oracle's Z; whether a checkpoint was resumed."""
+    def _prepare(self) -> None:
+        """Resume from a checkpoint, or do what precedes the first round, λ and the oracle's Z."""
         session, config, state = self.session, self.session.config, self.session.state
         transformers.set_seed(config.trainer.seed)  # for features that draw from the global generators
         if session.checkpoint is not None:
             session.restore()
-        if session.resumes:
-            run.resume(state.round, session.checkpoint)
-        if session.checkpoint is not None:
-            return True
+            return
         if session.scorer.target.needs_fit:
             contexts = session.contexts[: config.target_fit_samples]
             each = config.target_fit_samples // len(contexts)
@@ -120,7 +114,6 @@ class Trainer:
             with activity("measuring Z on samples of the base", ORACLE_SAMPLES * len(session.contexts)):
                 samples = session.engine.sample(session.contexts, ORACLE_SAMPLES, session.seed("oracle", 0))
                 state.estimates.partition.update(session.scorer.log_phi(samples), samples.context_index)  # P/q is φ
-        return False
 
     def _evaluate(self, run: Recorder) -> Evaluation:
         """Measure the policy as it is now, on one fresh sample, and record that."""

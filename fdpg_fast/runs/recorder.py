@@ -72,17 +72,13 @@ class Recorder:
             if ended is not error:  # what a function of the user made of a signal is not what ended the run
                 raise ended from error
 
-    def resume(self, round_index: int, checkpoint: Path | None) -> None:
-        """Go on after so many rounds, from a checkpoint if there is one."""
-        self.folder.forget_from(round_index)
-        if checkpoint is None:
-            log.info("%s has no checkpoint yet: starting from round 0", self.folder.path)
-        else:
-            log.info("resuming %s after round %d (%s)", self.folder.path, round_index, checkpoint.name)
-
-    def start(self, state: TrainerState) -> None:
-        """The rounds begin, from this state."""
+    def start(self, state: TrainerState, checkpoint: Path | None) -> None:
+        """The rounds begin from this state, which is of a checkpoint if there is one."""
         self._state, self._first, state.settled = state, state.round, state.settle()
+        if self._resume:
+            self.folder.forget_from(state.round)
+            origin = f"after {checkpoint.name}" if checkpoint else "from round 0: it has no checkpoint yet"
+            log.info("resuming %s %s", self.folder.path, origin)
 
     def evaluation(self, round_index: int, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
         """Add a line to evaluation.jsonl, and its samples to samples.jsonl."""
