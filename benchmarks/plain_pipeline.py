@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fdpg_fast.clock import Clock
 from fdpg_fast.features import Completions, Feature
-from fdpg_fast.models.load import eos_token_ids
+from fdpg_fast.models.generation import eos_token_ids
 
 
 @dataclass(frozen=True)

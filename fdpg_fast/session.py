@@ -18,8 +18,9 @@ from .features import check_columns
 from .learner import Learner
 from .measure.estimators import LogPartition
 from .measure.evaluate import Evaluation, evaluate
+from .models.generation import eos_token_ids
 from .models.language_model import LanguageModel, default_micro_batch_tokens
-from .models.load import eos_token_ids, load_model, load_tokenizer
+from .models.load import load_model, load_tokenizer
 from .models.lora import LoRAPolicy
 from .partition import Baseline, Estimates, PartitionFunction
 from .progress import activity

@@ -11,6 +11,7 @@ import torch
 
 from ..config.schema import EngineConfig, TrainConfig
 from ..errors import UserError
+from ..models.generation import advice
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
 from .embedded import TransformersEngine
@@ -56,7 +57,7 @@ def describe_engine(config: TrainConfig, policy: LanguageModel) -> str:
         "vllm": f"{vllm_version() or 'vllm'} in this process",
         "vllm_server": f"vLLM at {', '.join(settings.urls)}, weights by {settings.weight_transfer}",
     }
-    return f"engine: {what[kind]} ({why})"
+    return f"engine: {what[kind]} ({why}){advice(policy.model)}"
 
 
 def samples_with_older(config: TrainConfig) -> bool:

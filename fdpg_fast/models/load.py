@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ..errors import UserError, is_out_of_memory, one_line
 from .encoder_decoder import EncoderDecoderModel
+from .generation import refuse_decisive
 from .language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
         options = {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, found = kind.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         _refuse_weights(path, model, found)
+        refuse_decisive(model, not config.is_encoder_decoder)
         model = model.to(device)
         return (EncoderDecoderModel if config.is_encoder_decoder else LanguageModel)(model)
 
@@ -57,20 +59,6 @@ def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     with _reading(path, f"the tokenizer of {path!r}"):
         _refuse_adapter(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a text: chat models often have more than one."""
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    declared = declared if isinstance(declared, list) else [declared]
-    token_ids = {token_id for token_id in (*declared, tokenizer.eos_token_id) if token_id is not None}
-    if not token_ids:
-        raise UserError("model: neither its generation config nor its tokenizer names an EOS token")
-    rows = len(model.get_output_embeddings().weight)
-    for token_id in token_ids:
-        if not isinstance(token_id, int) or not 0 <= token_id < rows:
-            raise UserError(f"model: EOS token {token_id!r} has no row in the head of {rows:,}: no text could end")
-    return tuple(sorted(token_ids))
 
 
 def _refuse_adapter(path: str) -> None:

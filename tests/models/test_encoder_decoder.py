@@ -41,6 +41,9 @@ CONFIGS = {
     "umt5: scaled though its config does not say so": lambda: hf.UMT5Config(**T5),
     "mt5: tied and not scaled": lambda: hf.MT5Config(**T5, initializer_factor=0.3),
     "bart: positions, bias of the logits": lambda: hf.BartConfig(**BART, decoder_start_token_id=EOS),
+    "mbart: the language as a forced first token": lambda: hf.MBartConfig(
+        **BART, decoder_start_token_id=EOS, forced_bos_token_id=40
+    ),
 }
 
 
@@ -51,12 +54,19 @@ def build(config):
         model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 32) / 5)
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.normal_()
+    model.generation_config.forced_bos_token_id = getattr(config, "forced_bos_token_id", None)
     return model
 
 
 @pytest.fixture(params=CONFIGS)
 def plain(request):
     return build(CONFIGS[request.param]())
+
+
+def start_of(plain):
+    """What `generate` starts the decoder with."""
+    forced = plain.generation_config.forced_bos_token_id
+    return [plain.config.decoder_start_token_id, *([] if forced is None else [forced])]
 
 
 def wrapped(plain):
@@ -77,8 +87,9 @@ def plain_logprobs(plain, rollouts):
     tokens = rollouts.token_ids.split(rollouts.lengths.tolist())
     for completion, context in zip(tokens, rollouts.context_index.tolist(), strict=True):
         prompt = torch.tensor(rollouts.contexts[context].token_ids)
-        shifted = torch.cat([torch.tensor([plain.config.decoder_start_token_id]), completion[:-1]])
+        shifted = torch.cat([torch.tensor(start_of(plain)), completion[:-1]])
         logits = plain(input_ids=prompt[None], decoder_input_ids=shifted[None], use_cache=False).logits[0]
+        logits = logits[-len(completion) :]
         parts.append(logits.log_softmax(-1).gather(1, completion[:, None])[:, 0])
     return torch.cat(parts)
 
@@ -125,7 +136,7 @@ def reference_completions(plain, contexts, samples, eos, max_new_tokens, seed):
     for i in range(total):
         prompt, tokens, logprobs = torch.tensor([contexts[i // samples].token_ids]), [], []
         while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in eos):
-            ids = torch.tensor([[plain.config.decoder_start_token_id, *tokens]])
+            ids = torch.tensor([[*start_of(plain), *tokens]])
             with torch.no_grad():
                 logits = plain(input_ids=prompt, decoder_input_ids=ids, use_cache=False).logits[0, -1]
             logprob = logits.double().log_softmax(0)

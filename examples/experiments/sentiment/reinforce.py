@@ -26,7 +26,8 @@ from fdpg_fast.features import Completions
 from fdpg_fast.learner import BETAS
 from fdpg_fast.measure.estimators import Estimate, mean
 from fdpg_fast.measure.evaluate import evaluate
-from fdpg_fast.models.load import eos_token_ids, load_model, load_tokenizer
+from fdpg_fast.models.generation import eos_token_ids
+from fdpg_fast.models.load import load_model, load_tokenizer
 from fdpg_fast.rollouts import Rollouts
 from fdpg_fast.runs.folder import read_run
 from fdpg_fast.scoring import Scores
