@@ -89,9 +89,10 @@ async def _await(awaitable: Any, deadline: float) -> Any:
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any], deadline: float) -> Any:
     try:
-        if threading.current_thread() is threading.main_thread():
-            return _call_interruptibly(function, arguments, deadline)
-        return function(**arguments)
+        with contextlib.chdir("."):  # and back again, wherever it goes
+            if threading.current_thread() is threading.main_thread():
+                return _call_interruptibly(function, arguments, deadline)
+            return function(**arguments)
     finally:
         if time.monotonic() > deadline:  # it swallowed the interruption, or could not be interrupted
             raise TimeUp

@@ -348,6 +348,20 @@ def test_values_do_not_depend_on_which_features_are_async():
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_feature_that_works_elsewhere_leaves_the_run_where_it_was(fails, tmp_path):
+    """As one that executes programs in a folder of their own; paths of a config are relative."""
+
+    def score(completions):
+        os.chdir(tmp_path)
+        return None if fails else [1, 2]
+
+    before = os.getcwd()
+    with contextlib.suppress(RunError):
+        values(score)
+    assert os.getcwd() == before
+
+
 # --- the limit ---
 
 
