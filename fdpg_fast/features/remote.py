@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import inspect
 import json
 import os
@@ -45,14 +47,13 @@ async def retried(
         ConnectionError: the last attempt for a row failed too.
     """
     places = asyncio.Semaphore(concurrency)
+    call = function if is_async(function) else functools.partial(asyncio.to_thread, function)
 
     async def persist(*arguments: Any) -> Any:
         for attempt in range(1, attempts + 1):
             try:
                 async with places, asyncio.timeout(timeout):
-                    result = (
-                        function(*arguments) if is_async(function) else await asyncio.to_thread(function, *arguments)
-                    )
+                    result = await call(*arguments)
                     return await result if inspect.isawaitable(result) else result
             except passing as error:
                 if attempt == attempts:
@@ -85,7 +86,59 @@ class HTTPFeature(FeatureSection):
     """Seconds of one attempt."""
 
     def make(self, device: str) -> Feature:
-        return http(**self.model_dump(exclude={"kind", "name", "timeout"}))
+        address = urlsplit(self.url).netloc + urlsplit(self.url).path  # no query: it may hold a secret
+        headers = {"Content-Type": "application/json", "User-Agent": "fdpg-fast"}
+        if self.token_env is not None:
+            token = os.environ.get(self.token_env, "").strip()
+            if not (token and token.isascii() and token.isprintable()):
+                raise UserError(f"feature http: the environment variable {self.token_env} (token_env) holds no token")
+            headers["Authorization"] = f"Bearer {token}"
+        limits: dict[str, Any] = {
+            "concurrency": self.concurrency,
+            "attempts": self.attempts,
+            "timeout": self.request_timeout,
+        }
+
+        def ask(rows: dict[str, list[Any]]) -> list[Any]:
+            answer = _post(Request(self.url, json.dumps(rows).encode(), headers), address, self.request_timeout)
+            values = None
+            with contextlib.suppress(ValueError):  # of JSON
+                values = json.loads(answer)
+            if not isinstance(values, list) or len(values) != len(rows["completions"]):
+                said = answer[:100].decode(errors="replace")
+                raise ValueError(f"{address} answered {said!r}, not a list of {len(rows['completions'])} numbers")
+            return values
+
+        async def score(texts: list[str], completion_ids: list[list[int]], **sent: list[Any]) -> list[Any]:
+            batches = [slice(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)]
+            parts = [{name: rows[batch] for name, rows in sent.items()} for batch in batches]
+            return list(chain.from_iterable(await retried(ask, parts, **limits)))
+
+        return Feature(f"http:{address}", score, timeout=600.0)
+
+
+def http(url: str, **keys: Any) -> Feature:
+    """What a server says of completions; `keys` are those of `HTTPFeature`."""
+    return HTTPFeature(kind="http", url=url, **keys).build("cpu")
+
+
+def _post(request: Request, address: str, seconds: float) -> bytes:
+    """What a server answers.
+
+    Raises:
+        ConnectionError: it may answer in a moment.
+        ValueError: it refuses.
+    """
+    try:
+        with build_opener(_NoRedirects).open(request, timeout=seconds) as response:
+            return response.read()
+    except HTTPError as error:
+        said = f"{address}: status {error.code} {error.reason} {error.read(200).decode(errors='replace')}".rstrip()
+        if error.code in (408, 429) or error.code >= 500:
+            raise _NotNow(said, error.headers.get("Retry-After", "")) from None
+        raise ValueError(said) from None
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(f"{address}: {str(error) or type(error).__name__}") from error
 
 
 class _NotNow(ConnectionError):
@@ -101,52 +154,3 @@ class _NoRedirects(HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         return None
-
-
-def http(
-    url: str,
-    *,
-    token_env: str | None = None,
-    batch_size: int = 32,
-    concurrency: int = 8,
-    attempts: int = 6,
-    request_timeout: float = 60.0,
-) -> Feature:
-    """What a server says of completions; arguments as the keys of `HTTPFeature`."""
-    address = urlsplit(url).netloc + urlsplit(url).path  # no query: it may hold a secret
-    headers = {"Content-Type": "application/json", "User-Agent": "fdpg-fast"}
-    if token_env is not None:
-        token = os.environ.get(token_env, "").strip()
-        if not (token and token.isascii() and token.isprintable()):
-            raise UserError(f"feature http: the environment variable {token_env} (token_env) holds no token")
-        headers["Authorization"] = f"Bearer {token}"
-    opener = build_opener(_NoRedirects)
-
-    def post(rows: dict[str, list[Any]]) -> list[Any]:
-        request = Request(url, json.dumps(rows).encode(), headers)
-        try:
-            with opener.open(request, timeout=request_timeout) as response:
-                answer = response.read()
-        except HTTPError as error:
-            said = f"{address}: status {error.code} {error.reason} {error.read(200).decode(errors='replace')}".rstrip()
-            if error.code in (408, 429) or error.code >= 500:
-                raise _NotNow(said, error.headers.get("Retry-After", "")) from None
-            raise ValueError(said) from None
-        except (OSError, HTTPException) as error:
-            raise ConnectionError(f"{address}: {str(error) or type(error).__name__}") from error
-        try:
-            values = json.loads(answer)
-        except ValueError:
-            values = None
-        if not isinstance(values, list) or len(values) != len(rows["completions"]):
-            said = answer[:100].decode(errors="replace")
-            raise ValueError(f"{address} answered {said!r}, not a list of {len(rows['completions'])} numbers")
-        return values
-
-    async def score(texts: list[str], completion_ids: list[list[int]], **sent: list[Any]) -> list[Any]:
-        firsts = range(0, len(texts), batch_size)
-        parts = [{name: rows[first : first + batch_size] for name, rows in sent.items()} for first in firsts]
-        settings: dict[str, Any] = {"concurrency": concurrency, "attempts": attempts, "timeout": request_timeout}
-        return list(chain.from_iterable(await retried(post, parts, **settings)))
-
-    return Feature(f"http:{address}", score, timeout=600.0)

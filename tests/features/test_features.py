@@ -1,6 +1,7 @@
 """Features: what each one counts, how a user's own is called, and that a bad one ends in one clear line."""
 
 import asyncio
+import json
 import signal
 import sys
 import threading
@@ -238,6 +239,28 @@ def test_classifier_refusals(make_classifier, tiny_model, tmp_path):
         classifier(path, "joy")
     with pytest.raises(UserError, match="cannot load"):
         classifier(str(tmp_path / "nothing"), "joy")
+
+
+@pytest.mark.parametrize("damage", ["model", "tokenizer", "weights", "config"])
+def test_a_classifier_s_repository_is_neither_run_nor_trusted(damage, make_classifier, tmp_path, monkeypatch):
+    """Whatever its files ask for, and whoever sits at the terminal: one line."""
+    path, _ = make_classifier(**LABELS)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    mapped = {"auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModelForSequenceClassification")}}
+    if damage == "model":
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", **mapped}))
+    if damage == "tokenizer":
+        named = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+        (tmp_path / "tokenizer.json").unlink()
+    if damage == "weights":
+        (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    if damage == "config":
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": "many"}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="feature classifier: cannot load") as refusal:
+        classifier(path, "positive")
+    assert "\n" not in str(refusal.value) and not (tmp_path / "ran").exists()
 
 
 def test_a_model_without_a_classification_head_is_refused(tiny_model):
