@@ -73,6 +73,8 @@ class Feature:
         except RunError:  # says all already
             raise
         except (Exception, SystemExit) as error:
+            while isinstance(error, ExceptionGroup):  # of asyncio.TaskGroup, which says no more than how many
+                error = error.exceptions[0]
             raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {one_line(error)}") from error
 
     def _checked(self, values: Any, completions: list[str]) -> Tensor:

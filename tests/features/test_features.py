@@ -129,6 +129,10 @@ def test_word_and_regex_look_at_the_completion_only():
     assert values(regex("^b"), "ab", "a\nb") == [0, 0]
     with pytest.raises(UserError, match=r"'\(a' is not a regular expression"):
         regex("(a")
+    for pattern in ("a{99999999999}", "(" * 5000 + ")" * 5000):
+        with pytest.raises(UserError, match=r"is not a regular expression: ") as refusal:
+            regex(pattern)
+        assert len(str(refusal.value)) < 300
 
 
 def test_python_parses_takes_prompt_and_completion_together():
@@ -436,7 +440,31 @@ def raises_lines(completions):
     raise ValueError("first\nsecond")
 
 
+async def raises_in_a_group(completions):
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.to_thread(raises, completions))
+
+
+class Hostile(list):
+    def __len__(self):
+        raise ValueError("no\x1b[2J\nlength")
+
+    def __float__(self):
+        raise ZeroDivisionError
+
+    def __repr__(self):
+        raise ValueError("no\ntext")
+
+
 BAD = {
+    "raises in a group": (raises_in_a_group, "'f' raised KeyError: 'answer'"),
+    "hostile values": (lambda completions: [Hostile(), 0], "'f' raised ValueError: no text"),
+    "hostile list": (lambda completions: Hostile(), r"'f' raised ValueError: no\\x1b\[2J length"),
+    "generator": (
+        lambda completions: (1.0 for _ in completions),
+        "'f' returned generator, not one number",
+    ),
+    "verdicts": (lambda completions: [{"score": 1.0}] * 2, "'f' returned {'score': 1.0} for 'a', not a number"),
     "raises": (raises, "'f' raised KeyError: 'answer'"),
     "raises several lines": (raises_lines, "'f' raised ValueError: first"),
     "wrong arguments": (lambda completions, missing: [0, 0], "'f' raised TypeError.*missing"),

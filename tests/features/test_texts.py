@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 from hypothesis import example, given
@@ -182,6 +183,27 @@ def test_a_chat_comes_as_trl_gives_it_and_text_as_text():
     assert Feature("f", score)(batch()).tolist()[0] == 1
     assert word("yes")(batch()).tolist() == [1, 0] and regex("^no$")(batch()).tolist() == [0, 1]
     assert entities(1)(batch()).tolist() == [0, 0]
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+TRL = """
+def own(prompts, completions, prompt_texts, completion_texts, **columns):
+    assert prompts[0] == [{"role": "user", "content": "hi"}] and set(prompt_texts) == {"<user>hi>"}
+    assert [completion[0]["role"] for completion in completions] == ["assistant"] * len(prompts)
+    assert [completion[0]["content"] for completion in completions] == completion_texts
+    return [float(len(completion[0]["content"])) for completion in completions]
+"""
+
+
+def test_a_reward_for_chats_of_trl_works_as_it_is(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "hi"}]}) + "\n")
+    (tmp_path / "conversational.py").write_text(TRL)
+    term = {"kind": "rlhf", "beta": 9.0, "feature": {"kind": "import", "path": f"{tmp_path}/conversational.py:own"}}
+    run_dir = runs.train(model, tmp_path, target=[term], contexts={"train": f"{tmp_path}/chats.jsonl"})
+    for row in runs.rows(run_dir / "samples.jsonl"):
+        assert row["prompt"] == "<user>hi>" and row["features"]["own"] == len(row["completion"])
 
 
 def test_the_tokenizer_is_for_whoever_asks_by_name():
