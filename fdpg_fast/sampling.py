@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from fdpg_kernels import SequenceWeights
 
 from .clock import Clock
 from .config.schema import TrainConfig
 from .contexts import Context
-from .engines import Engine
+from .engines import Engine, VLLMServerEngine
 from .errors import RunError
 from .learner import Update
-from .measure.agreement import compare_with_learner
+from .measure.agreement import Disagreement, compare_with_learner, gap_limits, refuse_far
 from .models.language_model import LanguageModel
 from .proposal import AdaptiveProposal
 from .rollouts import Rollouts
@@ -54,8 +57,7 @@ class Sampling:
         for missing in range(index + len(self.ahead), min(index + max(1, depth), rounds)):
             with clock("sample"):  # in turns, and at the start of rounds ahead
                 self.ahead.append(self._sample(missing, contexts(missing), index))
-            if self._engine.version == index:  # else the proposal is another than the policy
-                self._compare(index, clock)
+            self._compare(missing, index, clock)
         if depth and index + depth < rounds:
             further = index + depth
             self._pending = self._thread.submit(self._sample, further, contexts(further), index)
@@ -63,13 +65,20 @@ class Sampling:
             self._engine.sleep()
         return self.ahead.pop(0)
 
-    def meet(self, index: int, clock: Clock) -> None:
-        """Wait for what is sampled beside round `index`; it must agree with the learner before the weights move."""
+    def meet(self, index: int, rollouts: Rollouts, weights: SequenceWeights, clock: Clock) -> None:
+        """Wait for what is sampled beside round `index`; it must agree with the learner before the weights move.
+
+        So must the round's own completions, if the learner has the weights that they were drawn from.
+        """
+        depth = self._config.trainer.pipeline_depth
+        if self.proposal is None and not depth:
+            log_ratio = weights.policy_logprob - weights.behavior_logprob
+            refuse_far(log_ratio.abs(), rollouts.lengths, gap_limits(self._config)[1])
         if self._pending is not None:
             with clock("sample"):
                 self.ahead.append(self._pending.result())
             self._pending = None
-            self._compare(index, clock)
+            self._compare(index + depth, index, clock)
 
     def sync(self, index: int) -> None:
         """Hand the weights that round `index` samples with to the engine, unless it has them."""
@@ -103,18 +112,42 @@ class Sampling:
         assert self.engine is not None
         return self.engine
 
-    def _sample(self, index: int, contexts: list[Context], learner_version: int) -> Rollouts:
+    def agreeing(
+        self, rollouts: Rollouts, draw_again: Callable[[], Rollouts], model: LanguageModel, seed: int
+    ) -> Rollouts:
+        """What the engine drew, with a model's weights as they are now.
+
+        Of servers every completion is compared, else a few. A server that gave a wrong one is left out, and the others
+        draw all of them again: completions depend on no server.
+
+        Raises:
+            RunError: they are not of these weights, and there is no other server.
+        """
+        engine, tokens = self._engine, self._micro_batch_tokens
+        servers = engine if isinstance(engine, VLLMServerEngine) else None
+        while True:
+            try:
+                gaps = compare_with_learner(rollouts, model, self._config, seed, tokens, every=servers is not None)
+            except Disagreement as error:
+                if servers is None:
+                    raise
+                servers.leave_out(error.rows, str(error))
+                rollouts = draw_again()
+            else:
+                self.facts |= {f"engine/{name}": gap for name, gap in gaps.items()}
+                return rollouts
+
+    def _sample(self, index: int, contexts: Sequence[Context], learner_version: int) -> Rollouts:
         settings, version = self._config.trainer, learner_version if self.proposal is None else self.proposal.version
         if self._engine.version != version:
             raise RunError(f"the engine holds weights of version {self._engine.version}, not {version}")
         seed = derived_seed(settings.seed, "rollouts", index)
         return self._engine.sample(contexts, settings.samples_per_context, seed)
 
-    def _compare(self, index: int, clock: Clock) -> None:
-        """Score a few of the latest rollouts with the learner, whose weights are those of round `index`."""
-        seed, tokens = derived_seed(self._config.trainer.seed, "compared", index), self._micro_batch_tokens
+    def _compare(self, sampled: int, index: int, clock: Clock) -> None:
+        """Compare the latest rollouts, those of round `sampled`, with whose weights the engine has in round `index`."""
+        latest, model = self.ahead.pop(), self._policy if self.proposal is None else self.proposal.model
+        draw_again = partial(self._sample, sampled, latest.contexts, index)
         with clock("compare"):
-            gaps = compare_with_learner(
-                self.ahead[-1], self._policy, self._config, seed=seed, micro_batch_tokens=tokens
-            )
-        self.facts |= {f"engine/{name}": gap for name, gap in gaps.items()}
+            seed = derived_seed(self._config.trainer.seed, "compared", index)
+            self.ahead.append(self.agreeing(latest, draw_again, model, seed))

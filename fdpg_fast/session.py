@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from .models.lora import LoRAPolicy
 from .partition import Baseline, Estimates, PartitionFunction
 from .progress import activity
 from .proposal import AdaptiveProposal
-from .rollouts import pack
+from .rollouts import Rollouts, pack
 from .runs.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of
 from .runs.folder import refuse_taken
 from .runs.metrics import RESERVED
@@ -91,7 +93,7 @@ class Session:
         if config.proposal.kind == "adaptive":
             proposal = AdaptiveProposal(config.proposal.every, self._load(config.model))
             proposal.model.take_weights(policy)
-        self.sampling = Sampling(config, policy, self.scorer.micro_batch_tokens, proposal)
+        self.sampling = Sampling(config, policy, self.micro_batch_tokens, proposal)
         learner = Learner(policy, config.loss, config.optimizer, rounds, self.micro_batch_tokens)
         per_context = config.partition.per_context
         partition = PartitionFunction(len(self.contexts), kind=config.partition.kind, per_context=per_context)
@@ -144,6 +146,11 @@ class Session:
         if self.state.exponents is not None:
             self.scorer.target = replace(self.scorer.target, exponents=self.state.exponents)
 
+    def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
+        """Completions of the policy, whose weights the engine has; compared with it as those of a round are."""
+        draw = partial(self.engine.sample, contexts, samples_per_context, seed)
+        return self.sampling.agreeing(draw(), draw, self.state.learner.policy, seed)
+
     def measure(
         self, samples_per_context: int, seed: int, count: int, log_z: LogPartition | None = None
     ) -> tuple[Evaluation, list[dict[str, Any]]]:
@@ -151,7 +158,7 @@ class Session:
         total = len(self.eval_contexts) * samples_per_context
         what = f"{len(self.eval_contexts)} contexts × {samples_per_context} completions"
         with activity(f"evaluating: sampling {what}", total):
-            rollouts = self.engine.sample(self.eval_contexts, samples_per_context, seed)
+            rollouts = self.sample(self.eval_contexts, samples_per_context, seed)
         with activity(f"evaluating: scoring {what}", total):
             scores = self.scorer(rollouts, Clock())
         evaluation = evaluate(rollouts, scores, self.scorer.target, self.divergence, log_z)

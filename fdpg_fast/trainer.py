@@ -86,7 +86,7 @@ class Trainer:
         log_z, baseline = state.estimates.update(rollouts, scores, divergence)
         with clock("update"):
             loss, weights = learner.backward(rollouts, scores.log_score, log_z, baseline, divergence)
-        sampling.meet(index, clock)  # what was sampled ahead must agree with the weights that now move
+        sampling.meet(index, rollouts, weights, clock)  # all samples must agree with the weights that now move
         stopping.check()
         state.round = index + 1  # from here on this round is finished, or lost
         with clock("update"):
@@ -106,13 +106,13 @@ class Trainer:
             contexts = session.contexts[: config.target_fit_samples]
             each = config.target_fit_samples // len(contexts)
             with activity("fitting λ on samples of the base", each * len(contexts)):
-                samples = session.engine.sample(contexts, each, session.seed("fit", 0))  # the policy still is the base
+                samples = session.sample(contexts, each, session.seed("fit", 0))  # the policy still is the base
                 session.scorer.log_phi(samples, fit=True)
             state.exponents = session.scorer.target.exponents
             log.info("target: λ = %s", ", ".join(f"{x:.4g}" for x in state.exponents or ()))
         if config.partition.kind == "oracle":
             with activity("measuring Z on samples of the base", ORACLE_SAMPLES * len(session.contexts)):
-                samples = session.engine.sample(session.contexts, ORACLE_SAMPLES, session.seed("oracle", 0))
+                samples = session.sample(session.contexts, ORACLE_SAMPLES, session.seed("oracle", 0))
                 state.estimates.partition.update(session.scorer.log_phi(samples), samples.context_index)  # P/q is φ
 
     def _evaluate(self, run: Recorder) -> Evaluation:

@@ -21,9 +21,9 @@ def ahead(vllm_model, tmp_path_factory):
     return folder / "run"
 
 
-def write(model, folder):
+def write(model, folder, **sections):
     contexts = {"train": str(runs.write_contexts(folder, *runs.PROMPTS))}
-    settings = {"contexts": contexts, "engine": VLLM, "trainer": TRAINER | {"pipeline_depth": 1}}
+    settings = {"contexts": contexts, "engine": VLLM, "trainer": TRAINER | {"pipeline_depth": 1}, **sections}
     return runs.write_config(folder, runs.settings(model, folder / "run", **settings))
 
 
@@ -43,6 +43,30 @@ def test_one_round_ahead_is_off_policy_and_says_so(ahead):
     assert all(row["policy/log_ratio_max"] > 1e-3 for row in rows[1:])
     # compared before the step that the samples will be behind
     assert all(row["engine/logprob_gap_max"] < 1e-4 for row in rows[:-1]) and len(rows) == 4
+
+
+DRAWING = """
+import random
+import numpy
+import torch
+
+def drawing(completions):
+    return [0.5 + random.random() + numpy.random.rand() + float(torch.rand(())) for _ in completions]
+"""
+
+
+def test_features_that_draw_beside_the_real_vllm_draw_the_same_in_every_run(vllm_model, tmp_path):
+    """One round ahead it samples in a thread, while features draw from the global generators in the main one."""
+    records = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "drawing.py").write_text(DRAWING)
+        target = {"kind": "rlhf", "beta": 1.0, "feature": runs.imported(folder / "drawing.py", "drawing")["feature"]}
+        ended = runs.run(folder, "train", write(vllm_model, folder, target=[target]))
+        assert ended.status == 0, ended.stderr
+        records.append(runs.record(folder / "run"))
+    runs.assert_equal(*records)
 
 
 def test_one_round_ahead_resumes_with_the_same_numbers(ahead, vllm_model, tmp_path):
@@ -146,4 +170,5 @@ def test_stale_weights_stop_the_run(engine, complaint, tiny_model, tmp_path, mon
 def test_a_small_gap_is_said_and_no_more(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(session, "build_engine", lambda config, policy, eos, *_: Stale(policy, eos, max_new_tokens=6))
     runs.train(tiny_model, tmp_path, optimizer={"learning_rate": 1e-4}, engine={"gap_warning": 1e-6, "gap_limit": 1.0})
-    assert capsys.readouterr().err.count("nats a token; see docs/engines.md") == 1  # the first round's agree
+    # of the second round and of the last evaluation: before the first step all agree
+    assert capsys.readouterr().err.count("nats a token; see docs/engines.md") == 2

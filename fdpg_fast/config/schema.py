@@ -6,8 +6,9 @@ Paths are relative to the working directory.
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ..chats import ContextsConfig
 from ..divergence import last_divergence
@@ -90,6 +91,18 @@ class ImportedTarget(Section):
 TermConfig = Annotated[PointwiseTerm | RLHFTerm | DistributionalTerm | ImportedTarget, Field(discriminator="kind")]
 
 
+def _server_address(url: str) -> str:
+    if "@" in url:  # which an error of pydantic would repeat
+        raise UserError(
+            "engine.urls: an address with a user name or password would end in config.yaml; leave them out, start the "
+            "servers with --api-key, and set the environment variable VLLM_API_KEY to that key here"
+        )
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or set(url) & set(" ?#"):
+        raise ValueError("this is no address of a server; write [http://HOST:PORT, …]")
+    return url
+
+
 class EngineConfig(Section):
     kind: Literal["auto", "transformers", "vllm", "vllm_server"] = "auto"
     """What samples: the learner's own module, vLLM in this process, or vLLM servers; auto: vLLM where it has a GPU."""
@@ -97,7 +110,7 @@ class EngineConfig(Section):
     """Completions are cut off there; a cut completion is a text without EOS."""
     max_sequences: int = Field(default=256, ge=1)
     """Completions decoded side by side; bounds the memory of the key-value cache."""
-    urls: list[str] = []
+    urls: list[Annotated[str, AfterValidator(_server_address)]] = []
     """vllm_server: addresses of the servers, such as http://gpu-box:8000."""
     weight_transfer: Literal["nccl", "ipc", "disk"] = "nccl"
     """vllm_server: from GPU to GPU, within one GPU, or through a folder that both sides see."""

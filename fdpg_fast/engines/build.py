@@ -11,6 +11,7 @@ import torch
 
 from ..config.schema import EngineConfig, TrainConfig
 from ..errors import UserError
+from ..measure.agreement import gap_limits
 from ..models.generation import advice
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
@@ -99,6 +100,7 @@ def build_engine(
             weight_transfer=settings.weight_transfer,
             weights_dir=None if settings.weights_dir is None else Path(settings.weights_dir),
             request_timeout=settings.request_timeout,
+            gap_limit=gap_limits(config)[1],
         )
     limits = {"max_new_tokens": settings.max_new_tokens, "max_sequences": settings.max_sequences}
     if kind == "vllm":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 import threading
 import time
 import uuid
@@ -19,10 +20,12 @@ import torch
 
 from ..contexts import Context
 from ..errors import RunError, UserError
+from ..measure.agreement import GAP_LIMITS, Disagreement, log_ratio
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
 from .vllm import sampling_settings
-from .vllm_replica import PassingError, Replica, ReplicaError, weights_folder
+from .vllm_answers import API_KEY, ReplicaError
+from .vllm_replica import PassingError, Replica, weights_folder
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +38,8 @@ BACK_OFF = (0.5, 2.0)  # seconds before a request is tried again
 class VLLMServerEngine:
     """Samples at temperature 1 from the full distribution on one or more vLLM servers (0.32 or newer).
 
-    docs/engines.md says how they are started. One that dies or hangs is left out, its share of the round goes to the
-    others, and it may return with the next sync.
+    docs/engines.md says how they are started. One that dies, hangs or answers wrongly is left out, its share of the
+    round goes to the others, and it may return with the next sync.
 
     Args:
         urls: of the servers, such as "http://gpu-box:8000".
@@ -45,6 +48,7 @@ class VLLMServerEngine:
         weight_transfer: how new weights get there: "nccl" from GPU to GPU, "ipc" on the same GPU, "disk" by a folder.
         weights_dir: of "disk": a folder that servers and trainer see under the same path.
         request_timeout: seconds that one request, or sending all weights to one server, may take.
+        gap_limit: mean |log q − log π| a token, in nats, above which a server does not have the policy's weights.
 
     Attributes:
         version: of the weights that it samples with; -1 before the first sync.
@@ -63,6 +67,7 @@ class VLLMServerEngine:
         weight_transfer: Literal["nccl", "ipc", "disk"] = "nccl",
         weights_dir: Path | None = None,
         request_timeout: float = 600.0,
+        gap_limit: float = GAP_LIMITS["bfloat16"][1],
     ):
         if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
             raise UserError(f"engine.urls: {list(urls)} are no addresses of servers; write [http://HOST:PORT, …]")
@@ -70,13 +75,16 @@ class VLLMServerEngine:
             raise UserError("engine.weights_dir: belongs to engine.weight_transfer: disk, which needs it")
         if weight_transfer != "disk" and importlib.util.find_spec("vllm") is None:
             raise UserError(f"engine.weight_transfer: {weight_transfer} needs vLLM on this side too: pip install vllm")
+        if not (key := os.environ.get(API_KEY, "")).isascii() or not key.isprintable():
+            raise UserError(f"{API_KEY}: a key of printable ASCII characters is wanted in this environment variable")
         addresses = dict.fromkeys(url.rstrip("/") for url in urls)
         self.replicas = [Replica(address, request_timeout, weight_transfer) for address in addresses]
         self.weight_transfer, self.weights_dir = weight_transfer, weights_dir
-        self.version = -1
+        self.version, self._gap_limit = -1, gap_limit
         self.lost: dict[str, str] = {}
         self._complaints: dict[str, str] = {}  # what was said last of each server since it took part
         self._in_flight: Counter[str] = Counter()
+        self._drawn_by: list[Replica] = []  # each completion of the latest sample
         self._sampling = sampling_settings(eos_token_ids, max_new_tokens)
         self._run = uuid.uuid4().hex[:8]
         self._lock = threading.RLock()
@@ -97,14 +105,21 @@ class VLLMServerEngine:
             ]
             while wait(futures, HEALTH_EVERY).not_done:  # a request says nothing until it is finished
                 self._ask_all(live, self._check_health)
-            answers = iter([future.result() for future in futures])
+            answers = [future.result() for future in futures]
         except BaseException:
             for replica in live:
                 self._leave_out(replica, ReplicaError("a round was broken off"))
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-        return pack(contexts, [[*chain.from_iterable(next(answers) for _ in firsts)] for _ in contexts])
+        self._drawn_by = [replica for replica, completions in answers for _ in completions]
+        requests = iter([completions for _, completions in answers])
+        return pack(contexts, [[*chain.from_iterable(next(requests) for _ in firsts)] for _ in contexts])
+
+    def leave_out(self, rows: Sequence[int], reason: str) -> None:
+        """Whoever drew these completions of the latest sample takes no part until the next sync."""
+        for replica in {self._drawn_by[row] for row in rows}:
+            self._leave_out(replica, ReplicaError(reason))
 
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
         """Give every server that can be reached the policy's weights, also those that sleep or were left out.
@@ -127,7 +142,8 @@ class VLLMServerEngine:
         else:
             with weights_folder(policy, self.weights_dir, label) as folder:
                 self._ask_all(ready, Replica.read_weights, folder)
-        self._ask_all(self._live(), Replica.use_weights, label)
+        self._ask_all(self._live(), Replica.use_weights, label, len(policy.head.weight))
+        self._probe(policy)
         for replica in self._live():
             if self._complaints.pop(replica.url, None):
                 log.info("%s has the weights of version %d and takes part again", replica.url, version)
@@ -143,6 +159,18 @@ class VLLMServerEngine:
         """Let go of what this side holds; the servers go on running."""
         for replica in self.replicas:
             replica.close()
+
+    def _probe(self, policy: LanguageModel) -> None:
+        """Leave out every server whose log-probs of a few tokens are not the policy's."""
+        prompt = Context(0, "", (self._sampling["stop_token_ids"][0],))  # a single token: it fits into any server
+        few = self._sampling | {"n": 8, "max_tokens": min(8, self._sampling["max_tokens"]), "seed": 0}
+        drawn: dict[Replica, list[Completion]] = {}
+        self._ask_all(self._live(), lambda replica: drawn.update({replica: replica.complete(prompt.token_ids, few)}))
+        for replica, completions in drawn.items():
+            rollouts = pack([prompt], [completions])
+            gap = float(log_ratio(rollouts, policy, rollouts.num_tokens).abs().mean())
+            if not gap <= self._gap_limit:
+                self._leave_out(replica, ReplicaError(str(Disagreement([], gap, self._gap_limit))))
 
     def _live(self) -> list[Replica]:
         live = [replica for replica in self.replicas if replica.url not in self.lost]
@@ -181,8 +209,8 @@ class VLLMServerEngine:
                 self._complaints[replica.url] = reason
         replica.hang_up()
 
-    def _complete(self, token_ids: tuple[int, ...], count: int, place: str) -> list[Completion]:
-        """Ask the server with the least to do; one that cannot is left out, and the next one asked."""
+    def _complete(self, token_ids: tuple[int, ...], count: int, place: str) -> tuple[Replica, list[Completion]]:
+        """Completions, and who gave them: the server with the least to do; one that cannot is left out."""
         # 62 bits: vLLM gives sample i of the request this seed plus i
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") >> 2
         pauses = iter(BACK_OFF)
@@ -191,7 +219,7 @@ class VLLMServerEngine:
                 replica = min(self._live(), key=lambda replica: self._in_flight[replica.url])
                 self._in_flight[replica.url] += 1
             try:
-                return replica.complete(token_ids, self._sampling | {"n": count, "seed": seed})
+                return replica, replica.complete(token_ids, self._sampling | {"n": count, "seed": seed})
             except ReplicaError as error:
                 pause = next(pauses, None) if isinstance(error, PassingError) else None
                 if pause is None:

@@ -137,14 +137,17 @@ class VLLMEngine:
 
         final = RequestOutputKind.FINAL_ONLY
         shared = self._sampling | {"n": samples_per_context, "flat_logprobs": True, "output_kind": final}
-        # A seed of its own, from which vLLM numbers a request's n samples, keeps them from other threads' draws. It
-        # costs nothing in vLLM's second model runner, a few percent on a CPU, a kernel a row in the first on a GPU.
+        # A seed of its own, from which vLLM numbers a request's n samples, keeps them from other threads' draws, and
+        # vLLM from the global generators. It costs nothing in vLLM's second model runner, a few percent on a CPU, a
+        # kernel a row in the first on a GPU.
         second_runner = getattr(self._llm.llm_engine.vllm_config, "use_v2_model_runner", False)
-        seeded = self._beside_learner if self._on_cpu else second_runner
+        seeded = self._beside_learner or second_runner
         seeds = [(seed + i * samples_per_context) % 2**62 if seeded else None for i in range(len(contexts))]
         parameters = [SamplingParams(**shared, seed=first) for first in seeds]
         prompts = [{"prompt_token_ids": list(context.token_ids)} for context in contexts]
-        with _own_generators(self._policy.device, seed), sampled_logprobs_only():
+        # where it draws from the global ones, features of another thread must not
+        own = contextlib.nullcontext() if self._beside_learner else _own_generators(self._policy.device, seed)
+        with own, sampled_logprobs_only():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import shutil
 import socket
 import threading
@@ -22,12 +23,9 @@ from torch import Tensor
 from ..errors import disk_errors
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion
+from .vllm_answers import API_KEY, GENERATE, ReplicaError, completions, parse
 
 CONNECT_SECONDS, HEALTH_SECONDS = 5.0, 15.0
-
-
-class ReplicaError(Exception):
-    """One server cannot do what it is asked."""
 
 
 class PassingError(ReplicaError):
@@ -42,49 +40,60 @@ class Replica:
         timeout: seconds that a request, or sending all weights, may take.
         weight_transfer: "nccl", "ipc" or "disk".
         label: the name of the weights that it was given last, which it attaches to every completion.
+        vocabulary: how many tokens those know.
     """
 
     url: str
     timeout: float
     weight_transfer: str
     label: str = ""
-    _connections: set[http.client.HTTPConnection] = field(default_factory=set)
+    vocabulary: int = 0
+    _sockets: set[socket.socket] = field(default_factory=set)  # that wait for it
     _transfer: Any = None  # vLLM's trainer-side transfer engine: an NCCL communicator, or CUDA IPC
 
-    def ask(self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float | None = None) -> Any:
-        """The parsed JSON that it answers to one HTTP request.
+    def ask(self, method: str, path: str, body: Any = None, *, seconds: float | None = None, most: int = 2**20) -> Any:
+        """What it answers to one HTTP request, in at most so many seconds and bytes; see `vllm_answers.parse`.
 
         Raises:
-            ReplicaError: no answer, none in time, or an error.
+            ReplicaError: no answer, none in time, or another than the path promises.
         """
-        parts, limit = urlsplit(self.url), CONNECT_SECONDS
+        parts, key = urlsplit(self.url), os.environ.get(API_KEY)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.netloc, timeout=limit)
-        self._connections.add(connection)
-        try:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+        def exchange() -> tuple[http.client.HTTPResponse, bytes]:
+            connection = kind(parts.netloc, timeout=CONNECT_SECONDS)
             connection.connect()
-            connection.sock.settimeout(limit := seconds or self.timeout)
-            text = None if body is None else json.dumps(body)
-            connection.request(method, parts.path + path, text, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            answer = response.read()
-        except TimeoutError:
-            raise ReplicaError(f"{path}: no answer within {limit:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
+            waiting = connection.sock
+            waiting.settimeout(seconds or self.timeout)
+            self._sockets.add(waiting)
+            try:
+                connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
+                response = connection.getresponse()
+                return response, response.read(most + 1)
+            finally:
+                self._sockets.discard(waiting)
+                connection.close()
+
+        try:  # in a thread: the time-out of a socket begins anew with every byte
+            response, answer = within(seconds or self.timeout, exchange)
+        except TimeoutError as error:
+            raise ReplicaError(f"{path}: no answer ({error})") from None
+        except Exception as error:
             raise PassingError(f"{path}: {error or type(error).__name__}") from error
-        finally:
-            self._connections.discard(connection)
-            connection.close()
         if response.status != 200:
             failure = PassingError if response.status >= 500 else ReplicaError
-            raise failure(f"{path}: status {response.status}, {answer.decode(errors='replace')[:500]}")
-        return json.loads(answer) if answer else None
+            remedy = f"set {API_KEY} to the key that it was started with; " if response.status == 401 else ""
+            raise failure(f"{path}: {remedy}status {response.status}, {answer.decode(errors='replace')}")
+        if response.length or len(answer) > most:
+            raise ReplicaError(f"{path}: its answer ends too early, or has more than {most:,} bytes")
+        return parse(path.partition("?")[0], response.headers.get_content_type(), answer)
 
     def hang_up(self) -> None:
         """Make every thread that waits for this server fail at once."""
-        for connection in self._connections.copy():
-            with contextlib.suppress(OSError, AttributeError):  # AttributeError: not connected yet
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        for waiting in self._sockets.copy():
+            with contextlib.suppress(OSError):
+                waiting.shutdown(socket.SHUT_RDWR)
 
     def check_health(self) -> None:
         self.ask("GET", "/health", seconds=HEALTH_SECONDS)
@@ -93,19 +102,11 @@ class Replica:
         """Completions of one prompt.
 
         Raises:
-            ReplicaError: it gives none, or some that are cut short or of other weights than it was given last.
+            ReplicaError: it gives none, or some that cannot be right; see `vllm_answers.completions`.
         """
-        answer = self.ask("POST", "/inference/v1/generate", {"token_ids": token_ids, "sampling_params": sampling})
-        completions: list[Completion] = []
-        for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
-            ids, end = choice["token_ids"], choice["finish_reason"]
-            labels = [span["version"] for span in choice.get("weight_versions") or ()]
-            if labels != [self.label]:
-                raise ReplicaError(f"it has weights {labels}, not {self.label!r}: restarted, or used by another run")
-            if end != "stop" and len(ids) < sampling["max_tokens"]:
-                raise ReplicaError(f"{end} after {len(ids)} tokens: does --max-model-len hold prompt and completion?")
-            completions.append((ids, [entry["logprob"] for entry in choice["logprobs"]["content"]], end == "stop"))
-        return completions
+        most = 2**20 + 2**10 * sampling["n"] * sampling["max_tokens"]  # a token takes about 150 bytes
+        answer = self.ask("POST", GENERATE, {"token_ids": token_ids, "sampling_params": sampling}, most=most)
+        return completions(answer, sampling, self.label, self.vocabulary)
 
     def sleep(self) -> None:
         """On a GPU that is shared: drop cache and weights."""
@@ -127,25 +128,24 @@ class Replica:
         try:
             source = weight_source(policy)
             if self._transfer is None:
-                self._transfer = within(self.timeout, policy.device, lambda: open_transfer(self, source))
+                self._transfer = within(self.timeout, lambda: open_transfer(self, source), policy.device.index)
             self._transfer.source = source
-            within(self.timeout, policy.device, self._transfer.send_weights)
+            within(self.timeout, self._transfer.send_weights, policy.device.index)
         except Exception as error:
             self.close()
             response = getattr(error, "response", None)  # what the server said is not in the error's own text
-            said = "" if response is None else f": {response.text[:500]}"
+            said = "" if response is None else f": {response.text}"
             reason = f"sending weights by {self.weight_transfer} failed: {error or type(error).__name__}{said}"
             raise ReplicaError(reason) from error
 
-    def use_weights(self, label: str) -> None:
+    def use_weights(self, label: str, vocabulary: int) -> None:
         """Sample with what arrived, under this name."""
         if self.weight_transfer == "ipc":
             self.ask("POST", "/wake_up?tags=kv_cache")
-        if not self.ask("POST", "/reset_prefix_cache?reset_running_requests=true")["success"]:
-            raise ReplicaError("it does not let go of the prefix cache that the old weights filled")
+        self.ask("POST", "/reset_prefix_cache?reset_running_requests=true")  # what the old weights filled
         self.ask("POST", "/update_weight_version", {"new_version": label})
         self.ask("POST", "/resume")
-        self.label = label
+        self.label, self.vocabulary = label, vocabulary
 
     def close(self) -> None:
         """Abort the communicator: a kernel that waits in it for a dead peer would occupy the GPU for ever."""
@@ -183,7 +183,7 @@ def open_transfer(replica: Replica, source: Any) -> Any:
     return WeightTransferTrainerFactory.trainer_init(where, client=client, source=source)
 
 
-def within(seconds: float, device: torch.device, function: Callable[[], Any]) -> Any:
+def within(seconds: float, function: Callable[[], Any], index: int | None = None) -> Any:
     """Call it in a thread and wait: a collective whose peer died never returns, and nothing can interrupt it.
 
     Raises:
@@ -193,7 +193,7 @@ def within(seconds: float, device: torch.device, function: Callable[[], Any]) ->
 
     def run() -> None:
         try:
-            with torch.accelerator.device_index(device.index):  # every thread has a current device of its own
+            with torch.accelerator.device_index(index):  # every thread has a current device of its own
                 future.set_result(function())
         except BaseException as error:
             future.set_exception(error)

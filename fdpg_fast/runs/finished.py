@@ -55,7 +55,7 @@ def sample_checkpoint(session: Session, prompt: str | None, count: int, seed: in
     """Completions of the newest checkpoint, of one prompt or of the evaluation contexts in turn."""
     contexts = _contexts_to_continue(session, prompt, count)
     with contextlib.closing(session), activity(f"sampling {count} completions"):
-        rollouts = session.engine.sample(contexts, -(-count // len(contexts)), session.seed("samples", seed))
+        rollouts = session.sample(contexts, -(-count // len(contexts)), session.seed("samples", seed))
         return session.scorer.rows(session.scorer(rollouts, Clock()), count)
 
 
@@ -68,7 +68,7 @@ def quasi_rejection_sample(
 
     def draw(indices: list[int], samples_per_context: int) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
         batch_seed = session.seed(f"quasi-rejection {seed}", next(batches))
-        rollouts = session.engine.sample([contexts[i] for i in indices], samples_per_context, batch_seed)
+        rollouts = session.sample([contexts[i] for i in indices], samples_per_context, batch_seed)
         scores = session.scorer(rollouts, Clock())
         rows = session.scorer.rows(scores, len(rollouts))
         return rows, scores.log_score - scores.behavior_logprob, torch.tensor(indices)[rollouts.context_index]
