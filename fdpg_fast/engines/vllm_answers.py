@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from ..errors import one_line
 from ..rollouts import Completion
 
 API_KEY = "VLLM_API_KEY"  # the environment variable from which vLLM's servers, too, take the key that they ask for
@@ -21,7 +22,7 @@ class ReplicaError(Exception):
     def __init__(self, text: str):
         if key := os.environ.get(API_KEY):
             text = text.replace(key, "…")
-        super().__init__(" ".join("".join(c if c.isprintable() else " " for c in text).split())[:500])
+        super().__init__(one_line(text))
 
 
 def _object(**fields: Any) -> Any:

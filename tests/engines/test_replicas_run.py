@@ -5,6 +5,7 @@ import time
 import pytest
 
 from support import runs
+from support.fake_server import DAMAGES, GENERATE, FakeServer, servers
 from support.vllm_cases import Server
 
 DEADLY = """
@@ -58,3 +59,62 @@ def test_a_server_that_dies_leaves_a_run_that_can_go_on(server, vllm_model, tmp_
 
     assert runs.call("train", "--resume", tmp_path / "run", "--engine.kind=transformers") == 0
     assert len(runs.rows(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+@pytest.fixture(scope="module")
+def of_one_server(tiny_model, tmp_path_factory):
+    """By the name of a setting, what a run with one good server leaves."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("one")
+            made[name] = run_with(folder, tiny_model, name, FakeServer(tiny_model))
+        return made[name]
+
+    return get
+
+
+SETTINGS = {
+    "in turns": {},
+    "ahead": {"trainer": {"rounds": 3, "pipeline_depth": 1, "contexts_per_round": 3}},
+    "adaptive": {"proposal": {"kind": "adaptive", "every": 2}},
+}
+
+
+def run_with(folder, model, name, *fakes):
+    urls, weights = [fake.url for fake in fakes], str(folder / "w")
+    engine = {"kind": "vllm_server", "urls": urls, "weight_transfer": "disk", "weights_dir": weights}
+    with servers(*fakes):
+        runs.train(
+            model, folder, **{"engine": engine, "trainer": {"rounds": 3, "contexts_per_round": 3}} | SETTINGS[name]
+        )
+    record = runs.record(folder / "run")
+    return {part: content for part, content in record.items() if not part.endswith("config.yaml")}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("damage", "spared"), [("a log-prob off, in one", 1), ("a log-prob off, in one", 6), ("log-prob nan", 6)]
+)
+def test_a_server_that_goes_wrong_changes_nothing_in_a_run(
+    setting, damage, spared, tiny_model, tmp_path, of_one_server, capsys
+):
+    """Neither in the first evaluation nor later: what it gave is not seen in the weights, metrics or samples."""
+    bad = FakeServer(tiny_model, damage=DAMAGES[GENERATE, damage], spared=spared)
+    record = run_with(tmp_path, tiny_model, setting, bad, FakeServer(tiny_model))
+    runs.assert_equal(record, of_one_server(setting))
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert said and all(line.startswith(f"{bad.url} is left out until the next sync: ") for line in said)
+
+
+def test_a_run_whose_only_server_goes_wrong_ends_in_one_line(tiny_model, tmp_path, capsys):
+    bad = FakeServer(tiny_model, damage=DAMAGES[GENERATE, "log-prob nan"], spared=8)
+    engine = {"kind": "vllm_server", "urls": [bad.url], "weight_transfer": "disk", "weights_dir": str(tmp_path / "w")}
+    contexts = {"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))}
+    settings = runs.settings(tiny_model, tmp_path / "run", engine=engine, contexts=contexts, trainer={"rounds": 9})
+    with servers(bad):
+        assert runs.call("train", runs.write_config(tmp_path, settings)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"fdpg-fast: no vLLM server is left to sample with ({bad.url}: ") and "--resume" in last
+    assert "learning_rate" not in last and list(tmp_path.glob("run/checkpoints/round-*"))
