@@ -53,7 +53,7 @@ def test_the_policy_is_taken_where_it_is_nearer_and_only_there(learning_rate, be
     version = 0
     for k, row in enumerate(rows):
         assert row["proposal/version"] == version
-        assert ("engine/logprob_gap_max" in row) == (version == k)  # only then are they to agree
+        assert row["engine/logprob_gap_max"] < 1e-4  # of the weights that are sampled from
         assert (row["policy/log_ratio_max"] < 1e-4) == (version == k)
         if row.get("proposal/kl_gain", 0.0) > 0:
             version = k + 1
