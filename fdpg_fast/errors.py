@@ -4,6 +4,8 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+from safetensors import SafetensorError
+
 
 class UserError(Exception):
     """The input is wrong: one line that names the key or file, the value and what would be valid. Exit status 2."""
@@ -22,12 +24,13 @@ def disk_errors(what: str) -> Iterator[None]:
     """Say plainly that the disk is full or not writable.
 
     Raises:
-        RunError: in place of an OSError.
+        RunError: in place of an OSError, or of what safetensors makes of one.
     """
     try:
         yield
-    except OSError as error:
-        raise RunError(f"{what}: {error.strerror or error}; free some space") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{what}: {reason}; free some space") from error
 
 
 def one_line(said: object) -> str:

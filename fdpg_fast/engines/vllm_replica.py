@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
 
 from ..errors import disk_errors
 from ..models.language_model import LanguageModel
@@ -159,11 +159,8 @@ def weight_source(policy: LanguageModel) -> Any:
     """The policy's weights as vLLM's transfer engines take them: anew each round, DTensors as whole tensors."""
     from vllm.distributed.weight_transfer import ModuleSource
 
-    def untied() -> Iterator[tuple[str, Tensor]]:  # only CPUs need what is tied twice, and nothing is sent to those
-        tied = getattr(policy.model, "all_tied_weights_keys", {})
-        return ((name, tensor) for name, tensor in policy.weights() if name not in tied)
-
-    module: Any = SimpleNamespace(named_parameters=untied)  # all that is asked of it
+    # all that is asked of it; only CPUs need what is tied twice, and nothing is sent to those
+    module: Any = SimpleNamespace(named_parameters=lambda: policy.weights(repeat_tied=False))
     return ModuleSource(module)
 
 
@@ -208,11 +205,13 @@ def within(seconds: float, function: Callable[[], Any], index: int | None = None
 def weights_folder(policy: LanguageModel, parent: Path, name: str) -> Iterator[Path]:
     """A folder that holds the policy's weights while servers read them."""
     folder, head = parent.absolute() / name, policy.head.weight.data_ptr()
-    # a tied head is written too, which `save_pretrained` leaves out unless it is another tensor
-    state = {name: tensor.clone() if tensor.data_ptr() == head else tensor for name, tensor in policy.weights()}
+    # a tied head is written too, as a tensor of its own
+    state = {name: x.clone() if x.data_ptr() == head else x.contiguous() for name, x in policy.weights()}
     try:
         with disk_errors(f"writing weights to {folder}"):
-            policy.model.save_pretrained(folder, state_dict=state)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / "model.safetensors")  # which the servers' user may have to read
+            (folder / "model.safetensors").chmod(folder.stat().st_mode & 0o666)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

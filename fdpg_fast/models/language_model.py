@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..contexts import Context
 from ..errors import UserError, is_out_of_memory, one_line
@@ -16,6 +19,8 @@ from ..rollouts import Rollouts, pack
 from . import attention
 from .decoding import ContinuedDecoding, Decoding
 from .head import FusedHead
+
+BLOCK = re.compile(r".*?\.\d+\.")  # of a tensor's name, what names the block that it lies in
 
 
 class LanguageModel:
@@ -100,23 +105,38 @@ class LanguageModel:
         """The model without what is trained beside its weights: here itself, for nothing is."""
         yield self
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What an engine samples with: names as in a checkpoint, in module order, and tensors in the model's dtype.
-
-        A tied head comes under its own name too: vLLM packs a copy of it on a CPU, which else stays the old one.
-        """
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What this policy amounts to, under the names and in the shapes that the module has for it."""
         yield from self.model.state_dict().items()
+
+    def weights(self, repeat_tied: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """What an engine samples with: names and shapes as in a checkpoint, block by block, in the model's dtype.
+
+        transformers keeps experts fused and some layers under other names. Its own way back, which `save_pretrained`
+        takes, copies what it splits: of one block at a time. `repeat_tied`: a tied head comes under its own name too,
+        for on a CPU vLLM packs a copy of it, which else stays the old one.
+        """
+        left_out = () if repeat_tied else getattr(self.model, "all_tied_weights_keys", ())
+        tensors = ((name, tensor) for name, tensor in self.tensors() if name not in left_out)
+        for _, block in itertools.groupby(tensors, lambda item: BLOCK.findall(item[0])[:1]):
+            yield from revert_weight_conversion(self.model, dict(block)).items()
 
     @torch.no_grad()
     def take_weights(self, policy: LanguageModel) -> None:
         """Become a copy of another: this model has its shape."""
-        own = dict(self.weights())
-        for name, tensor in policy.weights():
+        own = dict(self.tensors())
+        for name, tensor in policy.tensors():
             own[name].copy_(tensor)
 
     def save(self, folder: Path) -> None:
         """Write what was trained, as `from_pretrained` reads it."""
-        self.model.save_pretrained(folder)
+        generation, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            self.model.save_pretrained(folder)
+        finally:
+            self.model.generation_config = generation
+        if generation is not None:  # transformers reads any, but writes none that it calls invalid, as Llama 2's
+            generation.to_json_file(folder / "generation_config.json")
 
     @torch.no_grad()
     def _check_scoring(self) -> None:

@@ -7,6 +7,7 @@ everything where it was. Head and embeddings stay frozen.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config.schema import LoRAConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .language_model import LanguageModel
 
 ADAPTER = "default"  # as peft calls the first
@@ -45,14 +46,19 @@ class LoRAPolicy(LanguageModel):
             task_type="CAUSAL_LM",
             base_model_name_or_path=model.name_or_path,
         )
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        cuda = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda), warnings.catch_warnings(action="ignore"):  # of peft's own settings
             torch.manual_seed(seed)
-            peft.inject_adapter_in_model(settings, model, ADAPTER)
+            try:
+                peft.inject_adapter_in_model(settings, model, ADAPTER)
+            except ValueError as error:  # of fused experts it adapts all projections or none
+                raise UserError(f"lora.target_modules: {one_line(error)}") from None
         for parameter in model.parameters():
             if parameter.requires_grad:  # a step of AdamW is less than bfloat16 can tell apart
                 parameter.data = parameter.data.float()
         self._peft_config: Any = model.peft_config[ADAPTER]
-        self._peft_config.target_modules = sorted(self._peft_config.target_modules)  # equal runs write equal files
+        for targets in ("target_modules", "target_parameters"):  # sets; equal runs write equal files
+            setattr(self._peft_config, targets, sorted(getattr(self._peft_config, targets) or ()))
         if checkpoint is not None:
             peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(checkpoint), str(model.device)))
         super().__init__(model)
@@ -67,14 +73,15 @@ class LoRAPolicy(LanguageModel):
             yield self
 
     @torch.no_grad()
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As of the model that this policy amounts to: base weight + alpha/rank · B·A, one layer at a time."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """As of the model that this policy amounts to: base weight + alpha/rank · B·A, one at a time."""
         layers = self._adapting_layers()
         for name, tensor in self.model.state_dict().items():
-            if layer := layers.get(name.removesuffix(".base_layer.weight")):
-                tensor = (tensor + layer.get_delta_weight(ADAPTER)).to(tensor.dtype)
             if ".lora_" not in name:
-                yield name.replace(".base_layer.", "."), tensor
+                name = name.replace(".base_layer", "")
+                if layer := layers.get(name):
+                    tensor = (tensor + layer.get_delta_weight(ADAPTER)).to(tensor.dtype)
+                yield name, tensor
 
     def save(self, folder: Path) -> None:
         """Write the adapter alone, as peft does."""
@@ -86,8 +93,10 @@ class LoRAPolicy(LanguageModel):
         self._peft_config.save_pretrained(folder)
 
     def _adapting_layers(self) -> dict[str, Any]:
+        """What adapts a parameter, by its name; fused experts have several, one around the other."""
         layers = [(name, m) for name, m in self.model.named_modules() if hasattr(m, "get_delta_weight")]
-        return {name: layer for name, layer in layers if not layer.disable_adapters}
+        names = [f"{name}.{getattr(m, 'parameter_name', 'weight')}".replace(".base_layer", "") for name, m in layers]
+        return {name: m for name, (_, m) in zip(names, layers, strict=True) if not m.disable_adapters}
 
 
 def _refuse_unknown(model: transformers.PreTrainedModel, modules: list[str] | str) -> None:

@@ -26,12 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..contexts import Context
-from ..errors import RunError, UserError, disk_errors
+from ..errors import UserError, disk_errors
 from ..learner import Learner
 from ..partition import Estimates
 from ..rollouts import Rollouts
@@ -93,13 +92,13 @@ def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokeni
             files = sorted(path for path in temporary.rglob("*") if path.is_file())  # of a tokenizer in folders too
             sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in files]
             (temporary / SUMS).write_text("".join(sums))
+            for path in files:  # safetensors shuts out whom the umask lets read
+                path.chmod(temporary.stat().st_mode & 0o666)
             for path in [*temporary.rglob("*"), temporary]:
                 _fsync(path)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             _fsync(folder)  # or the rename does not survive a power cut
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise RunError(f"writing checkpoint {final}: {error}; free some space") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     older = [path for path in checkpoints(run_dir) if round_of(path) < settled.round]

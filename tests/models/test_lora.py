@@ -58,7 +58,7 @@ def test_merged_weights_are_the_policy(tied, modules, folders):
     samples = rollouts(policy)
     before = policy.token_logprobs(samples, 4096)
     weights = dict(policy.weights())
-    assert list(weights) == list(merged.model.state_dict())  # in module order, a tied head included
+    assert weights.keys() == merged.model.state_dict().keys()  # a tied head included
     merged.model.load_state_dict(weights)
     gaps = (merged.token_logprobs(samples, 4096) - before).abs()
     assert gaps.mean() < 1e-5 and gaps.max() < TOLERANCE  # rounding: the sums are the same, in another order

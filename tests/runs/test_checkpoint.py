@@ -30,6 +30,8 @@ def test_every_safetensors_file_in_it_is_the_models(checkpoint):
     model = checkpoint.parents[2] / "model"
     ours, models = ({path.name for path in folder.iterdir()} for folder in (checkpoint, model))
     assert ours - models == {"trainer", "SHA256SUMS"}
+    modes = {path.stat().st_mode & 0o777 for path in checkpoint.rglob("*") if path.is_file()}
+    assert modes == {checkpoint.stat().st_mode & 0o666}  # as the umask has it, the weights not 0600
 
 
 def test_sums_name_every_file_in_folders_too(checkpoint):
