@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import RunError, UserError
+from .errors import RunError, UserError, is_out_of_memory, one_line, printable
 from .progress import lines_for_a_person
 
 # threads that wait for the next loop spin for some 20 µs: for longer, as OpenMP's do by themselves, and a busy machine
@@ -18,6 +18,10 @@ from .progress import lines_for_a_person
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 TRAIN_OPTIONS = ("--resume", "--dry-run", "--keys", "--help")
 MAX_DRAWS = 4096
+LESS_MEMORY = (
+    "lower trainer.micro_batch_tokens, engine.max_sequences or trainer.samples_per_context, "
+    "or train with dtype: bfloat16 or lora"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,13 +33,22 @@ def main(arguments: list[str] | None = None) -> int:
         with lines_for_a_person():
             options.run(options)
             sys.stdout.flush()  # where nobody reads any more, here is where it shows
-    except (UserError, RunError, KeyboardInterrupt) as error:
-        notes = getattr(error, "__notes__", [])  # where finished work is
-        print("; ".join([f"fdpg-fast: {str(error) or 'stopped'}", *notes]), file=sys.stderr)
-        return {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
     except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, RunError, KeyboardInterrupt) as error:
+        return _end(error, str(error) or "stopped")
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise  # a bug of ours, and the traceback helps to mend it
+        return _end(error, f"out of memory ({one_line(error)[:200] or type(error).__name__}); {LESS_MEMORY}")
     return 0
+
+
+def _end(error: BaseException, said: str) -> int:
+    """Say in one line how the command ended and, in the error's notes, where finished work is; its exit status."""
+    line = "; ".join([said, *getattr(error, "__notes__", [])])
+    print(f"fdpg-fast: {printable(line)}", file=sys.stderr)
+    return {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
 
 
 def prepare_environment() -> None:
@@ -140,10 +153,11 @@ def _train(options: argparse.Namespace) -> None:
 
     trainer = Trainer(config, resume=options.resume is not None)
     if options.dry_run:
-        print(f"{dump_config(config)}\n{describe(trainer.session)}; nothing was done yet")
+        does = f"{describe(trainer.session)}; nothing was done yet"
+        print(*map(printable, dump_config(config).split("\n")), does, sep="\n")
         return
     result = trainer.train()
-    print(f"\n{before_after_table(result.run_dir)}\n\nreport: {result.report}")
+    print(f"\n{before_after_table(result.run_dir)}\n\nreport: {printable(str(result.report))}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -157,7 +171,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     row = {"round": session.state.round, **evaluation.as_dict()}
     print(evaluation_table(row))  # first: it is not lost where the disk is full
     path = write_whole(Path(options.run_dir) / "evaluation.json", to_json(row) + "\n")
-    print(f"\nwritten to {path}")
+    print(f"\nwritten to {printable(str(path))}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -166,7 +180,7 @@ def _compare(options: argparse.Namespace) -> None:
     runs = read_runs(options.run_dirs)
     evaluations = measure_runs(options.run_dirs, options.samples, options.base_samples, options.seed)
     runs = [replace(run, after=evaluation.metrics) for run, evaluation in zip(runs, evaluations, strict=True)]
-    print(f"{compare_table(runs)}\n\n{write_comparison(runs, options.output)}")
+    print(f"{compare_table(runs)}\n\n{printable(str(write_comparison(runs, options.output)))}")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -200,7 +214,7 @@ def _experiment(options: argparse.Namespace) -> None:
     wanted = {name: getattr(options, name) for name in ("budget", "seeds", "output", "jobs")}
     only = options.divergences and options.divergences.split(",")
     page = run_experiment(options.name, divergences=only, **wanted)
-    print(f"{page.read_text(encoding='utf-8').partition('## How')[0]}\n{page}")
+    print(f"{page.read_text(encoding='utf-8').partition('## How')[0]}\n{printable(str(page))}")
 
 
 def _doctor(options: argparse.Namespace) -> None:

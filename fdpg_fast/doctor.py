@@ -20,6 +20,7 @@ from fdpg_kernels.operators import choose_impl
 from .config.schema import EngineConfig, TrainConfig
 from .engines import build
 from .engines.memory import machine_memory
+from .errors import one_line, printable
 from .progress import activity
 from .session import Session
 
@@ -79,16 +80,17 @@ def describe(session: Session) -> str:
     if config.lora is not None:
         size += f", of which {sum(p.numel() for p in parameters if p.requires_grad) / 1e6:.3g} M are trained"
     contexts, each = len(session.round_contexts(session.state.round)), settings.samples_per_context
-    return (
-        f"{config.model}: {size}, {config.dtype}, on {session.base.device}\n"
+    lines = (
+        f"{config.model}: {size}, {config.dtype}, on {session.base.device}",
         f"{len(session.contexts)} contexts to train on, {len(session.eval_contexts)} to evaluate on; "
-        f"features: {', '.join(session.scorer.feature_names)}\n"
+        f"features: {', '.join(session.scorer.feature_names)}",
         f"{settings.rounds - session.state.round} rounds of {contexts} contexts × {each} samples = {contexts * each} "
         f"completions of at most {config.engine.max_new_tokens} tokens, minimising {session.divergence.name} to the "
-        f"target; {session.micro_batch_tokens:,} tokens a forward and backward pass\n"
-        f"{build.describe_engine(config, session.base)}\n"
-        f"writes to {config.run_dir}"
+        f"target; {session.micro_batch_tokens:,} tokens a forward and backward pass",
+        build.describe_engine(config, session.base),
+        f"writes to {config.run_dir}",
     )
+    return "\n".join(map(printable, lines))
 
 
 def probe_vllm() -> tuple[dict[str, Any], str | None]:
@@ -105,7 +107,7 @@ def probe_vllm() -> tuple[dict[str, Any], str | None]:
         if line.startswith("found "):
             return json.loads(line.removeprefix("found ")), None
     last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return {}, f"it cannot be imported: {last}"
+    return {}, f"it cannot be imported: {one_line(last)}"
 
 
 def _ops(device: torch.device) -> str:

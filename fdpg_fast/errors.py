@@ -34,11 +34,15 @@ def disk_errors(what: str) -> Iterator[None]:
 
 
 def one_line(said: object) -> str:
-    """What an exception, a server or a name says, in one line that a terminal may show: control characters escaped."""
+    """What an exception, a server or a name says, in one line of up to 500 letters that a terminal may show."""
     try:
-        text = " ".join(str(said).split())[:500]
+        return printable(" ".join(str(said).split())[:500])
     except Exception:  # of somebody's own class
         return "without a message"
+
+
+def printable(text: str) -> str:
+    """A text in one line, whose control characters do nothing to a terminal: they are escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import printable
+
 log = logging.getLogger(__name__)
 
 AFTER, EVERY = 1.0, 10.0  # seconds until the first plain line of an activity, and between it and the next ones
@@ -33,11 +35,11 @@ class _Activity:
 @contextlib.contextmanager
 def activity(what: str, total: int = 0) -> Iterator[None]:
     """Something that takes a while, as a person reads it ("loading models/smollm2"); `advance` counts `total` items."""
-    current, ended = _Activity(what, total), threading.Event()
+    current, ended = _Activity(printable(what), total), threading.Event()
     _show_innermost(False)
     _activities.append(current)
     if _display is not None:
-        current.task = _display.add_task(what, total=total or None, counted="")
+        current.task = _display.add_task(current.what, total=total or None, counted="")
     else:
         threading.Thread(target=_say, args=(current, ended), daemon=True).start()
     try:
@@ -93,10 +95,11 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # a terminal that has gone away, or a pipe, ends no run
+            line = printable(record.getMessage())  # names, and what servers and libraries say, may hold anything
             if self.console is None:
-                print(record.getMessage(), file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
             else:
-                self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,8 @@ def run_experiment(
     with contextlib.closing(RunFolder(place)):  # one process at a time
         done = _done(place / "results.jsonl", wanted)
         left = [case for case in wanted if case.name not in done]
-        log.info("%s\n%d runs, %d of them left, in %s", experiment.claim, len(wanted), len(left), place)
+        log.info("%s", experiment.claim)
+        log.info("%d runs, %d of them left, in %s", len(wanted), len(left), place)
         started = time.perf_counter()
         for number, (case, row) in enumerate(_run_all(left, place, jobs), start=1):
             append_row(place / "results.jsonl", row)

@@ -11,6 +11,7 @@ from rich.cells import cell_len, set_cell_size
 
 from fdpg_kernels import divergences
 
+from ..errors import printable
 from ..measure.estimators import Estimate
 from ..measure.quasi_rejection import Kept, Quality
 from .folder import Json, Run, estimates_of, read_run
@@ -116,7 +117,7 @@ def advice(kept: Kept, count: int, beta: float, max_draws: int) -> str:
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Labels to the left, the rest to the right, in blocks of as many columns as WIDTH holds."""
-    labels, *columns = zip(*rows, strict=True)
+    labels, *columns = zip(*(map(printable, row) for row in rows), strict=True)
     label_width = max(map(cell_len, labels))
     aligned = [_aligned(column) for column in columns]
     for side_by_side in range(len(columns), 0, -1):
