@@ -14,7 +14,9 @@ from pydantic.fields import FieldInfo
 
 from ..errors import UserError, one_line
 from .schema import TrainConfig
+from .section import UserPath
 
+_TEXTS = (str, str | None, UserPath | None)
 _DISTORTING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty")
 
 
@@ -27,22 +29,37 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     data = read_yaml(path)
     for key, text in (overrides or {}).items():
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = yaml.load(text, _Loader)
+        except Exception:  # no YAML, or no value of the type that it looks like
             value = text
-        holds_text = any(field.annotation in (str, str | None) for field in _FIELDS.get(_generic(key), ()))
+        holds_text = any(field.annotation in _TEXTS for field in _FIELDS.get(_generic(key), ()))
         # text as typed: YAML would make a number of 2024, a bool of "no" and a list of "[a-z]"
         set_key(data, key, text if holds_text and value is not None else value)
     return parse_config(data)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a mapping names a key once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[Any] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML file; raises UserError where it holds something else."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise UserError(f"config: cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    try:
+        data = yaml.load(text, _Loader)
+    except Exception as error:  # also of a date that there is not, of digits or brackets by the thousand
         raise UserError(f"config: {str(path)!r} is not YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"config: {str(path)!r} must hold keys and values, e.g. 'model: examples/tiny-python-lm'")
@@ -56,7 +73,7 @@ def parse_config(data: Mapping[str, Any]) -> TrainConfig:
     except ValidationError as error:
         # a mistyped key comes first: what is missing may be what it was meant to be
         complaints = sorted(error.errors(), key=lambda e: e["type"] not in ("extra_forbidden", "invalid_key"))
-        raise UserError(_explain(complaints[0])) from None
+        raise UserError(one_line(_explain(complaints[0]))) from None
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -87,7 +104,7 @@ def set_key(data: Any, key: str, value: Any) -> None:
 
 def _place(data: Any, part: str, key: str) -> Any:
     if isinstance(data, list):
-        if not part.isdigit() or int(part) >= len(data):
+        if not part.isdecimal() or len(part) > 9 or int(part) >= len(data):
             raise UserError(f"--{key}: {part!r} must be a number below {len(data)}, the length of the list")
         return int(part)
     if not isinstance(data, dict):
@@ -120,7 +137,7 @@ def _document(field: FieldInfo) -> str:
 
 def _generic(key: str) -> str:
     """A key with N for the places in lists."""
-    return ".".join("N" if part.isdigit() else part for part in key.split("."))
+    return ".".join("N" if part.isdecimal() else part for part in key.split("."))
 
 
 def _explain(error: Any) -> str:
@@ -144,5 +161,8 @@ def _explain(error: Any) -> str:
         kinds = [repr(kind) for field in _FIELDS[f"{_generic(key)}.kind"] for kind in typing.get_args(field.annotation)]
         return f"{key}: the key kind is required; choose one of {', '.join(kinds)}"
     message = error["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(error["input"], (dict, list)) else f"{error['input']!r}: "
+    try:
+        shown = "" if isinstance(error["input"], (dict, list)) else f"{repr(error['input'])[:80]}: "
+    except ValueError:
+        shown = ""  # a number of thousands of digits
     return f"{key}: {shown}{message}" if key else message

@@ -20,7 +20,10 @@ from ..features.remote import HTTPFeature
 from ..features.text import ClassifierFeature, RegexFeature, SentimentFeature, WordFeature
 from ..imports import import_object
 from ..targets import Target, distributional, pointwise, rlhf
-from .section import Section
+from .section import Section, UserPath
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+MAX_SAMPLES = 10**5  # of a context: more of them, and a round would not end
 
 FeatureConfig = Annotated[
     WordFeature
@@ -73,7 +76,7 @@ class DistributionalTerm(Section):
 class ImportedTarget(Section):
     kind: Literal["import"]
     """Your own `fdpg_fast.targets.Target`, or a function without arguments that makes one."""
-    path: str
+    path: UserPath
     """package.module:name or file.py:name."""
 
     def build(self, device: str) -> Target:
@@ -100,23 +103,25 @@ def _server_address(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or set(url) & set(" ?#"):
         raise ValueError("this is no address of a server; write [http://HOST:PORT, …]")
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise ValueError("leave /v1 out: it is asked for more than completions")
     return url
 
 
 class EngineConfig(Section):
     kind: Literal["auto", "transformers", "vllm", "vllm_server"] = "auto"
     """What samples: the learner's own module, vLLM in this process, or vLLM servers; auto: vLLM where it has a GPU."""
-    max_new_tokens: int = Field(default=64, ge=1)
+    max_new_tokens: Count = 64
     """Completions are cut off there; a cut completion is a text without EOS."""
-    max_sequences: int = Field(default=256, ge=1)
+    max_sequences: Count = 256
     """Completions decoded side by side; bounds the memory of the key-value cache."""
     urls: list[Annotated[str, AfterValidator(_server_address)]] = []
     """vllm_server: addresses of the servers, such as http://gpu-box:8000."""
     weight_transfer: Literal["nccl", "ipc", "disk"] = "nccl"
     """vllm_server: from GPU to GPU, within one GPU, or through a folder that both sides see."""
-    weights_dir: str | None = None
+    weights_dir: UserPath | None = None
     """vllm_server: the folder of weight_transfer disk."""
-    request_timeout: float = Field(default=600.0, gt=0)
+    request_timeout: float = Field(default=600.0, gt=0, le=1e6)
     """vllm_server: seconds that one request, or sending the weights, may take."""
     gap_warning: float | None = Field(default=None, gt=0)
     """Mean |log q − log π| a token, in nats, above which a round warns; left out, 1e-4, or 0.1 in bfloat16."""
@@ -147,7 +152,7 @@ class OptimizerConfig(Section):
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: stay, or fall to 0 at the last round."""
-    warmup_rounds: int = Field(default=0, ge=0)
+    warmup_rounds: int = Field(default=0, ge=0, le=10**9)
     """Rounds over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
@@ -158,12 +163,12 @@ class OptimizerConfig(Section):
 class ProposalConfig(Section):
     kind: Literal["policy", "adaptive"] = "policy"
     """What is sampled from: the policy, or older weights of it until the policy is nearer to the target."""
-    every: int = Field(default=10, ge=1)
+    every: Count = 10
     """adaptive: rounds from one estimate of KL(p‖q) − KL(p‖π) to the next; the policy is taken where it is positive."""
 
 
 class LoRAConfig(Section):
-    rank: int = Field(ge=1)
+    rank: Count
     """Of the trained matrices B·A that are added to each adapted layer; everything else stays frozen."""
     alpha: float | None = Field(default=None, gt=0)
     """B·A counts alpha/rank times, as in peft; left out, once."""
@@ -179,41 +184,41 @@ class LoRAConfig(Section):
 
 
 class RoundsConfig(Section):
-    rounds: int = Field(default=100, ge=1)
+    rounds: Count = 100
     """How many times to sample, score, update and sync."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything random; equal seeds give equal runs on the CPU."""
-    contexts_per_round: int = Field(default=16, ge=1)
+    contexts_per_round: Count = 16
     """Contexts sampled from in a round (fewer where the data set is smaller)."""
-    samples_per_context: int = Field(default=16, ge=1)
+    samples_per_context: int = Field(default=16, ge=1, le=MAX_SAMPLES)
     """Completions of each."""
-    pipeline_depth: int = Field(default=0, ge=0)
+    pipeline_depth: int = Field(default=0, ge=0, le=1000)
     """n: sample n rounds ahead, while the learner trains, with weights n rounds old (the ratio keeps it exact)."""
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    micro_batch_tokens: Count | None = None
     """Tokens in a forward and backward pass: bounds memory, changes nothing else; by the model if left out: 448 up."""
-    checkpoint_every: int = Field(default=50, ge=1)
+    checkpoint_every: Count = 50
     """Rounds between checkpoints; the last round always writes one."""
 
 
 class EvaluationConfig(Section):
-    contexts: int = Field(default=64, ge=1)
+    contexts: Count = 64
     """Contexts to evaluate on, the first ones of the file."""
-    samples_per_context: int = Field(default=32, ge=2)
+    samples_per_context: int = Field(default=32, ge=2, le=MAX_SAMPLES)
     """Completions of each; Z and divergences come from this one sample, and few samples a context bias them to 0."""
 
 
 class TrainConfig(Section):
     """A run."""
 
-    model: str
+    model: UserPath
     """Folder or hub name of the causal LM to align; the target's base model is its frozen copy."""
-    divergence: str = "jensen_shannon"
+    divergence: UserPath = "jensen_shannon"
     """D_f to minimise: forward_kl, …, alpha:0.5, a path alpha:0.2..0.9 over the rounds, or your own, file.py:name."""
-    run_dir: str
+    run_dir: UserPath
     """Folder of this run; made new, or continued with --resume."""
     target: list[TermConfig] = Field(min_length=1)
     """φ as a product of terms; the target is base·φ."""
-    target_fit_samples: int = Field(default=2048, ge=1)
+    target_fit_samples: int = Field(default=2048, ge=1, le=10 * MAX_SAMPLES)
     """Samples of the base from which λ of distributional terms is fitted."""
     keep_special_tokens: bool = False
     """Leave special tokens in the texts that features and samples.jsonl get, all but BOS, EOS and padding."""
@@ -249,6 +254,23 @@ class TrainConfig(Section):
             raise ValueError(
                 "proposal.kind: adaptive decides itself how old its weights are; set trainer.pipeline_depth: 0"
             )
+        engine, is_served = self.engine, self.engine.kind == "vllm_server"
+        is_fitted = any(isinstance(term, (DistributionalTerm, ImportedTarget)) for term in self.target)
+        for section, keys, has_effect, beside in (
+            ("engine", ("urls", "weight_transfer", "request_timeout"), is_served, "engine.kind: vllm_server"),
+            ("engine", ("weights_dir",), engine.weight_transfer == "disk", "engine.weight_transfer: disk"),
+            ("engine", ("max_sequences",), not is_served, "an engine.kind that is not a server with limits of its own"),
+            ("proposal", ("every",), self.proposal.kind == "adaptive", "proposal.kind: adaptive"),
+            ("loss", ("ratio_cap",), self.loss.ratio == "sequence", "loss.ratio: sequence"),
+            ("", ("target_fit_samples",), is_fitted, "a distributional target"),
+        ):
+            settings = getattr(self, section) if section else self
+            for key in keys:
+                if not has_effect and getattr(settings, key) != type(settings).model_fields[key].default:
+                    name = f"{section}.{key}".lstrip(".")
+                    raise ValueError(f"{name}: {getattr(settings, key)} has an effect only with {beside}; leave it out")
+        if is_served and (not engine.urls or (engine.weight_transfer == "disk" and engine.weights_dir is None)):
+            raise ValueError("engine.kind: vllm_server needs engine.urls, and weight_transfer: disk engine.weights_dir")
         return self
 
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..config.section import Section
+from ..config.section import Section, UserPath
 from ..contexts import Context
 from ..errors import RunError, UserError, one_line
 from ..imports import import_object
@@ -161,7 +161,7 @@ class FeatureSection(Section):
 
     name: str | None = None
     """Name in metrics and tables; none: made from the kind."""
-    timeout: float | None = Field(default=None, gt=0)
+    timeout: float | None = Field(default=None, gt=0, le=1e6)
     """Seconds that one call may take; none: 60, or 600 for a classifier or a server."""
 
     def build(self, device: str) -> Feature:
@@ -176,7 +176,7 @@ class FeatureSection(Section):
 class ImportedFeature(FeatureSection):
     kind: Literal["import"]
     """Your own function with the signature of a TRL reward function."""
-    path: str
+    path: UserPath
     """package.module:function or file.py:function."""
 
     def make(self, device: str) -> Feature:

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..config.section import UserPath
 from ..errors import UserError, one_line
 from .feature import Feature, FeatureSection
 
@@ -79,8 +80,8 @@ def regex(pattern: str) -> Feature:
     """1 where the pattern is found anywhere in the completion, else 0."""
     try:
         search = re.compile(pattern).search
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"feature regex: {pattern[:80]!r} is not a regular expression: {error}") from None
+    except Exception as error:  # also of repetitions beyond counting, or brackets by the thousand
+        raise UserError(f"feature regex: {pattern[:80]!r} is not a regular expression: {one_line(error)}") from None
 
     def score(completion_texts: list[str]) -> list[float]:
         return [float(search(text) is not None) for text in completion_texts]
@@ -117,7 +118,7 @@ def sentiment() -> Feature:
 class ClassifierFeature(FeatureSection):
     kind: Literal["classifier"]
     """Probability of a label under a Hugging Face sequence classifier."""
-    model: str
+    model: UserPath
     """Folder or hub name of the classifier; safetensors only."""
     label: str
     """One of the classifier's labels."""

@@ -19,6 +19,11 @@ FEATURE = (
     "model",
     "label",
     "batch_size",
+    "url",
+    "token_env",
+    "concurrency",
+    "attempts",
+    "request_timeout",
     "path",
 )
 
@@ -37,6 +42,7 @@ KEYS = [
     "target.N.moments",
     "target.N.path",
     "target_fit_samples",
+    "keep_special_tokens",
     "dtype",
     "device",
     "trust_remote_code",
