@@ -12,10 +12,13 @@ from torch import Tensor
 from fdpg_kernels import Divergence, SequenceWeights
 
 from .config.schema import LossConfig, OptimizerConfig
+from .errors import Diverged
 from .models.language_model import LanguageModel
 from .rollouts import Rollouts
 
 BETAS = (0.9, 0.95)  # of AdamW
+MAX_OVERFLOWS = 3  # rounds in a row: one may be chance
+DIVERGED, REMEDY = "the policy has diverged", "restart with a lower optimizer.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Learner:
         self, policy: LanguageModel, loss: LossConfig, optimizer: OptimizerConfig, rounds: int, micro_batch_tokens: int
     ):
         self.policy, self.micro_batch_tokens = policy, micro_batch_tokens
-        self._settings, self._rounds = optimizer, rounds
+        self._settings, self._rounds, self._overflows = optimizer, rounds, 0
         self._loss = {"ratio": loss.ratio, "ratio_cap": loss.ratio_cap, "reward_cap": loss.reward_cap}
         self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
         is_narrow = any(p.dtype != torch.float32 for p in self._parameters)
@@ -94,6 +97,9 @@ class Learner:
         # no sample in support yet, or an overflow: Adam must not move on its momentum alone
         skipped = not math.isfinite(norm) or not bool((weights.weight != 0).any())
         rate = self.learning_rate(round_index)
+        self._overflows = 0 if math.isfinite(norm) else self._overflows + 1
+        if self._overflows == MAX_OVERFLOWS:
+            raise Diverged(f"{DIVERGED}: the gradient was not finite {MAX_OVERFLOWS} rounds in a row; {REMEDY}")
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -101,6 +107,9 @@ class Learner:
             with torch.no_grad():
                 for parameter, master in zip(self._parameters, self.masters, strict=False):
                     parameter.copy_(master)
+            # the one norm that is a single fast pass, 0.05 s for 135 M parameters on a CPU
+            if not bool(torch.nn.utils.get_total_norm(self._parameters).isfinite()):
+                raise Diverged(f"{DIVERGED}: weights are not finite, or huge, after this round's step; {REMEDY}")
         self.optimizer.zero_grad(set_to_none=True)
         return Update(float(loss), norm, rate, weights, skipped)
 

@@ -13,7 +13,8 @@ ROUNDING = 1e-3  # nats by which equal weights may differ
 MAX_PARETO_K = 0.7  # beyond it importance sampling errs by more than its standard error says (Vehtari et al. 2024)
 MIN_ESS = 3.0
 MAX_LOG_Z_SE = 0.5  # a 95 % interval of a factor of 7
-PATIENCE = 3  # rounds in a row: one bad round is chance, and Z needs a few
+MAX_KL = 3.0  # nats a token from the base, beyond what a hard target costs
+PATIENCE = {"away": 1}  # rounds in a row, else 3: one bad round is chance, and Z needs a few
 REMEDIES = "take more samples per context, or a softer target (rlhf: a larger beta)"
 
 
@@ -71,11 +72,22 @@ def complaints(metrics: Mapping[str, float]) -> dict[str, str]:
             f"log Z is known to ± {1.96 * error:.1f} only, and the pseudo-rewards with it; take more samples per "
             "context, fewer contexts, or partition.per_context: false"
         )
+    kl, length, log_z = (metrics.get(key, math.nan) for key in ("policy/kl_to_base", "policy/length", "z/log_z"))
+    if (kl + min(0.0, log_z)) / length > MAX_KL:
+        sentences["away"] = (
+            f"the policy is {kl / length:.1f} nats a token away from the base: hardly a text of its is one that the "
+            "base would write; go back to a checkpoint from before, with a lower optimizer.learning_rate"
+        )
+    if metrics.get("policy/skipped") and "support" not in sentences:
+        finite = math.isfinite(metrics.get("policy/grad_norm", math.nan))
+        reason = "no completion of it had a weight, all being as likely as the target has them, or too unlikely"
+        reason = reason if finite else "the gradient was not finite; lower optimizer.learning_rate or set loss.ratio_cap"
+        sentences["skipped"] = f"nothing was learned in the last round: {reason}"
     return sentences
 
 
 class Watch:
-    """Complaints as a run goes on: each kind once, when it has lasted for PATIENCE rounds."""
+    """Complaints as a run goes on: each kind once, when it has lasted for its PATIENCE."""
 
     def __init__(self) -> None:
         self._lasted: dict[str, int] = {}
@@ -85,6 +97,7 @@ class Watch:
         """The complaints to make after this round."""
         sentences = complaints(metrics)
         self._lasted = {kind: self._lasted.get(kind, 0) + 1 for kind in sentences}
-        due = [kind for kind, rounds in self._lasted.items() if rounds >= PATIENCE and kind not in self._said]
+        due = [kind for kind, rounds in self._lasted.items() if rounds >= PATIENCE.get(kind, 3)]
+        due = [kind for kind in due if kind not in self._said]
         self._said.update(due)
         return [sentences[kind] for kind in due]

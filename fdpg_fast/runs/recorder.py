@@ -12,6 +12,7 @@ from ..config.load import dump_config
 from ..config.schema import TrainConfig
 from ..divergence import last_divergence
 from ..errors import Diverged, RunError, UserError
+from ..learner import DIVERGED, REMEDY
 from ..measure.diagnostics import Watch
 from ..measure.evaluate import Evaluation
 from ..rollouts import Rollouts
@@ -22,6 +23,8 @@ from .metrics import Round, progress_line, round_metrics
 from .tracking import start_tracker
 
 log = logging.getLogger(__name__)
+
+EVALUATED = (("policy", "kl_to_base"), ("policy", "length"), ("z", "log_z"))  # metrics that an evaluation has too
 
 
 class Recorder:
@@ -41,7 +44,7 @@ class Recorder:
         self._watch, self._first, self._seconds = Watch(), 0, 0.0
         self._state: TrainerState | None = None
         self._latest: Rollouts | None = None  # of the last finished round
-        self._ends = False
+        self._due = self._ends = False  # a checkpoint, and the run
 
     def __enter__(self) -> Self:
         def at_rest() -> bool:
@@ -84,6 +87,8 @@ class Recorder:
         """Add a line to evaluation.jsonl, and its samples to samples.jsonl."""
         trained = last_divergence(self._config.divergence).name
         self.folder.append("evaluation.jsonl", {"round": round_index, "divergence": trained, **evaluation.as_dict()})
+        found = {name: estimate.value for name, estimate in evaluation.metrics.items()}
+        self._complain({f"{room}/{name}": found[name] for room, name in EVALUATED})
         self._samples(round_index, "evaluation", samples)
 
     def record(self, this: Round) -> None:
@@ -94,8 +99,11 @@ class Recorder:
         self._samples(this.index, "train", this.samples)
         metrics = round_metrics(this, self._names)
         self.folder.append("metrics.jsonl", {"round": this.index, **metrics})
-        if done % settings.checkpoint_every == 0 or done == settings.rounds:
+        self._due = self._due or done % settings.checkpoint_every == 0
+        # after an overflow the weights may be past saving: those of before it stay, until there is a gradient again
+        if done == settings.rounds or (self._due and math.isfinite(this.update.grad_norm)):
             self._save(settled)
+            self._due = False
         self._state.settled = settled
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for track, _ in self._trackers:
@@ -103,8 +111,7 @@ class Recorder:
         self._seconds += this.clock.total
         left = self._seconds / (done - self._first) * (settings.rounds - done)
         log.info("%s", progress_line(done, settings.rounds, metrics, self._names, left))
-        for complaint in self._watch(metrics):
-            log.warning("%s", complaint)
+        self._complain(metrics)
         check()
 
     def _leave_checkpoint(self, finished: int, error: BaseException) -> str:
@@ -125,8 +132,12 @@ class Recorder:
     def _save(self, settled: Settled) -> Path:
         assert self._state is not None and self._latest is not None
         if not bool(self._state.learner.policy.token_logprobs(self._latest, 1).isfinite().all()):
-            raise Diverged("the policy has diverged: its log-probs are not finite; lower optimizer.learning_rate")
+            raise Diverged(f"{DIVERGED}: its log-probs are not finite; {REMEDY}")
         return save_checkpoint(self.folder.path, self._state, settled, self._tokenizer)
+
+    def _complain(self, metrics: dict[str, float]) -> None:
+        for complaint in self._watch(metrics):
+            log.warning("%s", complaint)
 
     def _samples(self, round_index: int, split: str, samples: list[dict[str, Any]]) -> None:
         for row in samples:
