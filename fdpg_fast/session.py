@@ -15,7 +15,7 @@ from .contexts import Context, Prompting, load_contexts
 from .divergence import last_divergence
 from .engines import Engine
 from .engines.build import build_engine
-from .errors import UserError
+from .errors import UserError, one_line
 from .features import check_columns
 from .learner import Learner
 from .measure.estimators import LogPartition
@@ -31,6 +31,7 @@ from .rollouts import Rollouts, pack
 from .runs.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of
 from .runs.folder import refuse_taken
 from .runs.metrics import RESERVED
+from .runs.origin import origin_of, refuse_changes
 from .runs.recorder import Recorder
 from .runs.tracking import check_installed
 from .sampling import Sampling
@@ -77,6 +78,10 @@ class Session:
         base.refuse_lengths(self.contexts + self.eval_contexts, config.engine.max_new_tokens)
         check_columns(target.features, self.contexts, "contexts.train")
         check_columns(target.features, self.eval_contexts, "contexts.eval")
+        prompts = {"train": self.contexts, "eval": self.eval_contexts}
+        self._origin = origin_of(config, base, self.tokenizer, **prompts)
+        if resume:
+            refuse_changes(config.run_dir, self._origin)
         self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
         done = 0 if self.checkpoint is None else round_of(self.checkpoint)
         if done > rounds:
@@ -137,12 +142,16 @@ class Session:
     def recorder(self) -> Recorder:
         """The folder of the run, once the engine is there: where that fails nothing has been written."""
         assert self.engine is not None
-        return Recorder(self.config, self.scorer.feature_names, self.tokenizer, resume=self.resumes)
+        return Recorder(self.config, self.scorer.feature_names, self.tokenizer, self._origin, resume=self.resumes)
 
     def restore(self) -> None:
         """Load the newest checkpoint, which there must be."""
         assert self.checkpoint is not None
-        load_checkpoint(self.checkpoint, self.state, self.round_contexts)
+        try:
+            load_checkpoint(self.checkpoint, self.state, self.round_contexts)
+        except Exception as error:  # its files are whole, and of another run or version
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"checkpoint {self.checkpoint} does not fit this run: {reason}") from error
         if self.state.exponents is not None:
             self.scorer.target = replace(self.scorer.target, exponents=self.state.exponents)
 

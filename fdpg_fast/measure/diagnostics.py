@@ -81,7 +81,9 @@ def complaints(metrics: Mapping[str, float]) -> dict[str, str]:
     if metrics.get("policy/skipped") and "support" not in sentences:
         finite = math.isfinite(metrics.get("policy/grad_norm", math.nan))
         reason = "no completion of it had a weight, all being as likely as the target has them, or too unlikely"
-        reason = reason if finite else "the gradient was not finite; lower optimizer.learning_rate or set loss.ratio_cap"
+        reason = (
+            reason if finite else "the gradient was not finite; lower optimizer.learning_rate or set loss.ratio_cap"
+        )
         sentences["skipped"] = f"nothing was learned in the last round: {reason}"
     return sentences
 

@@ -60,7 +60,10 @@ class LoRAPolicy(LanguageModel):
         for targets in ("target_modules", "target_parameters"):  # sets; equal runs write equal files
             setattr(self._peft_config, targets, sorted(getattr(self._peft_config, targets) or ()))
         if checkpoint is not None:
-            peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(checkpoint), str(model.device)))
+            tensors = peft.load_peft_weights(str(checkpoint), str(model.device))
+            found: Any = peft.set_peft_model_state_dict(model, tensors)  # silent about what it does not find
+            if missing := [name for name in found.missing_keys if ".lora_" in name]:
+                raise UserError(f"checkpoint {checkpoint} lacks {missing[0]}, which this run trains")
         super().__init__(model)
 
     @contextlib.contextmanager

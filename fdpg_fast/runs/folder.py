@@ -24,6 +24,7 @@ from ..measure.estimators import Estimate
 Json = dict[str, Any]
 Parsed = TypeVar("Parsed")
 OURS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "checkpoints", "report.html")
+ORIGIN = ".origin.json"
 TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
 NO_NUMBERS = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}  # as Python's json has them, and as we do
 
@@ -33,7 +34,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        names, folders = (*OURS, ".lock"), (self.path, *self.path.parents)
+        names, folders = (*OURS, ORIGIN, ".lock"), (self.path, *self.path.parents)
         try:
             self._made = [self.path / name for name in names if not os.path.lexists(self.path / name)]
             self._made += [folder for folder in folders if not folder.exists()]  # inner ones first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..measure.evaluate import Evaluation
 from ..rollouts import Rollouts
 from ..stopping import Stopped, check, signalled, stoppable
 from .checkpoint import Settled, TrainerState, checkpoints, round_of, save_checkpoint
-from .folder import RunFolder, refuse_taken, write_whole
+from .folder import ORIGIN, Json, RunFolder, refuse_taken, write_whole
 from .metrics import Round, progress_line, round_metrics
 from .tracking import start_tracker
 
@@ -33,13 +34,14 @@ class Recorder:
     Whatever ends the run early, a signal too, leaves a checkpoint of the last finished round, and says where it is.
     """
 
-    def __init__(self, config: TrainConfig, feature_names: list[str], tokenizer: Any, *, resume: bool):
+    def __init__(self, config: TrainConfig, feature_names: list[str], tokenizer: Any, origin: Json, *, resume: bool):
         self._config, self._names, self._tokenizer, self._resume = config, feature_names, tokenizer, resume
         self._until_done = contextlib.ExitStack()
         self.folder = RunFolder(config.run_dir)
         if not resume:
             refuse_taken(config.run_dir)  # again: another process may have begun one since
         write_whole(self.folder.path / "config.yaml", dump_config(config))  # a resumed run may have more rounds now
+        write_whole(self.folder.path / ORIGIN, json.dumps(origin))
         self._trackers = [start_tracker(name, config) for name in config.tracking]
         self._watch, self._first, self._seconds = Watch(), 0, 0.0
         self._state: TrainerState | None = None
