@@ -9,6 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# what an estimate of a target needs, in effective samples; with less it is refused or marked (docs/method.md has the
+# bias of all, as measured)
+LEAST_ESS = 50.0  # in all
+LEAST_PER_CONTEXT = 16.0  # of a context within which weights are normalised: that costs a bias of O(1/ess), towards π
+
 
 def renumber(context_index: Tensor) -> tuple[Tensor, Tensor]:
     """Indices 0..C−1 among the contexts that occur, [B], from any integers; and how many samples each has, [C]."""
@@ -53,3 +58,8 @@ def effective_samples(weights: Tensor, context_index: Tensor, num_contexts: int)
     """(Σw)²/Σw², [B] → [C]; NaN where all weights are 0."""
     squares = sums(weights.square(), context_index, num_contexts)
     return sums(weights, context_index, num_contexts).square() / squares
+
+
+def harmonic_mean(ess: Tensor) -> float:
+    """Effective samples of a typical context, [C]: errors go as 1/ess, and it is their average that counts."""
+    return float(1 / (1 / ess).mean())

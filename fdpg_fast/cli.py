@@ -202,6 +202,8 @@ def _sample(options: argparse.Namespace) -> None:
     for row in accepted.items:
         print(to_json(row))
     print(quality_table(accepted.quality), file=sys.stderr)
+    if accepted.items:
+        print(f"Z, and so β, is known to ± {1.96 * accepted.beta_error:.0%} in a context", file=sys.stderr)
     if accepted.unreachable:
         print(f"{len(accepted.unreachable)} contexts left out: no draw satisfies the target there", file=sys.stderr)
     if len(accepted.items) < options.count:

@@ -46,7 +46,7 @@ class PartitionFunction:
         return log_z[dataset_index * self.per_context]
 
     def summary(self) -> dict[str, float]:
-        """Mean log Z over the contexts seen, its standard error, and effective samples a context."""
+        """Mean log Z over the contexts seen, its standard error, and effective samples of a typical one of them."""
         count, log_sum, log_sum_squares = (self.state[name] for name in ("count", "log_sum", "log_sum_squares"))
         seen = log_sum > -math.inf
         at_zero = float(((count > 0) & ~seen).sum())
@@ -57,7 +57,7 @@ class PartitionFunction:
         return {
             "log_z": float((log_sum - count.log())[seen].mean()),
             "log_z_se": float(relative_variance.sum().sqrt() / len(ess)),
-            "ess": float(ess.mean()),
+            "ess": by_context.harmonic_mean(ess),
             "contexts_at_zero": at_zero,
         }
 

@@ -74,13 +74,10 @@ class Scorer:
     def _texts(self, rollouts: Rollouts) -> Completions:
         return Completions.decode(rollouts, self.tokenizer, self.base.continues_prompt, self.keep_special_tokens)
 
-    def log_phi(self, base: Rollouts, fit: bool = False) -> Tensor:
-        """[B], of samples of the base, where it is log P/q; with `fit`, λ is fitted to them first."""
+    def values(self, base: Rollouts) -> Tensor:
+        """Of the target's features on samples of the base, [B, F]: there log φ is log P/q."""
         with started(self.target.features, self._texts(base)) as wait_for_values:
-            values = wait_for_values()
-        if fit:
-            self.target = self.target.fit(values, base.context_index)
-        return self.target.log_phi(values)
+            return wait_for_values()
 
     def rows(self, scores: Scores, count: int) -> list[dict[str, Any]]:
         """A few completions, evenly from all of them, as samples.jsonl records them."""

@@ -153,7 +153,8 @@ class Session:
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"checkpoint {self.checkpoint} does not fit this run: {reason}") from error
         if self.state.exponents is not None:
-            self.scorer.target = replace(self.scorer.target, exponents=self.state.exponents)
+            exponents, errors = self.state.exponents
+            self.scorer.target = replace(self.scorer.target, exponents=exponents, exponent_errors=errors)
 
     def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         """Completions of the policy, whose weights the engine has; compared with it as those of a round are."""

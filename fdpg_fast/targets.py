@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from . import by_context
+from .by_context import LEAST_ESS, LEAST_PER_CONTEXT
 from .errors import RunError, UserError, one_line
 from .features import Feature
+from .moments import REMEDY, BaseSample, Moments, TooFewSamples, moments_under, solve_exponents
 
-MIN_FIT_ESS = 50.0  # below it the moments of the reweighted sample are not known to one digit
+LEAST_MET = 8  # samples of a context that meet the hard terms; with fewer it says nothing of λ
+LEAST_CONTEXTS = 4  # that stand for more
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Target:
 
     terms: tuple[Term | MomentTerm, ...]
     exponents: tuple[float, ...] | None = None  # λ of all moments in order, once fitted
+    exponent_errors: tuple[float, ...] = ()  # the standard errors of a fit
 
     def __post_init__(self) -> None:
         for term in self.terms:
@@ -81,36 +85,60 @@ class Target:
         exponents = torch.tensor(self.exponents or (), dtype=torch.float64)
         return _checked(self, values, lambda _: fixed + centred @ exponents)
 
-    def fit(self, values: Tensor, context_index: Tensor) -> Target:
+    def fit(self, values: Tensor, context_index: Tensor, contexts: int | None = None) -> Target:
         """λ such that all moments hold together on samples of the base: values [S, F] of `features`, contexts [S].
 
+        Args:
+            contexts: how many there are, of which those of the sample were drawn at random; None: these are all.
+
         Raises:
-            UserError: a feature hardly occurs, a moment is out of reach, or too few samples carry the weight.
+            UserError: a feature hardly occurs, or a moment is out of reach.
+            TooFewSamples: too few samples carry the weight, in all or within a context.
         """
-        fixed, centred = self._factors(values)
-        possible = fixed > -torch.inf
-        if int(possible.sum()) < MIN_FIT_ESS:
-            raise UserError(
-                f"target: only {int(possible.sum())} of {len(possible)} samples of the base meet the hard terms; "
-                "raise target_fit_samples"
-            )
-        centred = centred[possible]
-        for (name, moment), column in zip(self.moments, centred.T, strict=True):
+        sample = self._base_sample(values, context_index, contexts, LEAST_CONTEXTS)
+        for (name, moment), column in zip(self.moments, sample.centred.T, strict=True):
             low, high = float(column.min()), float(column.max())
             if not low < 0 < high:
                 raise UserError(
                     f"target: feature {name!r} lies in [{low + moment:g}, {high + moment:g}] on {len(column)} samples "
-                    f"of the base, so no reweighting of them has mean {moment:g}; raise target_fit_samples, choose "
-                    "another moment, or start nearer"
+                    f"of the base, so no reweighting of them has mean {moment:g}; {REMEDY}, choose another moment, or "
+                    "start nearer"
                 )
-        exponents, ess = solve_exponents(centred, fixed[possible], context_index[possible])
-        if ess < MIN_FIT_ESS:
+        exponents, covariance, each = solve_exponents(sample)
+        ess = each * len(sample.context_index.unique())
+        if ess < LEAST_ESS or each < LEAST_PER_CONTEXT:
             names, moments = map(list, zip(*self.moments, strict=True))
-            raise UserError(
-                f"target: the moments {moments} of {names} rest on {ess:.1f} effective samples out of "
-                f"{len(possible)} (at least {MIN_FIT_ESS:g} are needed); raise target_fit_samples"
+            raise TooFewSamples(
+                f"target: the moments {moments} of {names} rest on {ess:.1f} effective samples out of {len(values)}, "
+                f"{each:.1f} a context (at least {LEAST_ESS:g}, and {LEAST_PER_CONTEXT:g} a context, are needed); "
+                f"{REMEDY}"
             )
-        return replace(self, exponents=tuple(exponents.tolist()))
+        errors = covariance.diagonal().sqrt()
+        return replace(self, exponents=tuple(exponents.tolist()), exponent_errors=tuple(errors.tolist()))
+
+    def moments_found(self, values: Tensor, context_index: Tensor, contexts: int | None = None) -> Moments:
+        """What the moments are under the fitted λ on another sample of the base; arguments and errors as of `fit`."""
+        exponents = torch.tensor(self.exponents, dtype=torch.float64)
+        return moments_under(exponents, self._base_sample(values, context_index, contexts, 2))
+
+    def _base_sample(self, values: Tensor, context_index: Tensor, contexts: int | None, least: int) -> BaseSample:
+        """The samples that λ may rest on: without contexts in which fewer than LEAST_MET meet the hard terms.
+
+        `least` contexts must be left where they stand for others.
+        """
+        fixed, centred = self._factors(values)
+        context_index, drawn = by_context.renumber(context_index)
+        possible = fixed > -torch.inf
+        usable = context_index[possible].bincount(minlength=len(drawn)) >= LEAST_MET
+        used, fraction = possible & usable[context_index], len(drawn) / (contexts or len(drawn))
+        needed = least if fraction < 1 else 1
+        if int(used.sum()) < LEAST_ESS or int(usable.sum()) < needed:
+            raise TooFewSamples(
+                f"target: {int(possible.sum())} of {len(possible)} samples of the base meet the hard terms, "
+                f"{LEAST_MET} or more in {int(usable.sum())} of {len(drawn)} contexts (at least {LEAST_ESS:g} are "
+                f"needed, and {needed} such contexts); {REMEDY}"
+            )
+        return BaseSample(centred[used], fixed[used], by_context.renumber(context_index[used])[0], fraction)
 
     def _factors(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """log φ of all fixed terms together, [B], and what λ multiplies, [B, number of moments]."""
@@ -175,45 +203,3 @@ def distributional(features: Sequence[Feature], moments: Sequence[float]) -> Tar
     if len(features) != len(moments) or not features:
         raise UserError(f"target: {len(features)} features but {len(moments)} moments; give one moment a feature")
     return Target((MomentTerm(tuple(features), tuple(map(float, moments))),))
-
-
-def solve_exponents(centred: Tensor, log_weights: Tensor, context_index: Tensor) -> tuple[Tensor, float]:
-    """λ [F] with Σ_c E_c[centred] = 0 under weights ∝ exp(log_weights + centred·λ), and their effective sample size.
-
-    Damped Newton on the convex dual. `centred` is f − moment [S, F], `log_weights` [S] finite, float64 both; weights
-    are normalised within a context.
-    """
-    context_index, counts = by_context.renumber(context_index)
-    num_contexts = len(counts)
-    unit = centred.abs().amax(0)  # λ is found per unit of each feature: tolerances must not depend on it
-    centred = centred / unit
-
-    def dual(exponents: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ_c log Σ exp(log_weights + centred·λ), and each sample's share of its context's sum, [S]."""
-        scaled, log_scale = by_context.scaled_exp(log_weights + centred @ exponents, context_index, num_contexts)
-        totals = by_context.sums(scaled, context_index, num_contexts)
-        return (totals.log() + log_scale).sum(), scaled / totals[context_index]
-
-    exponents = centred.new_zeros(centred.shape[1])
-    value, share = dual(exponents)
-    for _ in range(100):
-        means = by_context.sums(share[:, None] * centred, context_index, num_contexts)
-        gradient = means.sum(0)
-        if float(gradient.abs().max()) < 1e-9 * num_contexts:
-            return exponents / unit, float(share.sum() ** 2 / share.square().sum())
-        spread = centred - means[context_index]
-        hessian = (share[:, None] * spread).T @ spread
-        hessian.diagonal().add_(1e-12 * float(hessian.diagonal().max()) + 1e-300)
-        step = torch.linalg.solve(hessian, gradient)
-        rounding = 1e-13 * num_contexts * (1 + float(value.abs()))  # near the minimum the decrease drowns in it
-        length, (trial, trial_share) = 1.0, dual(exponents - step)
-        while length > 1e-8 and trial > value - 1e-4 * length * float(gradient @ step) + rounding:
-            length /= 2
-            trial, trial_share = dual(exponents - length * step)
-        exponents, value, share = exponents - length * step, trial, trial_share
-        if length <= 1e-8 or float(exponents.abs().max()) > 1e3:
-            break
-    raise UserError(
-        "target: no λ gives the wanted moments together on this sample of the base (they contradict each other or "
-        "lie at the edge of what it contains); raise target_fit_samples or choose other moments"
-    )

@@ -15,7 +15,7 @@ from .config.schema import TrainConfig
 from .divergence import divergence_at
 from .engines.build import describe_engine
 from .measure.evaluate import Evaluation
-from .progress import activity
+from .preparation import prepare
 from .runs.metrics import Round
 from .runs.recorder import Recorder
 from .runs.report import write_report
@@ -23,7 +23,6 @@ from .session import Session
 
 log = logging.getLogger(__name__)
 
-ORACLE_SAMPLES = 64  # of the base for each context, for partition.kind oracle
 SAMPLES_LOGGED = {"train": 8, "evaluation": 16}  # completions in samples.jsonl, of a round and of an evaluation
 
 
@@ -96,24 +95,13 @@ class Trainer:
         return Round(index, rollouts, scores, log_z_now, update, samples, sampling.facts, clock)
 
     def _prepare(self) -> None:
-        """Resume from a checkpoint, or do what precedes the first round, λ and the oracle's Z."""
-        session, config, state = self.session, self.session.config, self.session.state
-        transformers.set_seed(config.trainer.seed)  # for features that draw from the global generators
+        """Resume from a checkpoint, or do what precedes the first round."""
+        session = self.session
+        transformers.set_seed(session.config.trainer.seed)  # for features that draw from the global generators
         if session.checkpoint is not None:
             session.restore()
-            return
-        if session.scorer.target.needs_fit:
-            contexts = session.contexts[: config.target_fit_samples]
-            each = config.target_fit_samples // len(contexts)
-            with activity("fitting λ on samples of the base", each * len(contexts)):
-                samples = session.sample(contexts, each, session.seed("fit", 0))  # the policy still is the base
-                session.scorer.log_phi(samples, fit=True)
-            state.exponents = session.scorer.target.exponents
-            log.info("target: λ = %s", ", ".join(f"{x:.4g}" for x in state.exponents or ()))
-        if config.partition.kind == "oracle":
-            with activity("measuring Z on samples of the base", ORACLE_SAMPLES * len(session.contexts)):
-                samples = session.sample(session.contexts, ORACLE_SAMPLES, session.seed("oracle", 0))
-                state.estimates.partition.update(session.scorer.log_phi(samples), samples.context_index)  # P/q is φ
+        else:
+            prepare(session)
 
     def _evaluate(self, run: Recorder) -> Evaluation:
         """Measure the policy as it is now, on one fresh sample, and record that."""

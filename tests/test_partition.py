@@ -123,8 +123,8 @@ def test_standard_error_of_log_z_matches_simulation():
     found, claimed = torch.tensor(found, dtype=F64), torch.tensor(claimed, dtype=F64)
     assert float(claimed.mean()) == pytest.approx(float(found.std()), rel=0.08)
     assert float(found.mean()) == pytest.approx(0.18, abs=3 * float(found.std()) / math.sqrt(1000) + 0.002)
-    # (Σw)²/Σw² → n·exp(−σ²), 200 samples a context on average
-    assert sum(ess) / 1000 == pytest.approx(200 * math.exp(-0.36), rel=0.03)
+    # (Σw)²/Σw² → n·exp(−σ²), and the errors go as 1/n: that of n = 3/(1/100 + 1/200 + 1/300)
+    assert sum(ess) / 1000 == pytest.approx(3 / (1 / 100 + 1 / 200 + 1 / 300) * math.exp(-0.36), rel=0.03)
 
 
 def test_summary_of_equal_weights_and_of_contexts_at_zero():

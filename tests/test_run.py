@@ -18,6 +18,7 @@ from fdpg_fast.experiments.compare import frozen_base_sample, measure_runs
 from fdpg_fast.learner import Learner
 from fdpg_fast.models.load import load_model
 from fdpg_fast.runs.folder import read_config
+from fdpg_fast.runs.tables import doubtful
 from fdpg_fast.session import Session
 from support import runs
 
@@ -306,7 +307,7 @@ def test_compare_holds_all_runs_against_one_z_of_the_base(run_dir, tiny_model, t
     drawn = list(run_dir.glob("base-sample-*.safetensors"))
     session = Session(read_config(run_dir), resume=True)
     base = frozen_base_sample(session, 64, 9, run_dir)  # read back, not drawn again
-    phi = session.scorer.log_phi(base).exp()
+    phi = session.scorer.target.log_phi(session.scorer.values(base)).exp()
     share = [phi[base.context_index == c].mean() for c in range(len(base.contexts))]
     expected = torch.stack(share).log()
     assert first.metrics["log_z"].value == pytest.approx(float(expected[expected.isfinite()].mean()))
@@ -320,3 +321,14 @@ def test_compare_refuses_texts_of_another_length(run_dir, tiny_model, tmp_path, 
     capsys.readouterr()
     assert runs.call("compare", run_dir, other) == 2
     assert "distributions over different texts" in capsys.readouterr().err
+
+
+def test_compare_marks_what_few_samples_of_a_context_bias(run_dir):
+    """With a Z of many samples divergences are right even from one sample of the policy; means under p are not."""
+    for samples, base_samples in ((1, 64), (2, 2), (4, 1)):
+        (found,) = measure_runs([run_dir], samples=samples, base_samples=base_samples, seed=9)
+        for key, estimate in found.metrics.items():
+            if key.startswith("feature_of_target/") or (base_samples < 64 and key.startswith(("divergence/", "log_z"))):
+                assert doubtful(estimate) == math.isfinite(estimate.value), key
+            elif key.startswith(("feature/", "kl_to_base", "log_z", "divergence/")):
+                assert not doubtful(estimate), key

@@ -8,7 +8,8 @@ import torch
 
 from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.features import Feature
-from fdpg_fast.targets import Target, Term, distributional, pointwise, rlhf, solve_exponents
+from fdpg_fast.moments import BaseSample, solve_exponents
+from fdpg_fast.targets import Target, Term, distributional, pointwise, rlhf
 
 F64 = torch.float64
 NAN, INF = math.nan, math.inf
@@ -161,18 +162,19 @@ def test_a_target_of_something_else_than_terms_is_refused(terms):
 # --- λ ---
 
 
-def moments_under(target, values, context_index):
-    """Mean over contexts of E_p[f] for all features, the weights φ normalised within each context."""
-    weights = target.log_phi(values).exp()
-    contexts = context_index.unique()
-    return torch.stack(
-        [
-            (weights[context_index == c, None] * values[context_index == c].nan_to_num(0)).sum(0)
-            / weights[context_index == c].sum()
-            for c in contexts
-            if float(weights[context_index == c].sum()) > 0
-        ]
-    ).mean(0)
+def jackknifed(weights, values, context_index):
+    """Mean over contexts of E_p[values] from weights [S] and values [S, F]: n·m − (n − 1)·mean of m without one."""
+    means = []
+    for c in context_index[weights > 0].unique():
+        here = (context_index == c) & (weights > 0)
+        weighted, weight, n = (weights[:, None] * values)[here], weights[here, None], int(here.sum())
+        without_one = (weighted.sum(0) - weighted) / (weight.sum() - weight)
+        means.append(n * weighted.sum(0) / weight.sum() - (n - 1) * without_one.mean(0))
+    return torch.stack(means).mean(0)
+
+
+def moments_of(target, values, context_index):
+    return jackknifed(target.log_phi(values).exp(), values.nan_to_num(0), context_index)
 
 
 def random_sample(contexts=1, per_context=2000, seed=0):
@@ -187,18 +189,19 @@ def random_sample(contexts=1, per_context=2000, seed=0):
 
 @pytest.mark.parametrize("moment", [0.05, 0.2, 0.5, 0.9])
 def test_lambda_of_a_binary_feature_is_a_difference_of_logits(moment):
-    """E_p[b] = s·e^λ / (s·e^λ + 1 − s) for a share s of the sample: λ = logit(moment) − logit(s)."""
-    values = column(*[1.0] * 200, *[0.0] * 800)
+    """E_p[b] = s·e^λ / (s·e^λ + 1 − s) for a share s of n: λ = logit(moment) − logit(s), less the bias of order 1/n."""
+    values = column(*[1.0] * 20_000, *[0.0] * 80_000)
     (exponent,) = distributional([named("f")], [moment]).fit(values, one_context(values)).exponents
     logit = torch.logit(torch.tensor([moment, 0.2], dtype=F64))
-    assert exponent == pytest.approx(float(logit[0] - logit[1]), abs=1e-8)
+    bias = (moment / 0.2 - (1 - moment) / 0.8) / 100_000  # E_p[(p/a)·(b − moment)]/(n·Var_p[b])
+    assert exponent == pytest.approx(float(logit[0] - logit[1]) - bias, abs=1e-8)
 
 
 def test_moments_of_correlated_features_hold_after_the_fit():
     binary, real, _, context_index = random_sample()
     values = torch.stack([binary, real], dim=1)
     fitted = distributional([named("b"), named("x")], [0.5, -0.2]).fit(values, context_index)
-    torch.testing.assert_close(moments_under(fitted, values, context_index), column(0.5, -0.2)[:, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(moments_of(fitted, values, context_index), column(0.5, -0.2)[:, 0], atol=1e-6, rtol=0)
     alone = distributional([named("b")], [0.5]).fit(values[:, :1], context_index)
     assert abs(fitted.exponents[0] - alone.exponents[0]) > 0.3  # they really are correlated
 
@@ -217,8 +220,8 @@ def test_weights_are_normalised_within_each_context():
     values = torch.stack([binary, real], dim=1)
     fitted = distributional([named("b"), named("x")], [0.6, 0.7]).fit(values, context_index)
     wanted = column(0.6, 0.7)[:, 0]
-    torch.testing.assert_close(moments_under(fitted, values, context_index), wanted, atol=1e-6, rtol=0)
-    pooled = moments_under(fitted, values, torch.zeros_like(context_index))
+    torch.testing.assert_close(moments_of(fitted, values, context_index), wanted, atol=1e-6, rtol=0)
+    pooled = moments_of(fitted, values, torch.zeros_like(context_index))
     assert float((pooled - wanted).abs().max()) > 1e-3  # the two readings differ on this sample
     shuffled = torch.randperm(len(values), generator=torch.Generator().manual_seed(1))
     again = distributional([named("b"), named("x")], [0.6, 0.7]).fit(values[shuffled], context_index[shuffled] + 40)
@@ -239,7 +242,7 @@ def test_hybrid_keeps_the_hard_term_hard_and_fits_the_moments_under_it(hard_firs
     log_phi = fitted.log_phi(values)
     assert bool((torch.isneginf(log_phi) == (hard == 0)).all())
     wanted = column(1.0, 0.4)[:, 0] if hard_first else column(0.4, 1.0)[:, 0]
-    torch.testing.assert_close(moments_under(fitted, values, context_index), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(moments_of(fitted, values, context_index), wanted, atol=1e-6, rtol=0)
 
 
 def test_the_fit_weighs_by_the_other_terms():
@@ -247,20 +250,19 @@ def test_the_fit_weighs_by_the_other_terms():
     binary, real, _, context_index = random_sample()
     values = torch.stack([real, binary], dim=1)
     fitted = (rlhf(named("r"), beta=2.0) * distributional([named("b")], [0.7])).fit(values, context_index)
-    assert float(moments_under(fitted, values, context_index)[1]) == pytest.approx(0.7, abs=1e-6)
+    assert float(moments_of(fitted, values, context_index)[1]) == pytest.approx(0.7, abs=1e-6)
 
 
 def test_sequences_to_which_a_feature_does_not_apply_are_left_as_they_are():
-    """Centred features count 0 there: the moment is that of the others."""
+    """f − moment counts 0 there: the moment is that of the others."""
     binary, _, _, context_index = random_sample()
     values = binary[:, None].clone()
     values[::3] = NAN
     fitted = distributional([named("b")], [0.5]).fit(values, context_index)
     applies = ~values[:, 0].isnan()
     assert bool((fitted.log_phi(values)[~applies] == 0).all())
-    weights = fitted.log_phi(values).exp()[applies]
-    mean = float((weights * values[applies, 0]).sum() / weights.sum())
-    assert mean == pytest.approx(0.5, abs=1e-6)
+    centred = (values - 0.5).nan_to_num(0)
+    assert float(jackknifed(fitted.log_phi(values).exp(), centred, context_index)) == pytest.approx(0, abs=1e-6)
 
 
 def test_newton_survives_a_far_start():
@@ -269,9 +271,10 @@ def test_newton_survives_a_far_start():
     features = torch.randn(5000, 3, generator=generator, dtype=F64) ** 3 * torch.tensor([1.0, 100.0, 0.01])
     wanted = torch.tensor([1.5, -120.0, 0.012], dtype=F64)
     log_weights = torch.randn(5000, generator=generator, dtype=F64)
-    exponents, ess = solve_exponents(features - wanted, log_weights, torch.full((5000,), 7))
+    owner = torch.zeros(5000, dtype=torch.long)
+    exponents, _, ess = solve_exponents(BaseSample(features - wanted, log_weights, owner, 1.0))
     weights = torch.softmax(log_weights + features @ exponents, 0)
-    torch.testing.assert_close(weights @ features, wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(jackknifed(weights, features, owner), wanted, atol=1e-6, rtol=1e-6)
     assert ess == pytest.approx(float(1 / weights.square().sum()), rel=1e-6)
 
 
@@ -280,20 +283,18 @@ def test_every_moment_within_reach_is_found(scale):
     """In any unit, and without luck: rounding of the dual near its minimum must not look like failure."""
     for seed in range(40):
         occurs = torch.rand(2000, generator=torch.Generator().manual_seed(seed), dtype=F64) < 0.3
-        share = float(occurs.double().mean())
         moment = 0.1 + 0.8 * seed / 40
         values = scale * occurs.double()[:, None]
-        (exponent,) = distributional([named("f")], [scale * moment]).fit(values, one_context(values)).exponents
-        logits = torch.logit(torch.tensor([moment, share], dtype=F64))
-        assert exponent * scale == pytest.approx(float(logits[0] - logits[1]), abs=1e-7)
+        fitted = distributional([named("f")], [scale * moment]).fit(values, one_context(values))
+        assert float(moments_of(fitted, values, one_context(values))) == pytest.approx(scale * moment, rel=1e-7)
 
 
-def test_effective_samples_are_counted_over_all_contexts():
-    """λ = 0: every share is 1/100 in one context and 1/500 in the other, or 1/600 where there is only one."""
+def test_effective_samples_are_those_of_a_typical_context():
+    """λ = 0: 100 in one context and 500 in the other, the errors of which average as 1/100 and 1/500."""
     centred = column(*[1.0, -1.0] * 300)
     context_index = torch.arange(2).repeat_interleave(torch.tensor([100, 500]))
-    for owner, expected in ((context_index, 4 / (1 / 100 + 1 / 500)), (one_context(centred), 600)):
-        exponents, ess = solve_exponents(centred, torch.zeros(600, dtype=F64), owner)
+    for owner, expected in ((context_index, 2 / (1 / 100 + 1 / 500)), (one_context(centred), 600)):
+        exponents, _, ess = solve_exponents(BaseSample(centred, torch.zeros(600, dtype=F64), owner, 1.0))
         assert exponents.tolist() == pytest.approx([0]) and ess == pytest.approx(expected)
 
 
@@ -330,17 +331,19 @@ def test_contradictory_moments_are_refused():
 
 def test_duplicated_features_share_their_lambda():
     """A singular Hessian is no reason to fail where the moments agree."""
-    values = mixed(300, 700).expand(-1, 2).contiguous()
+    values = mixed(30_000, 70_000).expand(-1, 2).contiguous()
     fitted = distributional([named("f"), named("again")], [0.5, 0.5]).fit(values, one_context(values))
-    assert sum(fitted.exponents) == pytest.approx(math.log(7 / 3), abs=1e-6)
+    bias = (0.5 / 0.3 - 0.5 / 0.7) / 100_000
+    assert sum(fitted.exponents) == pytest.approx(math.log(7 / 3) - bias, abs=1e-6)
     with pytest.raises(UserError, match="no λ gives the wanted moments together"):
         distributional([named("f"), named("again")], [0.5, 0.6]).fit(values, one_context(values))
 
 
 def test_too_few_effective_samples_are_refused():
-    """3 of 3000 samples would have to carry half the weight: ESS ≈ 1/(3·(0.5/3)²) = 12."""
+    """3 of 3000 samples would have to carry half the weight, less what their small number lets them overstate: a share
+    of 0.456 gives ESS ≈ 1/(3·(0.456/3)²) = 14.4."""
     values = mixed(3, 2997)
-    message = r"\[0.5\] of \['rare'\] rest on 12\.0 effective samples out of 3000.*target_fit_samples"
+    message = r"\[0.5\] of \['rare'\] rest on 14\.4 effective samples out of 3000.*target_fit_samples"
     with pytest.raises(UserError, match=message):
         distributional([named("rare")], [0.5]).fit(values, one_context(values))
 
@@ -348,5 +351,30 @@ def test_too_few_effective_samples_are_refused():
 def test_a_hard_term_that_is_hardly_ever_met_is_refused():
     for met in (0, 49):
         values = torch.cat([mixed(met, 1000 - met), mixed(500, 500).flip(0)], dim=1)
-        with pytest.raises(UserError, match=rf"only {met} of 1000 samples .* meet the hard terms.*target_fit_samples"):
+        with pytest.raises(UserError, match=rf"{met} of 1000 samples .* meet the hard terms.*target_fit_samples"):
             (pointwise(named("h")) * distributional([named("f")], [0.5])).fit(values, one_context(values))
+
+
+def test_too_few_effective_samples_of_a_context_are_refused():
+    """As many as anybody could wish in all, and 8 in each context."""
+    values = torch.cat([mixed(4, 4)] * 500)
+    message = r"rest on 4000\.0 effective samples out of 4000, 8\.0 a context \(at least 50, and 16 a context"
+    with pytest.raises(UserError, match=message):
+        distributional([named("f")], [0.5]).fit(values, torch.arange(500).repeat_interleave(8))
+
+
+def test_contexts_that_hardly_meet_the_hard_terms_are_left_out():
+    """5 of 64 samples say nothing of a context's λ, and would outvote the rest by their noise."""
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.ones(20, 64, dtype=F64)
+    hard[10:, 5:] = 0
+    soft = (torch.rand(20, 64, generator=generator, dtype=F64) < 0.3).double()
+    values, owner = torch.stack([hard.flatten(), soft.flatten()], dim=1), torch.arange(20).repeat_interleave(64)
+    target = pointwise(named("h")) * distributional([named("f")], [0.5])
+    assert target.fit(values, owner).exponents == target.fit(values[: 10 * 64], owner[: 10 * 64]).exponents
+    few = hard.clone()
+    few[3:, 5:] = 0
+    values = torch.stack([few.flatten(), soft.flatten()], dim=1)
+    assert target.fit(values, owner).exponents is not None  # these contexts are all there are
+    with pytest.raises(UserError, match="8 or more in 3 of 20 contexts .* and 4 such contexts"):
+        target.fit(values, owner, contexts=1000)

@@ -218,8 +218,8 @@ class TrainConfig(Section):
     """Folder of this run; made new, or continued with --resume."""
     target: list[TermConfig] = Field(min_length=1)
     """φ as a product of terms; the target is base·φ."""
-    target_fit_samples: int = Field(default=2048, ge=1, le=10 * MAX_SAMPLES)
-    """Samples of the base from which λ of distributional terms is fitted."""
+    target_fit_samples: int = Field(default=2048, ge=50, le=10 * MAX_SAMPLES)
+    """Samples of the base from which λ of distributional terms is fitted; half as many more check it."""
     keep_special_tokens: bool = False
     """Leave special tokens in the texts that features and samples.jsonl get, all but BOS, EOS and padding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -250,6 +250,11 @@ class TrainConfig(Section):
     def _agrees_with_itself(self) -> Self:
         if self.loss.baseline == "leave_one_out" and self.trainer.samples_per_context == 1:
             raise ValueError("loss.baseline leave_one_out needs trainer.samples_per_context ≥ 2; use running or none")
+        if self.partition == PartitionConfig(kind="batch") and self.trainer.samples_per_context == 1:
+            raise ValueError(
+                "partition.kind batch needs trainer.samples_per_context ≥ 2, or nothing is learned: by a Z of its own, "
+                "every sample is as likely as the target has it; use running, oracle or per_context: false"
+            )
         if self.proposal.kind == "adaptive" and self.trainer.pipeline_depth:
             raise ValueError(
                 "proposal.kind: adaptive decides itself how old its weights are; set trainer.pipeline_depth: 0"

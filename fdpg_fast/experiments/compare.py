@@ -30,7 +30,6 @@ from ..runs.plots import Drawing, coloured, curve, drawing, new_axes
 from ..runs.report import CURVES, write_page
 from ..runs.tables import UNKNOWN, label_of, metric_keys, text_of, text_table
 from ..session import Session
-from .intervals import DOUBT, doubtful
 from .pictures import draw_point
 
 log = logging.getLogger(__name__)
@@ -106,8 +105,7 @@ def frozen_base_sample(session: Session, samples: int, seed: int, folder: Path) 
 def compare_table(runs: Sequence[Run]) -> str:
     """Runs as columns, as many side by side as there is room for; * marks the best of a row, ? what to doubt."""
     header, quality, divergences = _comparison_rows(runs)
-    table = text_table([header, *quality, ["divergence to target"] + [""] * len(runs), *divergences])
-    return table + (f"\n\n{DOUBT}" if "?" in str(divergences) else "")
+    return text_table([header, *quality, ["divergence to target"] + [""] * len(runs), *divergences])
 
 
 def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
@@ -129,7 +127,6 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
         curves=[curve(titles[key], [(run, key, colours[name]) for name, run in named]) for key in titles],
         quality=list(zip(header, *quality, strict=True)),
         divergences=list(zip(header, *divergences, strict=True)),
-        doubt=DOUBT if "?" in str(divergences) else "",
     )
 
 
@@ -150,7 +147,7 @@ def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:
     values = [sign * estimate.value for estimate in estimates if math.isfinite(estimate.value)]
     prescribed = key.startswith("feature/") and any("moments" in str(run.config.get("target")) for run in runs)
     best = sign * max(values) if len(values) > 1 and not prescribed and key not in NO_BETTER_SIDE else None
-    return [label_of(key), *("*" * (e.value == best) + text_of(e) + "?" * doubtful(key, e) for e in estimates)]
+    return [label_of(key), *("*" * (e.value == best) + text_of(e, key) for e in estimates)]
 
 
 def _scatter(ends: Iterable[tuple[str, str, dict[str, Estimate]]], x_key: str, y_key: str) -> Drawing | None:

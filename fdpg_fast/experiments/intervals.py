@@ -13,7 +13,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..measure.estimators import Estimate
 from .rows import Row, settings_of
 
 Labels = dict[str, str]
@@ -26,15 +25,6 @@ T_QUANTILES = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-LEAST_ESS = 50.0
-DOUBT = f"?: rests on fewer than {LEAST_ESS:g} effective samples; the policy may miss parts of the target unseen"
-
-
-def doubtful(key: str, estimate: Estimate) -> bool:
-    """Whether a value rests on so few samples that it means little; KL(π‖p) and χ²(π‖p) need no p/π."""
-    looks_at_p = key.startswith(("divergence/", "feature_of_target/", "kl_of_target_to_base"))
-    looks_at_p &= key not in ("divergence/reverse_kl", "divergence/neyman_chi2")
-    return looks_at_p and math.isfinite(estimate.value) and estimate.ess < LEAST_ESS
 
 
 def t_quantile(degrees: int) -> float:

@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..measure.estimators import Estimate
 from ..runs.folder import write_whole
-from ..runs.tables import FEATURE_LABELS, LABELS, label_of, with_error
+from ..runs.tables import DOUBT, FEATURE_LABELS, LABELS, doubtful, label_of, with_error
 from .experiment import Experiment
-from .intervals import DOUBT, average, doubtful
+from .intervals import average
 from .pictures import draw_curves, draw_trade_offs
 from .rows import Row, settings_of
 
@@ -71,7 +70,7 @@ def _study_table(rows: list[Row]) -> str:
         cells = []
         for key in keys:
             mean = average(here, key, labels)
-            doubt |= (doubted := doubtful(key, Estimate(mean.mean, math.nan, _least_ess(here, key))))
+            doubt |= (doubted := any(doubtful(row.metrics[key], key) for row in here if key in row.metrics))
             cells.append(with_error(mean.mean, mean.half_width) + "?" * doubted)
         body.append([*(labels[axis] for axis in axes), str(len(here)), *cells])
     table = _table([*axes, "seeds", *(label_of(key) for key in keys)], body)
@@ -84,10 +83,6 @@ def _certain(rows: Sequence[Row], key: str) -> bool:
     if key == "kl_of_target_to_base":
         return all(abs(metrics[key].value + metrics["log_z"].value) < 1e-6 for metrics in evaluations)
     return key.startswith("feature_of_target/") and all(abs(metrics[key].value - 1) < 1e-9 for metrics in evaluations)
-
-
-def _least_ess(rows: Sequence[Row], key: str) -> float:
-    return min((row.metrics[key].ess for row in rows if key in row.metrics), default=math.nan)
 
 
 def _table(head: list[str], body: list[list[str]]) -> str:

@@ -40,7 +40,7 @@ class Row:
 
 def append_row(path: Path, row: Row) -> None:
     """Add a line."""
-    metrics = {name: [e.value, e.standard_error, e.ess] for name, e in row.metrics.items()}
+    metrics = {name: list(vars(e).values()) for name, e in row.metrics.items()}
     with disk_errors(f"writing {path}"), open(path, "a", encoding="utf-8") as file:
         file.write(to_json({**vars(row), "seconds": round(row.seconds, 2), "metrics": metrics}) + "\n")
 

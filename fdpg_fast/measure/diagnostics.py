@@ -52,7 +52,8 @@ def fit_generalised_pareto(excess: Tensor) -> float:
 def complaints(metrics: Mapping[str, float]) -> dict[str, str]:
     """Sentences for a person on what is wrong with a round, by kind; from `round_metrics`, NaN where unknown."""
     sentences = {}
-    ess, k, error = (metrics.get(key, math.nan) for key in ("target/ess", "target/pareto_k", "z/log_z_se"))
+    keys = ("target/ess", "target/pareto_k", "z/log_z_se", "z/ess")
+    ess, k, error, ess_of_z = (metrics.get(key, math.nan) for key in keys)
     if metrics.get("target/in_support") == 0:
         sentences["support"] = (
             "no completion satisfies the target, and where none does nothing is learned: start from an easier "
@@ -67,10 +68,11 @@ def complaints(metrics: Mapping[str, float]) -> dict[str, str]:
             f"the importance weights have a heavy tail (Pareto k {k:.2f} > {MAX_PARETO_K}): log Z and the divergences "
             f"may be off by more than their intervals; {REMEDIES}"
         )
-    if error > MAX_LOG_Z_SE:
+    if error > MAX_LOG_Z_SE or ess_of_z <= MIN_ESS:
         sentences["log_z"] = (
-            f"log Z is known to ± {1.96 * error:.1f} only, and the pseudo-rewards with it; take more samples per "
-            "context, fewer contexts, or partition.per_context: false"
+            f"log Z is known to ± {1.96 * error:.1f} only, from {ess_of_z:.1f} effective samples of a context, which "
+            "bias it, and the pseudo-rewards with it; take more samples per context, fewer contexts, or "
+            "partition.per_context: false"
         )
     kl, length, log_z = (metrics.get(key, math.nan) for key in ("policy/kl_to_base", "policy/length", "z/log_z"))
     if (kl + min(0.0, log_z)) / length > MAX_KL:

@@ -31,12 +31,15 @@ class Estimate:
     """A number measured on a sample.
 
     `ess` is the effective number of samples behind it: (Σw)²/Σw² within each context, summed over contexts, where
-    samples carry importance weights w; otherwise their number.
+    samples carry importance weights w; otherwise their number. `per_context` is that of a typical context (harmonic
+    mean) where weights are normalised within contexts: below by_context.LEAST_PER_CONTEXT the value is biased by more
+    than a few hundredths, which the standard error does not hold.
     """
 
     value: float  # NaN where nothing could be measured
     standard_error: float  # NaN where it cannot be estimated, as from one sample, or is not finite
     ess: float
+    per_context: float = math.nan  # NaN where nothing is normalised within contexts
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -46,7 +49,7 @@ class Estimate:
     def exp(self) -> Estimate:
         """e to this; its error by the delta method."""
         value = float(torch.tensor(self.value, dtype=torch.float64).exp())  # infinite where math.exp raises
-        return Estimate(value, value * self.standard_error, self.ess)
+        return replace(self, value=value, standard_error=value * self.standard_error)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class LogPartition:
     log_z: Tensor  # −inf where no sample has P > 0
     relative_standard_error: Tensor  # of Z_c, in units of it, so that of log Z_c too; NaN where Z_c = 0 or n_c = 1
     ess: Tensor  # (Σw)²/Σw² of w = P/π; 0 where Z_c = 0
+
+    @property
+    def per_context(self) -> float:
+        """Effective samples of a typical context among those with Z_c > 0."""
+        return by_context.harmonic_mean(self.ess[self.log_z.isfinite()])
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def mean_under_target(
     share = (log_weight - partition.log_z[context_index]).exp() / counts[context_index]  # sums to 1 in each context
     context_means = by_context.sums(share * values, context_index, len(counts))
     influences = share * (values - context_means.mean()) * len(values)
-    return _estimate(context_means, influences, float(partition.ess.sum()))
+    return _estimate(context_means, influences, float(partition.ess.sum()), partition.per_context)
 
 
 def log_partition(policy_logprob: Tensor, target_log_score: Tensor, context_index: Tensor) -> LogPartition:
@@ -149,8 +157,7 @@ def divergence_matrix(
     is worth f(0) each, so that parts of p which π never samples are counted, and the ESS is the number of samples.
 
     Without `known`, Z_c is the mean of P/π over the same samples. That biases D_c by O(1/n_c), mostly towards 0 (p/π
-    cannot exceed n_c), and no standard error shows it: measured with 8 samples of each of 128 contexts, a forward KL of
-    0.49 came out as 0.36 ± 0.02, with 128 samples as 0.47.
+    cannot exceed n_c), and no standard error shows it: `per_context` does (docs/method.md has measured biases).
 
     The standard error over contexts is as in `mean`. In one context it is that of each sample's influence, h_i − D, and
     where Z is estimated along with it, ∂D/∂log Z·(w_i − 1) = E_π[f'(t) − f(t)/t]·(w_i − 1) more: t ∝ Z. A Z from
@@ -164,6 +171,7 @@ def divergence_matrix(
     usable = log_z.isfinite()
     if known is None:
         usable &= context_index.bincount() > 1
+    per_context = by_context.harmonic_mean((known or partition).ess[usable])
     used = usable[context_index]
     log_t = (policy_logprob.double() - target_log_score.double() + log_z.double()[context_index])[used]
     context_index, counts = by_context.renumber(context_index[used])
@@ -185,17 +193,18 @@ def divergence_matrix(
                 error_of_z = float(slope * known.relative_standard_error[usable][0])
         context_values = by_context.means(price, context_index, counts)  # D_c
         influences = price - context_values.mean() + (slope * (weight - 1) if known is None else 0.0)
-        estimate = _estimate(context_values, influences, ess)
+        estimate = _estimate(context_values, influences, ess, per_context)
         estimates[name] = replace(estimate, standard_error=math.hypot(estimate.standard_error, error_of_z))
     whole = estimates["jensen_shannon"]
-    estimates["jensen_shannon_half"] = Estimate(whole.value / 2, whole.standard_error / 2, whole.ess)
+    half = replace(whole, value=whole.value / 2, standard_error=whole.standard_error / 2)
+    estimates["jensen_shannon_half"] = half
     return DivergenceMatrix(estimates, contexts=len(counts), contexts_left_out=len(usable) - len(counts))
 
 
-def _estimate(context_values: Tensor, influences: Tensor, ess: float) -> Estimate:
+def _estimate(context_values: Tensor, influences: Tensor, ess: float, per_context: float = math.nan) -> Estimate:
     """The average over contexts, [C]; its error is their spread, or in one context that of the samples' influences."""
     units = context_values if len(context_values) > 1 else influences
-    return Estimate(float(context_values.mean()), _standard_error(units), float(ess))
+    return Estimate(float(context_values.mean()), _standard_error(units), float(ess), per_context)
 
 
 def _standard_error(units: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -46,8 +47,9 @@ def evaluate(
     for feature, values in zip(target.features, scores.values.T, strict=True):
         metrics[f"feature/{feature.name}"] = mean(values, context_index)
         metrics[f"feature_of_target/{feature.name}"] = mean_under_target(values, log_pi, log_score, context_index)
-    for (name, _), exponent in zip(target.moments, target.exponents or (), strict=False):
-        metrics[f"exponent/{name}"] = Estimate(exponent, math.nan, math.nan)
+    errors = itertools.chain(target.exponent_errors, itertools.repeat(math.nan))
+    for (name, _), exponent, error in zip(target.moments, target.exponents or (), errors, strict=False):
+        metrics[f"exponent/{name}"] = Estimate(exponent, error, math.nan)
     metrics |= {
         "kl_to_base": mean(log_pi - log_a, context_index),
         "entropy_per_sequence": mean(-log_pi, context_index),
@@ -61,7 +63,9 @@ def evaluate(
     partition = known or log_partition(log_pi, log_score, context_index)
     seen = partition.log_z.isfinite()
     error = float(partition.relative_standard_error[seen].square().sum().sqrt()) / max(1, int(seen.sum()))
-    metrics["log_z"] = Estimate(float(partition.log_z[seen].mean()), error, float(partition.ess.sum()))
+    metrics["log_z"] = Estimate(
+        float(partition.log_z[seen].mean()), error, float(partition.ess.sum()), partition.per_context
+    )
     gain = log_score - log_a - partition.log_z[context_index]  # log p/a
     cost = mean_under_target(gain.masked_fill(~gain.isfinite(), math.nan), log_pi, log_score, context_index)
     metrics["kl_of_target_to_base"] = replace(cost, standard_error=math.hypot(cost.standard_error, error))

@@ -21,7 +21,7 @@ from ..errors import UserError
 from .estimators import Estimate, log_partition, mean
 
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-MEASURED = 256  # draws, over all contexts, that measure Z_c before any is kept; at least LEAST in each context
+MEASURED = 256  # draws, over all contexts, that measure Z_c before any is kept; at least LEAST of each context
 LEAST = 16
 
 
@@ -70,7 +70,7 @@ def estimate(log_weights: Tensor, context_index: Tensor, betas: Sequence[float] 
             (influence,) = torch.autograd.grad(values.sum(), share, retain_graph=True)
             influence = influence - by_context.means(influence, context_index, counts)[context_index]
             influenced = mean(values.detach()[context_index] + influence, context_index)
-            estimates.append(replace(influenced, ess=float(partition.ess[usable].sum())))
+            estimates.append(replace(influenced, ess=float(partition.ess.sum()), per_context=partition.per_context))
         qualities.append(Quality(beta, *estimates))
     return qualities
 
@@ -88,6 +88,7 @@ class Kept:
     draws: int  # how many were drawn, those that measured Z_c included
     unreachable: list[int]  # contexts in which no measured draw had P > 0; nothing is kept there
     quality: list[Quality]  # for every β of the grid and the one asked for, from all the draws
+    beta_error: float  # relative standard error of β, which is that of the Z_c that the draws were judged by
 
 
 Draw = Callable[[list[int], int], tuple[list[Any], Tensor, Tensor]]
@@ -102,15 +103,16 @@ def sample(draw: Draw, *, contexts: int, count: int, beta: float, max_draws: int
     Raises:
         UserError: max_draws is too small to measure Z_c.
     """
-    if max_draws < 4 * contexts:
+    if max_draws < 2 * LEAST * contexts:
         raise UserError(
-            f"--max-draws: {max_draws} is too small for {contexts} contexts: half of the draws, at least 2 of each "
-            f"context, measure Z; give {4 * contexts} or more, or a lower --count"
+            f"--max-draws: {max_draws} is too small for {contexts} contexts: half of the draws, at least {LEAST} of "
+            f"each context, measure Z; give {2 * LEAST * contexts} or more, or a lower --count"
         )
     generator = torch.Generator().manual_seed(seed)
     first = min(max(LEAST, MEASURED // contexts), max_draws // (2 * contexts))
     _, log_weights, context_index = draw(list(range(contexts)), first)
-    log_z = log_partition(torch.zeros_like(log_weights), log_weights, context_index).log_z
+    partition = log_partition(torch.zeros_like(log_weights), log_weights, context_index)
+    log_z = partition.log_z
     reachable = log_z.isfinite().nonzero()[:, 0].tolist()
     wanted = {c: len(range(place, count, len(reachable))) for place, c in enumerate(reachable)}
     rate = float(acceptance_probability(log_weights, log_z[context_index].nan_to_num(neginf=0.0), beta).mean())
@@ -129,4 +131,5 @@ def sample(draw: Draw, *, contexts: int, count: int, beta: float, max_draws: int
         context_index = torch.cat([context_index, drawn_index])
     by_turn = [item for turn in zip_longest(*items.values()) for item in turn if item is not None]
     quality = estimate(log_weights, context_index, sorted({*BETAS, beta}))
-    return Kept(by_turn, len(log_weights), [c for c in range(contexts) if c not in wanted], quality)
+    error = float(partition.relative_standard_error[reachable].square().mean().sqrt())
+    return Kept(by_turn, len(log_weights), [c for c in range(contexts) if c not in wanted], quality, error)

@@ -57,7 +57,7 @@ class TrainerState:
     estimates: Estimates
     sampling: Sampling  # what it has sampled ahead, and an adaptive proposal
     round: int = 0  # counted up just before the weights move
-    exponents: tuple[float, ...] | None = None  # λ of the target
+    exponents: tuple[tuple[float, ...], ...] | None = None  # λ of the target, and the standard errors
     settled: Settled | None = None  # of the last round that was finished; None before the first one begins
 
     @property
@@ -146,7 +146,7 @@ def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], l
     state.round, sampling.ahead = trainer["round"], []
     while fields := of(f"ahead.{len(sampling.ahead)}."):
         sampling.ahead.append(Rollouts(contexts=tuple(contexts(state.round + len(sampling.ahead))), **fields))
-    state.exponents = None if trainer["exponents"] is None else tuple(trainer["exponents"])
+    state.exponents = None if trainer["exponents"] is None else tuple(map(tuple, trainer["exponents"]))
     version, internal, gauss = trainer["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(trainer["numpy"])

@@ -44,7 +44,10 @@ def evaluate_checkpoint(session: Session, samples: int | None, seed: int, base: 
     session.restore()
     log_z, scorer = None, session.scorer
     if base is not None:
-        log_phi = scorer.log_phi(base, fit=bool(scorer.target.moments))
+        values = scorer.values(base)
+        if scorer.target.moments:
+            scorer.target = scorer.target.fit(values, base.context_index)
+        log_phi = scorer.target.log_phi(values)
         log_z = log_partition(torch.zeros_like(log_phi), log_phi, base.context_index)  # P/a is φ
     samples = samples or session.config.evaluation.samples_per_context
     with contextlib.closing(session):

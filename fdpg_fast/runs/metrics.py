@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..by_context import LEAST_PER_CONTEXT
 from ..clock import Clock
 from ..engines.memory import peak_memory
 from ..learner import Update
@@ -82,7 +83,7 @@ def progress_line(done: int, rounds: int, metrics: dict[str, float], names: list
             f"round {done:>{len(str(rounds))}}/{rounds}",
             f"loss {metrics['loss']:+.3f}",
             *(f"E[{name}] {known(f'target/{name}', 3)}" for name in names),
-            f"log Z {known('z/log_z', 2)}",
+            f"log Z {known('z/log_z', 2)}" + "?" * (metrics["z/ess"] < LEAST_PER_CONTEXT),
             f"ESS {metrics['target/ess']:.0f}",
             f"KL(π‖a) {metrics['policy/kl_to_base']:.2f}",
             f"{metrics['time/tokens_per_second']:,.0f} tok/s",

@@ -11,7 +11,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from ..measure.diagnostics import complaints
 from .folder import Json, read_run, to_float, write_whole
 from .plots import PALETTE, coloured, curve, finite
-from .tables import UNKNOWN, is_number, label_of, metric_keys, text_of, with_error
+from .tables import DOUBT, UNKNOWN, is_number, label_of, metric_keys, text_of, with_error
 
 CURVES = {
     "policy/kl_to_base": "KL to base (nats)",
@@ -55,7 +55,7 @@ def write_page(path: Path, template: str, **content: Any) -> Path:
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": ChainableUndefined}
     pages = Environment(loader=PackageLoader("fdpg_fast", "."), autoescape=True, **options)
     pages.tests["numeric"] = is_number
-    pages.globals["unknown"] = UNKNOWN
+    pages.globals |= {"unknown": UNKNOWN, "doubt": DOUBT}
     pages.filters |= {"coloured": coloured, "label": label_of, "text": text_of, "number": _number, "term": _term}
     return write_whole(path, pages.get_template(template).render(content) + "\n")
 

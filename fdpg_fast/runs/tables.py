@@ -11,6 +11,7 @@ from rich.cells import cell_len, set_cell_size
 
 from fdpg_kernels import divergences
 
+from ..by_context import LEAST_ESS, LEAST_PER_CONTEXT
 from ..errors import printable
 from ..measure.estimators import Estimate
 from ..measure.quasi_rejection import Kept, Quality
@@ -36,12 +37,24 @@ FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the targ
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")
 MATRIX = tuple(f"divergence/{x}" for x in ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"))
 WIDTH = 100  # columns of a terminal that tables may take
+DOUBT = (
+    f"?: rests on fewer than {LEAST_ESS:g} effective samples, or than {LEAST_PER_CONTEXT:g} of each context: biased by "
+    "more than its interval may hold, and blind to what is hardly sampled"
+)
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
-def text_of(estimate: Estimate) -> str:
-    """A number and the half-width of its 95 % interval; – where unknown."""
-    return with_error(estimate.value, 1.96 * estimate.standard_error)
+def text_of(estimate: Estimate, key: str = "") -> str:
+    """A metric and the half-width of its 95 % interval; – where unknown, ? behind it where it is doubtful."""
+    return with_error(estimate.value, 1.96 * estimate.standard_error) + "?" * doubtful(estimate, key)
+
+
+def doubtful(estimate: Estimate, key: str = "") -> bool:
+    """Whether a metric rests on so few samples that it means little; KL(π‖p) and χ²(π‖p) need no p/π."""
+    looks_at_p = key.startswith(("divergence/", "feature_of_target/", "kl_of_target_to_base"))
+    looks_at_p &= key not in ("divergence/reverse_kl", "divergence/neyman_chi2")
+    few = (looks_at_p and estimate.ess < LEAST_ESS) or estimate.per_context < LEAST_PER_CONTEXT
+    return few and math.isfinite(estimate.value)
 
 
 def with_error(value: float, error: float) -> str:
@@ -86,14 +99,16 @@ def before_after_table(run_dir: str | Path) -> str:
     labels = {key: label_of(key) for key in [*metric_keys([run], "feature/"), *SUMMARY]}
     for key in [trained, *MATRIX]:
         labels[key] = f"to target: {label_of(key)}{' (trained)' if key == trained else ''}"
-    rows = [[label, *(text_of(x.get(key, UNKNOWN)) for x in (run.before, run.after))] for key, label in labels.items()]
+    rows = [
+        [label, *(text_of(x.get(key, UNKNOWN), key) for x in (run.before, run.after))] for key, label in labels.items()
+    ]
     return text_table([["", "before", "after"], *rows])
 
 
 def evaluation_table(row: Json) -> str:
     """One evaluation, an object as in evaluation.jsonl."""
     estimates = estimates_of(row)
-    rows = [[label_of(key), text_of(estimates[key])] for key in sorted(estimates, key=_place)]
+    rows = [[label_of(key), text_of(estimates[key], key)] for key in sorted(estimates, key=_place)]
     return text_table([["", f"round {row.get('round', '?')}"], *rows])
 
 
@@ -116,7 +131,7 @@ def advice(kept: Kept, count: int, beta: float, max_draws: int) -> str:
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Labels to the left, the rest to the right, in blocks of as many columns as WIDTH holds."""
+    """Labels to the left, the rest to the right, in blocks of as many columns as WIDTH holds; below, what ? means."""
     labels, *columns = zip(*(map(printable, row) for row in rows), strict=True)
     label_width = max(map(cell_len, labels))
     aligned = [_aligned(column) for column in columns]
@@ -126,7 +141,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
             break
     left = [set_cell_size(label, label_width) for label in labels]
     texts = ["\n".join("  ".join(cells).rstrip() for cells in zip(left, *block, strict=True)) for block in blocks]
-    return "\n\n".join(texts)
+    return "\n\n".join([*texts, DOUBT] if any(re.search(r"[\d∞]\?$", cell) for row in rows for cell in row) else texts)
 
 
 def _aligned(column: Sequence[str]) -> list[str]:

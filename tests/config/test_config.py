@@ -253,3 +253,12 @@ def overridden(folder, data: dict, overrides: dict[str, str]) -> TrainConfig:
     path = folder / "given.yaml"
     path.write_text(yaml.safe_dump(data), encoding="utf-8")
     return load_config(path, overrides)
+
+
+def test_a_z_of_one_sample_is_refused(tmp_path):
+    config = {"model": "m", "run_dir": "r", "target": [{"kind": "import", "path": "a.py:b"}]}
+    config |= {"loss": {"baseline": "none"}, "trainer": {"samples_per_context": 1}}
+    for partition in ({"kind": "batch", "per_context": False}, {"kind": "running"}, {"kind": "oracle"}):
+        TrainConfig.model_validate(config | {"partition": partition})
+    with pytest.raises(ValueError, match="batch needs trainer.samples_per_context ≥ 2.*per_context: false"):
+        TrainConfig.model_validate(config | {"partition": {"kind": "batch"}})

@@ -8,7 +8,7 @@ import torch
 from fdpg_fast.measure.diagnostics import Watch, complaints, fit_generalised_pareto, pareto_k
 from support import runs
 
-FINE = {"target/in_support": 0.5, "target/ess": 40.0, "target/pareto_k": 0.3, "z/log_z_se": 0.05}
+FINE = {"target/in_support": 0.5, "target/ess": 40.0, "target/pareto_k": 0.3, "z/log_z_se": 0.05, "z/ess": 20.0}
 
 
 def quantiles(k, n):
@@ -65,6 +65,7 @@ def test_a_round_that_goes_well_is_not_complained_about():
         ({"target/ess": 1.4}, "ess", "1.4 effective completions"),
         ({"target/pareto_k": 0.95}, "pareto_k", "k 0.95"),
         ({"z/log_z_se": 1.0}, "log_z", "± 2.0"),
+        ({"z/ess": 2.1}, "log_z", "2.1 effective samples of a context"),
     ],
 )
 def test_each_complaint_says_what_to_change(changed, kind, advice):

@@ -406,3 +406,22 @@ def test_same_run_same_page(make_run):
     run = make_run()
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
+
+
+def test_what_rests_on_too_few_samples_of_a_context_is_marked_wherever_it_is_shown(make_run):
+    assert text_of(Estimate(0.3123, 0.0213, 800.0, 15.9)) == "0.312 ± 0.042?"
+    assert text_of(Estimate(0.3123, 0.0213, 800.0, 16.1)) == "0.312 ± 0.042"
+    assert text_of(Estimate(0.3123, 0.0213, 49.0), "divergence/forward_kl") == "0.312 ± 0.042?"
+    assert text_of(Estimate(0.3123, 0.0213, 49.0), "kl_to_base") == "0.312 ± 0.042"
+    assert text_of(Estimate(math.nan, math.nan, 0.0, 0.0), "divergence/forward_kl") == "–"
+    run = make_run()
+    row = evaluation(4, 0.5, 1.0)
+    write_jsonl(run / "evaluation.jsonl", [row])
+    for table in (before_after_table(run), evaluation_table(row), compare_table(read_runs([run]))):
+        assert "rests on fewer" not in table
+    row["metrics"]["divergence/forward_kl"]["per_context"] = 3.0
+    write_jsonl(run / "evaluation.jsonl", [row])
+    for table in (before_after_table(run), evaluation_table(row), compare_table(read_runs([run]))):
+        (line,) = (line for line in table.splitlines() if "1.100 ± 0.020" in line)
+        assert line.endswith("1.100 ± 0.020?") and "of each context" in table.splitlines()[-1]
+    assert Page(write_report(run)).text.count("0.020?") == 1
