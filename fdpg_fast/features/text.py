@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 import unicodedata
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +15,8 @@ from torch import Tensor
 from ..config.section import UserPath
 from ..errors import UserError, one_line
 from .feature import Feature, FeatureSection
+
+log = logging.getLogger(__name__)
 
 # scripts without spaces between words, as the Unicode names of their characters begin
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HALFWIDTH", "IDEOGRAPHIC", "BOPOMOFO", "THAI", "LAO"}
@@ -141,14 +145,19 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        options = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}  # None would ask
-        network, loading = AutoModelForSequenceClassification.from_pretrained(model, **options)
+        options = {"use_safetensors": True, "output_loading_info": True}
+        kind: Any = AutoModelForSequenceClassification
+        network, loading = kind.from_pretrained(model, trust_remote_code=False, **options)  # None would ask
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # of files that may hold anything, a kind of its own for each library
         raise UserError(f"feature classifier: cannot load {model!r}: {one_line(error)}") from None
     if loading["missing_keys"]:  # transformers would make a random head, another one in every run
         raise UserError(f"feature classifier: {model!r} is no sequence classifier: it has no trained head")
     network = network.to(device).eval()
+    tables = (module for name, module in network.named_modules() if name.endswith("position_embeddings"))
+    padding = next((getattr(table, "padding_idx", None) for table in tables), None)  # RoBERTa's texts begin behind it
+    places = getattr(network.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    limit = min(tokenizer.model_max_length, places - (0 if padding is None else padding + 1))
     independent = network.config.problem_type == "multi_label_classification" or network.config.num_labels == 1
     columns = {name.lower(): int(index) for index, name in network.config.id2label.items()}
     if label.lower() not in columns:
@@ -159,9 +168,24 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
         chances = torch.empty(len(completion_texts))
         by_length = torch.tensor([len(text) for text in completion_texts]).argsort(descending=True, stable=True)
         for rows in by_length.split(batch_size):
-            inputs = tokenizer([completion_texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+            texts = [completion_texts[i] for i in rows]
+            inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            if any(encoding.overflowing for encoding in inputs.encodings or ()):
+                _say_cut(
+                    f"feature classifier: {model} reads the first {limit:,} tokens of a text; there are longer ones"
+                )
             logits = network(**inputs.to(device)).logits.float()
             chances[rows] = (logits.sigmoid() if independent else logits.softmax(-1))[:, columns[label.lower()]].cpu()
         return chances
 
+    try:
+        score(["a", "two words"])
+    except Exception as error:
+        raise UserError(f"feature classifier: {model!r} cannot score two texts: {one_line(error)}") from None
     return Feature(f"classifier:{label}", score, timeout=600.0)
+
+
+@functools.cache
+def _say_cut(line: str) -> None:
+    """A warning, once."""
+    log.warning("%s", line)

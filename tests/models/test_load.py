@@ -1,17 +1,20 @@
 """Files of a model: whatever is wrong with them ends in one line of ours, whole ones load without a word."""
 
+import ast
 import builtins
 import json
 import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+import fdpg_fast
 from fdpg_fast.errors import UserError
 from fdpg_fast.models.load import load_model, load_tokenizer
 from support import runs
@@ -256,3 +259,13 @@ def test_a_place_without_a_model_is_named_at_once(path, load, monkeypatch, tmp_p
     with pytest.raises(UserError, match=f"^model: .*{PLACES[path]}") as refusal:
         load(path, False)
     assert time.monotonic() - start < 5 and "\n" not in str(refusal.value)
+
+
+def test_every_call_that_could_run_a_repositorys_code_says_whether_it_may():
+    calls = {}
+    for path in Path(fdpg_fast.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                keys = [keyword.arg for keyword in node.keywords]
+                calls[f"{path.name}:{node.lineno}"] = "trust_remote_code" in keys
+    assert len(calls) >= 5 and all(calls.values()), calls
