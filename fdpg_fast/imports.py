@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import UserError, one_line
 
+_changed: dict[Path, int] = {}  # when a file had been changed last as it was imported, in ns
+
 
 def import_object(path: str) -> Any:
     """Whatever is at "package.module:name" or "some/file.py:name".
@@ -38,7 +40,8 @@ def _load_file(path: str) -> Any:
     """The module of a file, under its own name or, where another module has that, folder.name; executed once.
 
     Its folder becomes importable, behind all that is installed: no file of it hides a module of a library. Processes
-    that it starts find the module by the same name on the same path.
+    that it starts find the module by the same name on the same path. A file that was edited, as from a notebook, is
+    executed again.
     """
     file = Path(path).resolve(strict=True)
     importlib.invalidate_caches()  # it may have been written a moment ago
@@ -49,5 +52,9 @@ def _load_file(path: str) -> Any:
         with contextlib.suppress(ImportError, ValueError):  # a name with a dot, or of a module without a spec
             found = importlib.util.find_spec(name)
         if found is not None and found.origin is not None and Path(found.origin).resolve() == file:
+            changed = file.stat().st_mtime_ns
+            if _changed.setdefault(file, changed) != changed:
+                sys.modules.pop(name, None)
+            _changed[file] = changed
             return importlib.import_module(name)
     raise ImportError(f"{file.stem!r} is the name of another module, or cannot be one's: rename the file")

@@ -81,6 +81,13 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
     assert found[0].score is found[2].score and found[1].score is found[3].score
 
 
+def test_an_edited_file_is_executed_again(tmp_path):
+    path = write(tmp_path, "edited.py", "def f(completions): return [1] * len(completions)\n")
+    before = import_feature(f"{path}:f")
+    write(tmp_path, "edited.py", "def f(completions): return [20] * len(completions)\n")
+    assert [feature(BATCH).tolist()[0] for feature in (before, import_feature(f"{path}:f"))] == [1, 20]
+
+
 def test_a_module_of_the_same_name_stays_what_it_is(tmp_path):
     import json
 
