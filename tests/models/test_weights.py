@@ -16,6 +16,7 @@ from fdpg_fast.engines.vllm_replica import weights_folder
 from fdpg_fast.errors import UserError
 from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
+from support import runs
 from support.architectures import ARCHITECTURES, MIXTURES, save_architecture
 
 CONTEXTS = tuple(Context(i, "", prompt) for i, prompt in enumerate([(3,), (40, 33, 7, 6, 12)]))
@@ -187,3 +188,22 @@ def test_all_linear_reaches_the_experts_and_each_gets_a_gradient(name, folders):
 def test_part_of_fused_experts_is_refused_in_a_line(folders):
     with pytest.raises(UserError, match=r"^lora.target_modules: .*gate_proj.*up_proj.*$"):
         adapted(folders("deepseek_v2"), target_modules=["q_proj", "gate_proj"])
+
+
+@pytest.mark.parametrize(
+    "section", [{"trainer": {"pipeline_depth": 1}}, {"proposal": {"kind": "adaptive", "every": 1}}], ids=str
+)
+@pytest.mark.parametrize("lora", [{"rank": 2}, None], ids=str)
+def test_runs_of_mixtures_sample_from_older_weights_and_go_on(lora, section, tiny_model, tmp_path):
+    model = save_architecture("mixtral", tmp_path / "model", tokenizer=tiny_model)
+    for run_dir, rounds in (("long", 4), ("short", 2)):
+        data = runs.settings(model, tmp_path / run_dir, lora=lora, **section)
+        assert runs.call("train", runs.write_config(tmp_path, data), f"--trainer.rounds={rounds}") == 0
+    assert runs.call("train", "--resume", tmp_path / "short", "--trainer.rounds=4") == 0
+    rows = runs.rows(tmp_path / "short/metrics.jsonl")
+    assert len(rows) == 4 and all(row["policy/skipped"] == 0 for row in rows)
+    assert max(row.get("engine/logprob_gap_max", 0) for row in rows) < 1e-4
+    assert rows[-1]["policy/kl_to_base"] != rows[0]["policy/kl_to_base"]
+    if "proposal" in section:  # a run that samples ahead was sampled for as many rounds as it was to have
+        runs.assert_equal(runs.record(tmp_path / "short"), runs.record(tmp_path / "long"))
+    assert runs.call("evaluate", tmp_path / "short") == 0 and runs.call("sample", tmp_path / "short", "--count=1") == 0
