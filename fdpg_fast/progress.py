@@ -7,6 +7,7 @@ knows who shows it. As a library, that is outside `lines_for_a_person`, it goes 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import threading
@@ -59,6 +60,12 @@ def advance(count: int) -> None:
         current.done += count
         if current.task is not None and _display is not None:
             _display.update(current.task, advance=count, counted=f"{current.done:,} of {current.total:,}")
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """A warning about something that a process meets more than once."""
+    log.warning("%s", line)
 
 
 def _show_innermost(visible: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import re
 import unicodedata
 from typing import Any, Literal
@@ -14,9 +12,8 @@ from torch import Tensor
 
 from ..config.section import UserPath
 from ..errors import UserError, one_line
+from ..progress import say_once
 from .feature import Feature, FeatureSection
-
-log = logging.getLogger(__name__)
 
 # scripts without spaces between words, as the Unicode names of their characters begin
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HALFWIDTH", "IDEOGRAPHIC", "BOPOMOFO", "THAI", "LAO"}
@@ -171,7 +168,7 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
             texts = [completion_texts[i] for i in rows]
             inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
             if any(encoding.overflowing for encoding in inputs.encodings or ()):
-                _say_cut(
+                say_once(
                     f"feature classifier: {model} reads the first {limit:,} tokens of a text; there are longer ones"
                 )
             logits = network(**inputs.to(device)).logits.float()
@@ -183,9 +180,3 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
     except Exception as error:
         raise UserError(f"feature classifier: {model!r} cannot score two texts: {one_line(error)}") from None
     return Feature(f"classifier:{label}", score, timeout=600.0)
-
-
-@functools.cache
-def _say_cut(line: str) -> None:
-    """A warning, once."""
-    log.warning("%s", line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import logging.handlers
@@ -21,11 +20,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError, is_out_of_memory, one_line
+from ..progress import say_once
 from .encoder_decoder import EncoderDecoderModel
 from .generation import refuse_decisive
 from .language_model import LanguageModel
-
-log = logging.getLogger(__name__)
 
 QUANTISED = ("quantization_config", "quantization", "compression_config")  # keys of a config.json
 NO_LANGUAGE_MODEL = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|RewardModel")
@@ -41,7 +39,6 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
     """
     transformers.utils.logging.disable_progress_bar()  # a bar for every load drowns the lines that matter
     with _reading(path, repr(path)):
-        _refuse_adapter(path)
         settings, _ = transformers.PreTrainedConfig.get_config_dict(path)
         _refuse_settings(path, settings, trust_remote_code)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -57,16 +54,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     """The tokenizer of a model, from where the model is; raises as `load_model`."""
     with _reading(path, f"the tokenizer of {path!r}"):
-        _refuse_adapter(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
-def _refuse_adapter(path: str) -> None:
-    if transformers.utils.find_adapter_config_file(path) is not None:
-        raise UserError(
-            f"model: {path!r} holds an adapter, not a model: merge it into its base and give the merged model, "
-            "or continue its run with --resume"
-        )
 
 
 def _refuse_settings(path: str, settings: dict[str, Any], trust_remote_code: bool) -> None:
@@ -105,7 +93,7 @@ def _refuse_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) ->
     if inside:
         raise UserError(f"model: {path!r} is no {kind} as its config.json says: no layer takes {_some(inside)}")
     if extra:
-        _say_once(f"model: {path}: weights that a {kind} does not use are left out: {_some(extra)}")
+        say_once(f"model: {path}: weights that a {kind} does not use are left out: {_some(extra)}")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     config, can_tie = model.config.get_text_config(), getattr(type(model), "_tied_weights_keys", None)
     if can_tie and config.tie_word_embeddings and not config.is_encoder_decoder and head.weight is not embedding.weight:
@@ -134,6 +122,9 @@ def _reading(path: str, what: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):
             _refuse_place(path)
+            if transformers.utils.find_adapter_config_file(path) is not None:
+                remedy = "merge it into its base and give the merged model, or continue its run with --resume"
+                raise UserError(f"model: {path!r} holds an adapter, not a model: {remedy}")
             yield
     except UserError:
         raise
@@ -152,13 +143,7 @@ def _reading(path: str, what: str) -> Iterator[None]:
         logger.handlers = handlers
     for record in said.buffer:  # of the config nothing is said twice: the tokenizer reads it too
         if not (SAID_BETTER.search(record.getMessage()) or (what != repr(path) and "tokeniz" not in record.name)):
-            _say_once(f"model: {path}: {one_line(record.getMessage())}")
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    """A warning, once though base and policy are both loaded."""
-    log.warning("%s", line)
+            say_once(f"model: {path}: {one_line(record.getMessage())}")
 
 
 def _refuse_place(path: str) -> None:
@@ -185,24 +170,21 @@ def _refuse_place(path: str) -> None:
 
 def _damage(path: str) -> str | None:
     """What is wrong with a file of a model that could not be loaded."""
-    if not os.path.isdir(path):
-        return None
-    files = sorted(Path(path).iterdir())
-    for file in files:
-        if file.is_file() and file.suffix in (".safetensors", ".json", ".model"):
-            with open(file, "rb") as opened:
-                head = opened.read(64)
-            if head.startswith(b"version https://git-lfs"):
-                return f"{file.name} is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-            if head.lstrip().startswith(b"<"):
-                return f"{file.name} is a web page, not the file"
-            try:
-                if file.suffix == ".safetensors":
-                    safe_open(file, framework="pt")
-                elif file.suffix == ".json":
-                    json.loads(file.read_bytes())
-            except Exception as error:
-                return f"{file.name} is damaged or cut short ({one_line(error)[:200]})"
-    if not any(file.suffix == ".safetensors" for file in files):
+    folder = Path(path)
+    opens = {".safetensors": lambda file: safe_open(file, "pt"), ".json": lambda file: json.loads(file.read_bytes())}
+    for file in sorted(folder.iterdir()) if os.path.isdir(path) else ():
+        if not file.is_file() or file.suffix not in opens:
+            continue
+        with open(file, "rb") as opened:
+            head = opened.read(64).lstrip()
+        if head.startswith(b"version https://git-lfs"):
+            return f"{file.name} is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+        if head.startswith(b"<"):
+            return f"{file.name} is a web page, not the file"
+        try:
+            opens[file.suffix](file)
+        except Exception as error:
+            return f"{file.name} is damaged or cut short ({one_line(error)[:200]})"
+    if os.path.isdir(path) and not any(folder.glob("*.safetensors")):
         return f"{path!r} holds no .safetensors file, the only format that is loaded"
     return None
