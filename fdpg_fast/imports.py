@@ -43,7 +43,7 @@ def _load_file(path: str) -> Any:
     that it starts find the module by the same name on the same path. A file that was edited, as from a notebook, is
     executed again.
     """
-    file = Path(path).resolve(strict=True)
+    file = Path(path).expanduser().resolve(strict=True)
     importlib.invalidate_caches()  # it may have been written a moment ago
     for folder, name in ((file.parent, file.stem), (file.parent.parent, f"{file.parent.name}.{file.stem}")):
         if str(folder) not in sys.path:

@@ -73,6 +73,12 @@ def write(folder, name, text):
     return str(folder / name)
 
 
+def test_a_file_may_lie_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "at_home.py", "def f(completions): return [1] * len(completions)\n")
+    assert import_feature("~/at_home.py:f")(BATCH).tolist() == [1, 1]
+
+
 def test_two_files_of_one_name_are_two_modules(tmp_path):
     source = "def f(completions): return [{}] * len(completions)\n"
     paths = [write(tmp_path / folder, "twins.py", source.format(i)) for i, folder in enumerate(("one", "two"))]

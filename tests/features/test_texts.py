@@ -249,6 +249,7 @@ def test_a_column_that_a_feature_asks_for_must_be_there(tiny_model, tmp_path, ca
     rows = [{"prompt": "a", "answer": 1, "other": 2}]
     sections = own_feature(tmp_path, *rows, evaluated=[{"prompt": "b", "other": 2}])
     path = runs.write_config(tmp_path, runs.settings(tiny_model, tmp_path / "run", **sections))
+    assert runs.call("train", path, "--dry-run") == runs.call("doctor", path) == 2
     assert runs.call("train", path) == 2 and not (tmp_path / "run").exists()
     message = "target: feature 'own' asks for 'answer', which contexts.eval has no column for; there are completion_ids"
-    assert message in capsys.readouterr().err
+    assert capsys.readouterr().err.count(message) == 3
