@@ -24,7 +24,7 @@ from ..measure.estimators import Estimate
 Json = dict[str, Any]
 Parsed = TypeVar("Parsed")
 OURS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "checkpoints", "report.html")
-ORIGIN = ".origin.json"
+ORIGIN, TRACKING = ".origin.json", ".tracking.json"
 TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
 NO_NUMBERS = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}  # as Python's json has them, and as we do
 
@@ -34,7 +34,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        names, folders = (*OURS, ORIGIN, ".lock"), (self.path, *self.path.parents)
+        names, folders = (*OURS, ORIGIN, TRACKING, ".lock"), (self.path, *self.path.parents)
         try:
             self._made = [self.path / name for name in names if not os.path.lexists(self.path / name)]
             self._made += [folder for folder in folders if not folder.exists()]  # inner ones first
@@ -53,13 +53,16 @@ class RunFolder:
         with disk_errors(f"writing {self.path / name}"), open(self.path / name, "a", **TEXT) as file:
             file.write(to_json(row) + "\n")
 
-    def forget_from(self, round_index: int) -> None:
-        """Drop what rounds ≥ round_index left in the .jsonl files: a resumed run writes them again."""
+    def forget_from(self, round_index: int) -> dict[str, int]:
+        """Drop what rounds ≥ round_index left in the .jsonl files, to be written again; the last round of each file."""
+        last = {}
         for path in (self.path / name for name in OURS if name.endswith(".jsonl")):
             if path.exists():
                 # a kill may have cut the last one short
                 rows = read_jsonl(path, lambda row: (int(row["round"]), row), skip_damaged=True)
+                last[path.stem] = max((index for index, _ in rows), default=-1)
                 write_whole(path, "".join(to_json(row) + "\n" for index, row in rows if index < round_index))
+        return last
 
     def discard(self) -> None:
         """Remove what this process has made, before a first round; folders only where nothing else is in them."""

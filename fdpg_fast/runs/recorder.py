@@ -21,7 +21,7 @@ from ..stopping import Stopped, check, signalled, stoppable
 from .checkpoint import Settled, TrainerState, checkpoints, round_of, save_checkpoint
 from .folder import ORIGIN, Json, RunFolder, refuse_taken, write_whole
 from .metrics import Round, progress_line, round_metrics
-from .tracking import start_tracker
+from .tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Recorder:
             refuse_taken(config.run_dir)  # again: another process may have begun one since
         write_whole(self.folder.path / "config.yaml", dump_config(config))  # a resumed run may have more rounds now
         write_whole(self.folder.path / ORIGIN, json.dumps(origin))
-        self._trackers = [start_tracker(name, config) for name in config.tracking]
+        self._trackers: list[Tracker] = []
         self._watch, self._first, self._seconds = Watch(), 0, 0.0
         self._state: TrainerState | None = None
         self._latest: Rollouts | None = None  # of the last finished round
@@ -53,8 +53,6 @@ class Recorder:
             return not self._ends and (self._state is None or self._state.at_rest)
 
         self._until_done.callback(self.folder.close)
-        for _, finish in self._trackers:
-            self._until_done.callback(finish)
         self._until_done.enter_context(stoppable(at_rest))
         return self
 
@@ -80,16 +78,24 @@ class Recorder:
     def start(self, state: TrainerState, checkpoint: Path | None) -> None:
         """The rounds begin from this state, which is of a checkpoint if there is one."""
         self._state, self._first, state.settled = state, state.round, state.settle()
+        sent = None
         if self._resume:
-            self.folder.forget_from(state.round)
+            sent = self.folder.forget_from(state.round)
             origin = f"after {checkpoint.name}" if checkpoint else "from round 0: it has no checkpoint yet"
             log.info("resuming %s %s", self.folder.path, origin)
+        for name in self._config.tracking:
+            self._trackers.append(Tracker(name, self._config, state.round, sent))
+            self._until_done.callback(self._trackers[-1].close)
 
     def evaluation(self, round_index: int, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
         """Add a line to evaluation.jsonl, and its samples to samples.jsonl."""
         trained = last_divergence(self._config.divergence).name
         self.folder.append("evaluation.jsonl", {"round": round_index, "divergence": trained, **evaluation.as_dict()})
         found = {name: estimate.value for name, estimate in evaluation.metrics.items()}
+        errors = {f"{name}_se": estimate.standard_error for name, estimate in evaluation.metrics.items()}
+        for tracker in self._trackers:
+            named = {f"evaluation/{name}": value for name, value in (found | errors).items()}
+            tracker.send("evaluation", named, round_index)
         self._complain({f"{room}/{name}": found[name] for room, name in EVALUATED})
         self._samples(round_index, "evaluation", samples)
 
@@ -107,9 +113,8 @@ class Recorder:
             self._save(settled)
             self._due = False
         self._state.settled = settled
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for track, _ in self._trackers:
-            track(finite, step=this.index)
+        for tracker in self._trackers:
+            tracker.send("metrics", metrics, this.index)
         self._seconds += this.clock.total
         left = self._seconds / (done - self._first) * (settings.rounds - done)
         log.info("%s", progress_line(done, settings.rounds, metrics, self._names, left))
