@@ -3,9 +3,11 @@
 import copy
 
 import pytest
+import torch
 
 from fdpg_fast import session
 from fdpg_fast.engines import TransformersEngine
+from fdpg_fast.seeds import derived_seed
 from support import runs
 
 VLLM = {"kind": "vllm", "max_new_tokens": 6, "max_sequences": 16}
@@ -165,6 +167,42 @@ def test_stale_weights_stop_the_run(engine, complaint, tiny_model, tmp_path, mon
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"fdpg-fast: {complaint}")
     assert [p.name for p in tmp_path.glob("run/checkpoints/*")] == ["round-000001"]
+
+
+class Lying(TransformersEngine):
+    """Says of one completion in the rounds, another one than the few that are compared, what is not so."""
+
+    def sample(self, contexts, samples_per_context, seed):
+        rollouts = super().sample(contexts, samples_per_context, seed)
+        if samples_per_context == 4 and self.version == 1:
+            ends, rows = rollouts.cu_seqlens.tolist(), len(rollouts)
+            far = (derived_seed(0, "compared", 1) + rows - 1) % rows  # the one before the first of the few
+            rollouts.behavior_logprob[ends[far]] -= 2.0
+        return rollouts
+
+
+class Another(TransformersEngine):
+    """Samples the evaluation from another model."""
+
+    def sync_weights(self, policy, version):
+        other = copy.deepcopy(policy)
+        with torch.no_grad():
+            other.head.weight.mul_(1.5)
+        super().sync_weights(other, version)
+
+
+@pytest.mark.parametrize(("engine", "rounds"), [(Lying, 1), (Another, 0)])
+def test_before_the_weights_move_all_completions_are_compared(
+    engine, rounds, tiny_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(session, "build_engine", lambda config, policy, eos, *_: engine(policy, eos, max_new_tokens=40))
+    contexts = {"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))}
+    settings = runs.settings(tiny_model, tmp_path / "run", contexts=contexts, engine={"max_new_tokens": 40})
+    assert runs.call("train", runs.write_config(tmp_path, settings)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fdpg-fast: the engine's log-probs differ from the learner's by ")
+    assert [p.name for p in tmp_path.glob("run/checkpoints/round-*")] == ["round-000001"] * rounds
+    assert (tmp_path / "run" / "evaluation.jsonl").exists() == bool(rounds)
 
 
 def test_a_small_gap_is_said_and_no_more(tiny_model, tmp_path, monkeypatch, capsys):

@@ -101,7 +101,8 @@ def _server_address(url: str) -> str:
             "servers with --api-key, and set the environment variable VLLM_API_KEY to that key here"
         )
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or set(url) & set(" ?#"):
+    extra = set(url) & set(" ?#") or parts.path.rstrip("/").endswith("/v1")  # that is of OpenAI's calls alone
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or extra:
         raise ValueError("this is no address of a server; write [http://HOST:PORT, …]")
     if parts.path.rstrip("/").endswith("/v1"):
         raise ValueError("leave /v1 out: it is asked for more than completions")

@@ -192,7 +192,12 @@ class VLLMServerEngine:
                 self._leave_out(replica, error)
 
         with ThreadPoolExecutor(len(replicas)) as pool:
-            list(pool.map(attempt, replicas))
+            try:
+                list(pool.map(attempt, replicas))
+            except BaseException:  # a signal: a server that hangs must not hold up the end
+                for replica in replicas:
+                    replica.hang_up()
+                raise
 
     def _check_health(self, replica: Replica) -> None:
         if replica.url in self.lost:

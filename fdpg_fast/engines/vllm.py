@@ -162,7 +162,9 @@ class VLLMEngine:
 def sampling_settings(eos_token_ids: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
     """vLLM's sampling parameters for samples of the full distribution with the log-prob of each sampled token."""
     return {
-        "temperature": 1.0,
+        # all that would distort, though these are vLLM's defaults: a server may take its own from the model's folder
+        **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+        **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
         "max_tokens": max_new_tokens,
         "ignore_eos": True,  # vLLM's idea of EOS may be another: the stop tokens are all that ends a completion
         "stop_token_ids": sorted(eos_token_ids),

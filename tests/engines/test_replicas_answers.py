@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import signal
+import threading
 import time
 
 import pytest
@@ -133,6 +135,32 @@ def test_a_deadline_is_of_the_whole_request(folder, tmp_path):
         assert 0.6 < time.monotonic() - started < 2
 
 
+def test_a_signal_does_not_wait_for_a_server_that_hangs(folder, policy, tmp_path):
+    hanging = FakeServer(folder, "/pause", fake_server.sent(pace=5.0))
+    with engine_of(hanging, FakeServer(folder), tmp_path=tmp_path) as engine:
+        engine.replicas[0].timeout = 60.0
+        started = time.monotonic()
+        threading.Timer(0.5, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            engine.sync_weights(policy, 0)
+    assert time.monotonic() - started < 10
+
+
+def test_what_distorts_is_ruled_out_in_every_request(folder, policy, tmp_path, monkeypatch):
+    """A server may take what is left out from the generation config in the model's folder."""
+    asked = []
+    monkeypatch.setattr(FakeServer, "generate", lambda self, prompt, sampling: asked.append(sampling))
+    with (
+        engine_of(FakeServer(folder), tmp_path=tmp_path) as engine,
+        pytest.raises(RunError, match="Invalid JSON"),
+    ):
+        engine.sync_weights(policy, 0)
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert (
+        asked[0].items() >= (neutral | {"presence_penalty": 0.0, "frequency_penalty": 0.0, "ignore_eos": True}).items()
+    )
+
+
 # --- the probe ---
 
 
@@ -242,7 +270,19 @@ def with_url(url):
     return parse_config(NEEDED | {"engine": {"kind": "vllm_server", "urls": ["http://b:1", url]}})
 
 
-@pytest.mark.parametrize("url", [*NO_ADDRESSES, "", "http://[::1", "http://a b:1", "http://a:1/?x=1", "http://a:1/#x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *NO_ADDRESSES,
+        "",
+        "http://[::1",
+        "http://a b:1",
+        "http://a:1/?x=1",
+        "http://a:1/#x",
+        "http://a:1/v1",
+        "http://a:1/v1/",
+    ],
+)
 def test_addresses_that_are_none_are_refused(url):
     with pytest.raises(UserError, match=r"engine\.urls\.1: "):
         with_url(url)
