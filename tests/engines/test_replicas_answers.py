@@ -1,6 +1,7 @@
 """A vLLM server whose answers are wrong, beside a good one: left out, never trained on, and no reason to stop."""
 
 import contextlib
+import json
 import logging
 import signal
 import threading
@@ -13,13 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.engines import replicas
 from fdpg_fast.engines.replicas import VLLMServerEngine
+from fdpg_fast.engines.vllm import sampling_settings
+from fdpg_fast.engines.vllm_answers import completions, parse
 from fdpg_fast.engines.vllm_replica import Replica, ReplicaError
 from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.models.language_model import LanguageModel
 from fdpg_fast.sampling import Sampling
 from support import fake_server
 from support.fake_server import COMPLETIONS, DAMAGES, GENERATE, FakeServer
-from support.vllm_cases import CONTEXTS, EOS, gap, perturb, save_model
+from support.vllm_cases import CONTEXTS, EOS, VOCABULARY, gap, perturb, save_model
 
 MAX_NEW_TOKENS = 6
 NEEDED = {"model": "m", "run_dir": "r", "target": [{"kind": "import", "path": "a:b"}]}
@@ -80,6 +83,29 @@ def expected(folder, policy, tmp_path_factory):
 
 def same(ours, expected):
     return all(torch.equal(ours.tensors()[name], tensor) for name, tensor in expected.tensors().items())
+
+
+# of values that could be: only the learner can tell
+PLAUSIBLE = {
+    *("a log-prob off, in one", "a log-prob off, in all", "all log-probs up by a little", "log-probs of zero"),
+    *("made up", "another token, under the log-prob of the sampled"),
+}
+
+
+@pytest.mark.parametrize("name", COMPLETIONS)
+def test_completions_that_cannot_be_are_refused_for_what_they_are(name, folder):
+    fake = FakeServer(folder)
+    sampling = sampling_settings(EOS, MAX_NEW_TOKENS) | {"n": 3, "seed": 0}
+    with fake_server.servers(fake):
+        honest = fake_server.Answer(json.dumps(fake.generate((3,), sampling)).encode())
+
+    def read(answer):
+        return completions(parse(GENERATE, "application/json", answer.body), sampling, "", VOCABULARY)
+
+    assert len(read(honest)) == 3
+    damaged = COMPLETIONS[name](honest)
+    with contextlib.nullcontext() if name in PLAUSIBLE else pytest.raises(ReplicaError):
+        read(damaged)
 
 
 @pytest.mark.parametrize("name", sorted({name for _, name in DAMAGES}))
