@@ -84,14 +84,12 @@ def _refuse_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) ->
     if missing := found["missing_keys"]:
         raise UserError(f"model: {path!r} lacks weights of a {kind}, which would be random: {_some(missing)}")
     extra = {name for name in found["unexpected_keys"] if not re.search("mtp|nextn", name)}  # predict later tokens
-    inside = {
-        name
-        for name in extra
-        if name.startswith(f"{model.base_model_prefix}.")
-        and (name.endswith(".weight") or name.removesuffix("bias") + "weight" in own)  # no buffer of an old release
-    }
-    if inside:
-        raise UserError(f"model: {path!r} is no {kind} as its config.json says: no layer takes {_some(inside)}")
+    foreign = {name for name in extra if re.fullmatch(rf"{model.base_model_prefix}\..*\.weight", name)}
+    for name in extra:  # a bias or a scale of a weight that is here; a mask or a table of an old release is none
+        parent = name.rpartition(".")[0]
+        foreign |= {name} if parent in own or f"{parent}.weight" in own else set()
+    if foreign:
+        raise UserError(f"model: {path!r} is no {kind} as its config.json says: no layer takes {_some(foreign)}")
     if extra:
         say_once(f"model: {path}: weights that a {kind} does not use are left out: {_some(extra)}")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

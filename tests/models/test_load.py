@@ -119,6 +119,10 @@ DAMAGES = {
         weights(lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)})),
         "no layer takes model.layers.0.self_attn.q_norm.weight",
     ),
+    "scales, and no word of them": (
+        weights(lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1)})),
+        "no layer takes model.layers.0.mlp.up_proj.weight_scale_inv",
+    ),
     "renamed": (renamed("model.norm.weight", "model.final_norm.weight"), "would be random: model.norm.weight"),
     "without a head": (config(tie_word_embeddings=False), "would be random: lm_head.weight"),
     "AutoModel": (saved(hf.LlamaModel, tie_word_embeddings=False), "would be random: lm_head.weight"),
