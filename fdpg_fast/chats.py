@@ -60,21 +60,14 @@ def render(
         raise UserError(f"{where} has chat messages but the tokenizer has no chat template")
     system = None if messages[0]["role"] in ("system", "developer") else settings.system_prompt
     messages = [*([] if system is None else [{"role": "system", "content": system}]), *messages]
-    is_begun = messages[-1]["role"] == "assistant"
+    begun = messages[-1]["role"] == "assistant"
+    end = {"add_generation_prompt": not begun, "continue_final_message": begun, "tokenize": False}
     try:
         tools = columns.get("tools") or settings.tools or None
         tools = json.loads(tools) if isinstance(tools, str) else tools
         variables = {**settings.chat_template_kwargs, **(columns.get("chat_template_kwargs") or {})}
         template = tokenizer.get_chat_template(variables.pop("chat_template", None), tools)
-        text = tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tools=tools,
-            add_generation_prompt=not is_begun,
-            continue_final_message=is_begun,
-            tokenize=False,
-            **variables,
-        )
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tools=tools, **end, **variables)
     except Exception as error:  # a template is a program
         raise UserError(f"{where}: the chat template refuses these messages: {one_line(error)}") from error
     for name in ("messages", *variables, *(["tools"] if tools else [])):

@@ -29,21 +29,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Prompting:
-    """How prompts are made for one model.
+    """How prompts are made for one model."""
 
-    Attributes:
-        tokenizer: of transformers.
-        max_tokens: longest allowed prompt.
-        embedding_rows: of the model, which has none for a token beyond.
-        continues_prompt: whether a completion goes on where its prompt ends, or answers it (an encoder-decoder's).
-        settings: what the template of chats gets.
-    """
-
-    tokenizer: Any
-    max_tokens: int
-    embedding_rows: int
-    continues_prompt: bool = True
-    settings: ContextsConfig = ContextsConfig()
+    tokenizer: Any  # of transformers
+    max_tokens: int  # longest allowed prompt
+    embedding_rows: int  # of the model, which knows no token beyond
+    continues_prompt: bool = True  # a completion goes on where its prompt ends; not so of an encoder-decoder
+    settings: ContextsConfig = ContextsConfig()  # what the template of chats gets
 
 
 def load_contexts(path: str | None, prompting: Prompting) -> list[Context]:
@@ -76,8 +68,8 @@ def make_contexts(rows: list[Row], prompting: Prompting) -> list[Context]:
     """
     for where, row in rows:
         if not isinstance(row, dict) or "prompt" not in row:
-            found = f"; found {', '.join(map(repr, row))}" if isinstance(row, dict) and row else ""
-            raise UserError(f'{where} needs an object with "prompt", a string or a list of messages{found}')
+            found = str([*row] if isinstance(row, dict) else row)[:60]
+            raise UserError(f'{where} needs an object with "prompt", a string or a list of messages, not {found}')
     names = [name for name in dict.fromkeys(name for _, row in rows for name in row) if name != "prompt"]
     one_of_each = list(range(prompting.embedding_rows))  # or every token of the data would be an object of its own
     contexts: list[Context] = []
@@ -88,8 +80,7 @@ def make_contexts(rows: list[Row], prompting: Prompting) -> list[Context]:
             before, behind = _around(prompting)
             all_ids = _tokenize([text for text, _ in prompts], prompting)
         except Exception as error:  # some fail on what they have no token for
-            place = part[0][0].removeprefix("contexts: ")
-            raise UserError(f"contexts: the tokenizer fails from {place} on: {one_line(error)}") from error
+            raise UserError(f"{part[0][0]} or after: the tokenizer fails: {one_line(error)}") from error
         for (where, row), (text, messages), ids in zip(part, prompts, all_ids, strict=True):
             if messages is None and ids:
                 ids = ids if ids[:1] == before[:1] else before + ids

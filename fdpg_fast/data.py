@@ -27,26 +27,23 @@ def read_rows(path: str) -> list[Row]:
         suffix, is_file = Path(path).suffix.lower(), Path(path).is_file()
         if is_file and suffix not in READERS:
             raise UserError(f"contexts: {path!r} is of no known kind; these are known: {', '.join(READERS)}")
-        return list(READERS.get(suffix, _read_data_set)(path))
+        return list(READERS.get(suffix, _data_set)(path))
     except UserError:
         raise
-    except ImportError as error:
-        hint = 'is not installed; pip install "fdpg-fast[datasets]"'
-        raise UserError(f"contexts: cannot read {path!r}: {error.name or error} {hint}") from None
     except Exception as error:  # of whichever library
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = getattr(cause, "strerror", None) or one_line(cause) or type(cause).__name__
+        if isinstance(cause, ImportError):
+            reason = f'{cause.name} is not installed; pip install "fdpg-fast[datasets]"'
         raise UserError(f"contexts: cannot read {path!r}: {reason}") from None
 
 
 def _text(path: str) -> str:
-    data = Path(path).read_bytes()
-    if b"\0" in data:
-        raise UserError(f"contexts: cannot read {path!r}: it is not UTF-8 text")
+    data = Path(path).read_bytes()  # read_text would take a lone \r for the end of a line
     try:
-        text = data.decode("utf-8-sig")  # read_text would take a lone \r for the end of a line
+        text = data.replace(b"\0", b"\xff").decode("utf-8-sig")  # NUL is in no text, but in UTF-16
     except UnicodeDecodeError:
         raise UserError(f"contexts: cannot read {path!r}: it is not UTF-8 text") from None
     if text.startswith(LFS_POINTER):
@@ -54,17 +51,17 @@ def _text(path: str) -> str:
     return text
 
 
-def _read_lines(path: str) -> Iterator[Row]:
+def _lines(path: str) -> Iterator[Row]:
     for number, line in enumerate(_text(path).split("\n"), start=1):  # not splitlines: a prompt may hold a form feed
         if line.strip():
             yield f"contexts: {path}:{number}", {"prompt": line.removesuffix("\r")}
 
 
-def _read_json_lines(path: str) -> Iterator[Row]:
-    return ((where, _parse(row["prompt"], where)) for where, row in _read_lines(path))
+def _jsonl(path: str) -> Iterator[Row]:
+    return ((where, _parse(row["prompt"], where)) for where, row in _lines(path))
 
 
-def _read_json(path: str) -> Iterator[Row]:
+def _json(path: str) -> Iterator[Row]:
     rows = _parse(_text(path), f"contexts: {path}")
     if not isinstance(rows, list):
         raise UserError(f"contexts: {path} must hold one list of objects; a file with an object a line is a .jsonl")
@@ -78,29 +75,28 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where} is not JSON: {one_line(error).replace('line 1 column', 'column')}") from None
 
 
-def _read_csv(path: str) -> Iterator[Row]:
+def _csv(path: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default is less than a long prompt
     rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     names, line = next(rows, []), rows.line_num + 1
-    if len({*names}) < len(names):
-        raise UserError(f"contexts: {path}:1 names a column twice")
     try:
         for fields in rows:
             if fields:  # no blank line
+                if not len(fields) == len(names) == len({*names}):
+                    raise csv.Error(f"{len(fields)} fields, but {len({*names})} in the header")
                 yield f"contexts: {path}:{line}", dict(zip(names, fields, strict=True))
             line = rows.line_num + 1
-    except (csv.Error, ValueError) as error:
-        reason = error if isinstance(error, csv.Error) else f"{len(fields)} fields, but {len(names)} in the header"
-        raise UserError(f"contexts: {path}:{line} is not CSV: {reason}") from None
+    except csv.Error as error:
+        raise UserError(f"contexts: {path}:{line} is not CSV: {error}") from None
 
 
-def _read_parquet(path: str) -> Iterator[Row]:
+def _parquet(path: str) -> Iterator[Row]:
     from pyarrow import parquet
 
     return _arrow_rows(parquet.read_table(path), path)
 
 
-def _read_data_set(path: str) -> Iterator[Row]:
+def _data_set(path: str) -> Iterator[Row]:
     name, _, split = path.partition(":")
     parts, folder = name.split("/"), Path(name)
     if not folder.is_dir() and (len(parts) not in (2, 3) or parts[0] in ("", ".", "..") or folder.parent.is_dir()):
@@ -134,11 +130,4 @@ def _without_nulls(value: Any) -> Any:
     return [*map(_without_nulls, value)] if isinstance(value, list) else value
 
 
-READERS = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_lines,
-}
+READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _lines}

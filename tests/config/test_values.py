@@ -68,6 +68,8 @@ def same(value, read):
         return value is read or (isinstance(read, bool) and str(value).lower() in (YES if read else NO))
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         return math.isclose(float(value), float(read)) or math.isnan(float(value)) and math.isnan(float(read))
+    if isinstance(value, bytes) and isinstance(read, str):
+        value = value.decode()  # YAML's !!binary
     return value == read or (isinstance(value, str) and os.path.expanduser(value) == read)
 
 
@@ -155,7 +157,7 @@ def test_every_path_may_begin_with_the_home_folder(key, tmp_path, monkeypatch):
     data = {**SMALLEST, "engine": SERVED, "target": [*IMPORTS.values()]}
     for text, expected in {"~/x:y": "/home/somebody/x:y", "x/~y": "x/~y", "./~": "./~"}.items():
         assert get(overridden(tmp_path, data, {key: text}), key) == expected
-    for text in ("~nobody-of-this-name/x", "a\0b", 256 * "x", "a/" + 128 * "é" + "/b", ""):
+    for text in ("~nobody-of-this-name/x", "a\0b", "a\nb", "a\x1b[31m", 256 * "x", "a/" + 128 * "é" + "/b", ""):
         with pytest.raises(UserError, match="no file can have this name") as refusal:
             parse_config(changed(data, {key: text}))
         assert str(refusal.value).startswith(f"{key}: ")
@@ -207,7 +209,7 @@ def test_addresses_of_servers(url, is_address):
     if is_address:
         assert parse_config(data).engine.urls == [url]
     else:
-        with pytest.raises(UserError, match=r"^engine\.urls\.0: "):
+        with pytest.raises(UserError, match=r"^engine\.urls"):
             parse_config(data)
 
 
