@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fdpg_fast import Trainer
 from fdpg_fast.config.load import parse_config
-from fdpg_fast.config.schema import RLHFTerm, TrainConfig
+from fdpg_fast.config.schema import TrainConfig
+from fdpg_fast.config.terms import RLHFTerm
 from fdpg_fast.contexts import Prompting, load_contexts
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
