@@ -19,7 +19,7 @@ from ..measure.evaluate import Evaluation
 from ..rollouts import Rollouts
 from ..stopping import Stopped, check, signalled, stoppable
 from .checkpoint import Settled, TrainerState, checkpoints, round_of, save_checkpoint
-from .folder import ORIGIN, Json, RunFolder, refuse_taken, write_whole
+from .folder import ORIGIN, TRACKING, Json, RunFolder, refuse_taken, write_whole
 from .metrics import Round, progress_line, round_metrics
 from .tracking import Tracker
 
@@ -40,6 +40,7 @@ class Recorder:
         self.folder = RunFolder(config.run_dir)
         if not resume:
             refuse_taken(config.run_dir)  # again: another process may have begun one since
+            (self.folder.path / TRACKING).unlink(missing_ok=True)  # hidden, and left when the rest was removed
         write_whole(self.folder.path / "config.yaml", dump_config(config))  # a resumed run may have more rounds now
         write_whole(self.folder.path / ORIGIN, json.dumps(origin))
         self._trackers: list[Tracker] = []
@@ -78,7 +79,7 @@ class Recorder:
     def start(self, state: TrainerState, checkpoint: Path | None) -> None:
         """The rounds begin from this state, which is of a checkpoint if there is one."""
         self._state, self._first, state.settled = state, state.round, state.settle()
-        sent = None
+        sent: dict[str, int] = {}
         if self._resume:
             sent = self.folder.forget_from(state.round)
             origin = f"after {checkpoint.name}" if checkpoint else "from round 0: it has no checkpoint yet"

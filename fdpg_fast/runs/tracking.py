@@ -28,11 +28,11 @@ class Tracker:
     """One tracker of a run, at best: once it has failed it is left out, for metrics.jsonl has everything.
 
     A resumed run is the same one to it, and has no step twice: TensorBoard hides what rounds from `first` on have sent
-    before, the others get no step up to the one in `sent`, the last of each kind that they had. None: a new run.
+    before, the others get no step up to the one in `sent`, the last of each kind that they had.
     """
 
-    def __init__(self, name: str, config: TrainConfig, first: int, sent: Mapping[str, int] | None):
-        self._name, self._sent = name, {} if sent is None else sent
+    def __init__(self, name: str, config: TrainConfig, first: int, sent: Mapping[str, int]):
+        self._name, self._sent = name, sent
         self._send: Callable[..., Any] | None = None
         self._close: Callable[[], Any] = lambda: None
         with self._at_best():
@@ -49,7 +49,7 @@ class Tracker:
 
                 self._send, self._close = send, writer.close
             else:
-                if not _begin(name, config, is_new=sent is None):
+                if not _begin(name, config):
                     self._sent = {}  # it joins a run that others have seen from the start
                 tracker = importlib.import_module(name)
                 self._send, self._close = tracker.log, tracker.finish
@@ -76,11 +76,10 @@ class Tracker:
             )
 
 
-def _begin(name: str, config: TrainConfig, is_new: bool) -> bool:
+def _begin(name: str, config: TrainConfig) -> bool:
     """Start wandb or trackio, with what the environment says, else what the run folder remembers; whether it did."""
-    path, known = Path(config.run_dir) / TRACKING, {}
-    if path.exists() and not is_new:
-        known = json.loads(path.read_text(encoding="utf-8"))
+    path = Path(config.run_dir) / TRACKING
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     settings = {"project": "fdpg-fast", "name": config.run_dir.strip("/").replace("/", "-")}
     if name == "wandb":
         settings |= {"id": uuid.uuid4().hex[:8], "resume": "allow", "dir": config.run_dir}

@@ -196,3 +196,20 @@ def test_a_tracker_that_fails_costs_a_warning_and_no_round(recorder, broken, tin
     assert len(runs.rows(tmp_path / "run/metrics.jsonl")) == 3
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()  # the other one goes on
     assert len(events.Scalars("loss")) == 3
+
+
+def test_every_tracker_of_a_run_is_found_again(tiny_model, tmp_path, monkeypatch):
+    for name in ("wandb", "trackio"):
+        (tmp_path / f"{name}.py").write_text(RECORDER)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    stale = '{"wandb": {"id": "of-a-run-that-was-removed"}}'
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.tracking.json").write_text(stale)
+    assert runs.call("train", config(tiny_model, tmp_path, tracking=["wandb", "trackio"])) == 0
+    first = {name: last_of(name) for name in ("wandb", "trackio")}
+    assert first["wandb"]["id"] != "of-a-run-that-was-removed" and "resume" not in first["trackio"]
+    assert runs.call("train", "--resume", tmp_path / "run") == 0
+    for name, options in first.items():
+        assert last_of(name) == options | {"resume": "allow"}
+        monkeypatch.delitem(sys.modules, name)
