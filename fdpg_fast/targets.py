@@ -134,9 +134,9 @@ class Target:
         needed = least if fraction < 1 else 1
         if int(used.sum()) < LEAST_ESS or int(usable.sum()) < needed:
             raise TooFewSamples(
-                f"target: {int(possible.sum())} of {len(possible)} samples of the base meet the hard terms, "
-                f"{LEAST_MET} or more in {int(usable.sum())} of {len(drawn)} contexts (at least {LEAST_ESS:g} are "
-                f"needed, and {needed} such contexts); {REMEDY}"
+                f"target: {int(possible.sum())} of {len(possible)} samples of the base are of use (hard terms met), "
+                f"{LEAST_MET} or more in {int(usable.sum())} of {len(drawn)} contexts; λ needs {LEAST_ESS:g}, and "
+                f"{needed} such contexts; {REMEDY}"
             )
         return BaseSample(centred[used], fixed[used], by_context.renumber(context_index[used])[0], fraction)
 

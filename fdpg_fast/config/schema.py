@@ -131,7 +131,7 @@ class EvaluationConfig(Section):
     contexts: Count = 64
     """Contexts to evaluate on, the first ones of the file."""
     samples_per_context: int = Field(default=32, ge=2, le=MAX_SAMPLES)
-    """Completions of each; Z and divergences come from this one sample, and few samples a context bias them to 0."""
+    """Completions of each; Z and divergences come from this one sample: few a context bias them to 0, which ? marks."""
 
 
 class TrainConfig(Section):

@@ -37,10 +37,7 @@ FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the targ
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")
 MATRIX = tuple(f"divergence/{x}" for x in ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"))
 WIDTH = 100  # columns of a terminal that tables may take
-DOUBT = (
-    f"?: rests on fewer than {LEAST_ESS:g} effective samples, or than {LEAST_PER_CONTEXT:g} of each context: biased by "
-    "more than its interval may hold, and blind to what is hardly sampled"
-)
+DOUBT = f"?: fewer than {LEAST_ESS:g} effective samples or {LEAST_PER_CONTEXT:g} a context: biased, blind to parts of p"
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
