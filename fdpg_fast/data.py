@@ -103,8 +103,10 @@ def _data_set(path: str) -> Iterator[Row]:
         known = f"give a file of {', '.join(READERS)}, a folder, or OWNER/NAME:SPLIT of the hub"
         raise UserError(f"contexts: cannot read {path!r}: No such file or directory; {known}")
     import datasets
+    import huggingface_hub
 
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()  # it would say each of five attempts
     if folder.is_dir() and any((folder / mark).exists() for mark in ("state.json", "dataset_dict.json")):
         loaded, given = datasets.load_from_disk(name), ""
     else:

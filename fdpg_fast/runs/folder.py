@@ -130,7 +130,7 @@ def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) ->
 
 def _config_path(run_dir: str | Path) -> Path:
     path = Path(run_dir) / "config.yaml"
-    if not path.exists():
+    if not os.path.exists(path):  # which no name makes raise
         raise UserError(f"{str(run_dir)!r} is not the folder of a run: it has no config.yaml")
     return path
 
