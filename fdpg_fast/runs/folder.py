@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config.load import load_config, read_yaml
-from ..config.schema import RESUMABLE, TrainConfig
+from ..config.schema import RESUMABLE, EngineConfig, TrainConfig
 from ..divergence import last_divergence
 from ..errors import UserError, disk_errors
 from ..measure.estimators import Estimate
@@ -26,6 +26,7 @@ Parsed = TypeVar("Parsed")
 OURS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "checkpoints", "report.html")
 ORIGIN, TRACKING = ".origin.json", ".tracking.json"
 TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
+EVERY_ENGINE = ("kind", "max_new_tokens", "gap_warning", "gap_limit")  # keys of `engine` that mean the same to all
 NO_NUMBERS = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}  # as Python's json has them, and as we do
 
 
@@ -125,7 +126,11 @@ def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) ->
     for key in overrides or {}:
         if key not in RESUMABLE:
             raise UserError(f"--{key}: a resumed run keeps its config; only {', '.join(RESUMABLE)} may change")
-    return load_config(_config_path(run_dir), {**(overrides or {}), "run_dir": str(run_dir)})
+    given = {**(overrides or {}), "run_dir": str(run_dir)}
+    if "engine.kind" in given:  # what was set for the engine before has no effect on another
+        fields = {key: field.default for key, field in EngineConfig.model_fields.items() if key not in EVERY_ENGINE}
+        given = {f"engine.{key}": json.dumps(default) for key, default in fields.items()} | given
+    return load_config(_config_path(run_dir), given)
 
 
 def _config_path(run_dir: str | Path) -> Path:

@@ -126,3 +126,5 @@ def test_a_run_whose_only_server_goes_wrong_ends_in_one_line(tiny_model, tmp_pat
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"fdpg-fast: no vLLM server is left to sample with ({bad.url}: ") and "--resume" in last
     assert "learning_rate" not in last and list(tmp_path.glob("run/checkpoints/round-*"))
+    assert runs.call("train", "--resume", tmp_path / "run", "--engine.kind=transformers") == 0
+    assert len(runs.rows(tmp_path / "run" / "metrics.jsonl")) == 9
