@@ -157,7 +157,7 @@ def _train(options: argparse.Namespace) -> None:
         print(*map(printable, dump_config(config).split("\n")), does, sep="\n")
         return
     result = trainer.train()
-    print(f"\n{before_after_table(result.run_dir)}\n\nreport: {printable(str(result.report))}")
+    print(f"\n{before_after_table(result.run_dir)}\n\nreport: {result.report}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 import io
 import logging
 import re
-import shutil
 import sys
 
 import pytest
@@ -21,16 +20,22 @@ SHOWN = r"tea\x1b[31m\nfdpg-fast: done\r\x08\x07\x9b2J\u202e"
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]")  # all but the end of a line
 
 
-def test_a_run_in_a_nasty_place(tiny_model, tmp_path, capfd):
-    model, run = shutil.copytree(tiny_model, tmp_path / f"m{NASTY}"), tmp_path / f"run{NASTY}"
-    config = runs.write_config(tmp_path, runs.settings(model, run))
-    commands = [(["train", config, "--dry-run"], 0), (["train", config], 0), (["evaluate", run], 0)]
-    for command, status in [*commands, (["train", config], 2)]:
-        assert runs.call(*command) == status
-        output, errors = capfd.readouterr()
-        assert not CONTROL.search(output) and not CONTROL.search(errors)
-        assert not re.search("^fdpg-fast: done", output + errors, re.MULTILINE)
-        assert SHOWN in output + errors
+@pytest.mark.parametrize("key", ["model", "run_dir", "contexts.train", "engine.kind", "divergence", "device"])
+def test_a_nasty_value_of_a_key(key, tiny_model, tmp_path, capfd):
+    config = runs.write_config(tmp_path, runs.settings(tiny_model, tmp_path / "run"))
+    assert runs.call("train", config, f"--{key}={NASTY}") == 2
+    output, errors = capfd.readouterr()
+    assert output == "" and errors.startswith("fdpg-fast: ") and errors.count("\n") == 1
+    assert not CONTROL.search(errors)
+
+
+def test_a_run_that_was_moved_to_a_nasty_place(tiny_model, tmp_path, capfd):
+    moved = runs.train(tiny_model, tmp_path).rename(tmp_path / f"run{NASTY}")
+    capfd.readouterr()
+    assert runs.call("evaluate", moved) in (0, 2)
+    output, errors = capfd.readouterr()
+    assert not CONTROL.search(output) and not CONTROL.search(errors)
+    assert not re.search("^fdpg-fast: done", output + errors, re.MULTILINE)
 
 
 @pytest.mark.parametrize("error", [UserError, RunError])
