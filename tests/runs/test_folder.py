@@ -158,3 +158,21 @@ def test_an_overflow_is_skipped_and_three_end_the_run_with_the_checkpoint_of_bef
         trainer.train()
     assert [row["policy/skipped"] for row in runs.rows(tmp_path / "run/metrics.jsonl")] == [0.0, 1.0, 0.0, 1.0, 1.0]
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["round-000001", "round-000003"]
+
+
+def test_log_probs_are_looked_at_before_a_checkpoint_is_written(tiny_model, tmp_path):
+    settings = runs.settings(tiny_model, tmp_path / "run", trainer={"rounds": 4, "checkpoint_every": 1})
+    trainer = Trainer(parse_config(settings))
+    original = trainer.round
+
+    def poisoned(index: int):  # after the step, where the weights have been looked at
+        done = original(index)
+        if index == 2:
+            trainer.session.state.learner.policy.head.weight.data.fill_(float("nan"))
+        return done
+
+    trainer.round = poisoned
+    with pytest.raises(Diverged, match="its log-probs are not finite") as caught:
+        trainer.train()
+    assert "2 of 2" in caught.value.__notes__[0] or "all 2" in caught.value.__notes__[0]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["round-000001", "round-000002"]
