@@ -51,7 +51,7 @@ class Learner:
         self.masters = [p.detach().float() for p in self._parameters] if is_narrow else []
         self._trained = dict(zip(self._parameters, self.masters or self._parameters, strict=True))
         # The two [V, D] parameters, or the one that is both: micro-batches add to one gradient of each, the loss to the
-        # head's in float32 and the embedding row by row to its own, instead of making two more of their size.
+        # head's in float32 and the embedding row by row to its own.
         embedding, self._head = policy.model.get_input_embeddings().weight, self._trained.get(policy.head.weight)
         for module in policy.model.modules():  # encoder and decoder look up one table
             if isinstance(module, torch.nn.Embedding) and module.weight is embedding:

@@ -1,11 +1,13 @@
 """What the ops are called with: an LM head, packed sequences and options, and every check of them.
 
-Values are looked at only where that costs nothing: on the CPU, and not while torch.compile traces.
+Values are looked at only where that costs nothing: on the CPU, and not while torch.compile traces. Elsewhere what they
+should not be becomes NaN in the results, never a number.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from .divergences import Divergence
 IGNORED = -100  # a target id: nothing of this row counts
 ELSEWHERE = -101  # a target id: the row counts, and its target lies in another shard of the head
 RATIOS = ("sequence", "none")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+Number = Tensor | float
 Wants = tuple[bool, bool, bool]  # whether hidden, weight and bias are to get gradients
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
 # log-probs [N], and of each row an offset m and s = Σ exp(logit − m), [2, N]: its log-sum-exp is m + log s
@@ -29,15 +33,16 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     temperature: float
     softcap: float | None
-    weight_grad_out: Tensor | None = None  # [V, D]: the gradient of weight is added to it instead of being returned
+    row_temperature: Tensor | None = None  # [N]: of each row; temperature is then 1
+    weight_grad_dtype: torch.dtype | None = None  # of the gradient of weight, if another than weight's
+
+    def of_rows(self, rows: Any) -> Head:
+        """The head of some rows of the hidden states."""
+        return self if self.row_temperature is None else self._replace(row_temperature=self.row_temperature[rows])
 
     def gradients(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Gradients:
-        """What has accumulated, in the parameters' dtypes; weight's is added to weight_grad_out if there is one."""
-        if weight is not None and self.weight_grad_out is not None:
-            if weight is not self.weight_grad_out:
-                self.weight_grad_out.add_(weight)
-            weight = None
-        weight = None if weight is None else weight.to(self.weight.dtype)
+        """What has accumulated, in the dtypes that are wanted."""
+        weight = None if weight is None else weight.to(self.weight_grad_dtype or self.weight.dtype)
         return hidden, weight, None if bias is None or self.bias is None else bias.to(self.bias.dtype)
 
 
@@ -65,32 +70,67 @@ def result_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def as_baseline(baseline: Tensor | float | None, device: torch.device) -> Tensor | None:
-    """A baseline as `Options` holds it; a float is made where it is used."""
-    if baseline is None or isinstance(baseline, Tensor):
-        return None if baseline is None else baseline.detach()
-    return torch.full((), float(baseline), dtype=torch.float64, device=device)
+def as_tensor(value: Number | None, device: torch.device) -> Any:
+    """A log Z or baseline without gradient; a float is made where it is used, with all its digits."""
+    if isinstance(value, Tensor) or value is None:
+        return None if value is None else value.detach()
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
-def check_head(hidden: Tensor, target_ids: Tensor, head: Head) -> None:
+def as_local(name: str, tensor: Any) -> Any:
+    """A plain tensor: the argument itself, or what a replicated DTensor holds on this rank."""
+    placements = getattr(tensor, "placements", ())  # a DTensor has them; importing the class takes long
+    if not all(placement.is_replicate() for placement in placements):
+        raise ValueError(
+            f"{name} is a DTensor placed as {tuple(placements)}: call the op inside the forward of the module that "
+            f"FSDP wraps, pass {name}.full_tensor(), or give the to_local() of a split head to sharded_linear_logprob"
+        )
+    return tensor.to_local() if placements else tensor
+
+
+def make_head(
+    hidden: Tensor, target_ids: Tensor, weight: Tensor, bias: Tensor | None, temperature: Number, softcap: float | None
+) -> tuple[Tensor, Head]:
+    """Hidden states and head as the ops compute with them: plain tensors, under torch.autocast in its dtype."""
+    hidden, weight, bias = as_local("hidden", hidden), as_local("weight", weight), as_local("bias", bias)
+    if torch.is_autocast_enabled(hidden.device.type):  # as torch's own matrix products take them
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        given: Any = hidden, weight, bias
+        hidden, weight, bias = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in given)
+    if not isinstance(temperature, Tensor):
+        return hidden, Head(weight, bias, float(temperature), softcap)
+    if temperature.requires_grad or temperature.shape not in ((), target_ids.shape):
+        raise ValueError(
+            f"temperature must be a number or a tensor without requires_grad, [] or [N]={list(target_ids.shape)}; "
+            f"got {tuple(temperature.shape)}{' with requires_grad' * temperature.requires_grad}"
+        )
+    if not temperature.ndim and _may_look(temperature):
+        return hidden, Head(weight, bias, float(temperature), softcap)
+    _check_devices("hidden and temperature", hidden, temperature)
+    rows = temperature.to(result_dtype(hidden)).expand_as(target_ids).masked_fill(target_ids == IGNORED, 1.0)
+    positive = (rows > 0) & (rows < math.inf)
+    if _may_look(rows) and not bool(positive.all()):
+        raise ValueError(f"temperature holds {float(rows[~positive][0])}; each must be a positive number")
+    return hidden, Head(weight, bias, 1.0, softcap, rows.masked_fill(~positive, math.nan))
+
+
+def check_head(hidden: Tensor, target_ids: Tensor, head: Head, into: Tensor | None = None) -> None:
     """Refuse what is no head of these hidden states, with a ValueError that names the argument and what would fit."""
-    weight, bias, into = head.weight, head.bias, head.weight_grad_out
+    weight, bias = head.weight, head.bias  # into: weight_grad_out
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [N, D] and weight [V, D] with one D; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
         raise ValueError(f"hidden and weight must share one floating dtype; got {hidden.dtype} and {weight.dtype}")
-    if target_ids.shape != hidden.shape[:1] or target_ids.is_floating_point():
+    if target_ids.shape != hidden.shape[:1] or target_ids.dtype not in INTEGERS:
         raise ValueError(
             f"target_ids must be [N]=[{len(hidden)}] integers; got {tuple(target_ids.shape)} {target_ids.dtype}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V]=[{len(weight)}]; got {tuple(bias.shape)}")
     _check_devices("hidden, weight, target_ids and bias", hidden, weight, target_ids, bias)
-    for name, value in (("temperature", head.temperature), ("softcap", head.softcap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value}; it must be a positive number")
+    _check_positive("it must be a positive number", math.inf, temperature=head.temperature, softcap=head.softcap)
     if _may_look(target_ids) and len(target_ids):
         largest, smallest = int(target_ids.max()), int(target_ids.min())
         if largest >= len(weight) or (smallest < 0 and bool(((target_ids < 0) & (target_ids != IGNORED)).any())):
@@ -111,6 +151,11 @@ def check_head(hidden: Tensor, target_ids: Tensor, head: Head) -> None:
 
 def check_sequences(per_token: Tensor, sequences: Sequences, options: Options) -> None:
     """Refuse sequences that do not fit the tokens `per_token` [N], options, and scores that no weight can come of."""
+    if per_token.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "fdpg_loss and sequence_weights cannot be captured in a CUDA graph, which would keep this call's tables of "
+            "cu_seqlens; call them outside it (linear_logprob can be captured)"
+        )
     cu_seqlens, behavior, score, log_z, total = sequences
     num_tokens, num_sequences = len(per_token), len(cu_seqlens) - 1
     if per_token.ndim != 1 or behavior.shape != per_token.shape:
@@ -134,18 +179,27 @@ def check_sequences(per_token: Tensor, sequences: Sequences, options: Options) -
             raise ValueError(f"{name} must be a scalar or [B]=[{num_sequences}]; got {tuple(value.shape)}")
     if options.ratio not in RATIOS:
         raise ValueError(f"ratio={options.ratio!r}; choose one of {', '.join(RATIOS)}")
-    for name, cap in (("ratio_cap", options.ratio_cap), ("reward_cap", options.reward_cap)):
-        if cap is not None and not cap > 0:
-            raise ValueError(f"{name}={cap}; a cap must be a positive number, or None for no cap")
-    if _may_look(score):
-        if bool((score.isnan() | score.isposinf()).any()):
-            raise ValueError(
-                "target_log_score has a NaN or +inf; it must be a number, or −inf where the target is zero"
-            )
-        if not options.divergence.allows_zeros and bool(score.isneginf().any()):
-            raise ValueError(options.divergence.refusal)
+    caps = dict(ratio_cap=options.ratio_cap, reward_cap=options.reward_cap)
+    _check_positive("a cap must be a positive number, or None for no cap", math.nan, **caps)
+    for name, value, exception in (
+        ("target_log_score", score, ", or −inf where the target is zero"),
+        ("log_z", log_z, ", or −inf where it is not known yet"),
+        ("baseline", options.baseline, ""),
+    ):
+        if value is not None and _may_look(value):
+            fits = (value if exception else value.abs()) < math.inf  # and is no NaN
+            if not bool(fits.all()):
+                raise ValueError(f"{name} holds {float(value[~fits][0])}; it must be a number{exception}")
+    if _may_look(score) and not options.divergence.allows_zeros and bool(score.isneginf().any()):
+        raise ValueError(options.divergence.refusal)
     if total < 1:
         raise ValueError(f"total_sequences={total}; it must be a positive number, or None for B")
+
+
+def _check_positive(demand: str, forbidden: float, **numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, Tensor) or (value is not None and (not value > 0 or value == forbidden)):
+            raise ValueError(f"{name}={value!r}; {demand}")
 
 
 def _check_devices(what: str, *tensors: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import IGNORED, Gradients, Head, Logprobs, Options, Sequences, Wants, result_dtype
+from .arguments import IGNORED, Gradients, Head, Logprobs, Number, Options, Sequences, Wants, result_dtype
 from .reference import SequenceWeights
 from .sequence_weights import sequence_groups, sum_by_sequence, weights_from_sums
 from .sequence_weights import sequence_weights as sequence_weights
@@ -36,6 +36,7 @@ class _Block:
     exponentials: Tensor  # [C, V]
     total: Tensor  # [C]
     slope: Tensor | None  # [C, V], d capped logit / d logit
+    temperature: Number
 
 
 class _Products:
@@ -46,67 +47,75 @@ class _Products:
         self.head = head
         self.weight = head.weight.detach().to(compute)  # [V, D]
         self.bias = None if head.bias is None else head.bias.detach().to(compute)  # [V]
-        self.temperature, self.softcap = head.temperature, head.softcap
-        into = head.weight_grad_out
         # accumulated in float32 over chunks: a bfloat16 sum of many chunks drifts
-        self.weight_grad: Tensor | None = None  # [V, D]
-        if wants_weight:
-            adds_in_place = into is not None and into.dtype == compute
-            self.weight_grad = into if adds_in_place else torch.zeros_like(self.weight)
+        self.weight_grad = torch.empty_like(self.weight) if wants_weight else None  # [V, D]
         self.bias_grad = torch.zeros_like(self.bias) if wants_bias and self.bias is not None else None  # [V]
+        self.is_first = True  # the first rows write weight_grad instead of adding to it: a pass over [V, D] less
 
     @property
     def chunk_rows(self) -> int:
-        return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (self.weight.element_size() * len(self.weight))))
+        return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (self.weight.element_size() * max(1, len(self.weight)))))
 
     def tiles(self, num_rows: int) -> list[slice]:
         """Ranges of the vocabulary whose logits of so many rows make a tile."""
         return _chunks(0, len(self.weight), max(1, TILE_BYTES // (self.weight.element_size() * num_rows)))
 
-    def logits(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+    def take(self, hidden: Tensor, target_ids: Tensor, rows: Any) -> tuple[Tensor, Tensor, Number]:
+        """Hidden states [C, D], targets [C] and temperature, one or [C, 1], of these rows."""
+        one_each = self.head.row_temperature
+        temperature = self.head.temperature if one_each is None else one_each[rows, None]
+        return hidden[rows].to(self.weight.dtype), target_ids[rows].long(), temperature
+
+    def logits(self, x: Tensor, temperature: Number, columns: slice = slice(None)) -> Tensor:
         """Logits of these rows and vocabulary entries, [C, V']."""
         logits = torch.mm(x, self.weight[columns].T)
         if self.bias is not None:
             logits += self.bias[columns]
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        if self.temperature != 1.0:
-            logits.div_(self.temperature)
+        if self.head.softcap is not None:
+            logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        if isinstance(temperature, Tensor) or temperature != 1.0:
+            logits.div_(temperature)
         return logits
 
-    def slope(self, logits: Tensor) -> Tensor | None:
+    def slope(self, logits: Tensor, temperature: Number) -> Tensor | None:
         """d logit / d product where a soft cap bends it, but for the temperature; the shape of logits."""
-        if self.softcap is None:
+        if self.head.softcap is None:
             return None
-        return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1)
+        return (logits * (temperature / self.head.softcap)).square_().neg_().add_(1)
 
-    def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, _Block]:
-        """log-probs [C] and what the backward needs of these rows."""
-        x, targets = hidden.to(self.weight.dtype), target_ids.long()
-        logits = self.logits(x)
-        slope = self.slope(logits)
+    def forward(self, hidden: Tensor, target_ids: Tensor, rows: slice) -> tuple[Tensor, _Block]:
+        """log-probs [C] of these rows and what the backward needs of them."""
+        x, targets, temperature = self.take(hidden, target_ids, rows)
+        logits = self.logits(x, temperature)
+        slope = self.slope(logits, temperature)
         target_logit = logits.gather(1, targets[:, None])[:, 0]
         largest = logits.amax(dim=1, keepdim=True)
         exponentials = logits.sub_(largest).exp_()
         total = exponentials.sum(dim=1)
-        return target_logit - largest[:, 0] - total.log(), _Block(x, targets, exponentials, total, slope)
+        return target_logit - largest[:, 0] - total.log(), _Block(x, targets, exponentials, total, slope, temperature)
 
     def backward(self, block: _Block, gradient: Tensor, wants_hidden: bool) -> Tensor | None:
         """Add the head's gradient of Σ gradient·log π, return that of hidden [C, D]; overwrites the block."""
-        scale = -gradient / (block.total * self.temperature)  # [C]
+        scale = -(gradient / block.total)[:, None] / block.temperature  # [C, 1]
         minus_one_hot = block.exponentials
         minus_one_hot.scatter_add_(1, block.targets[:, None], -block.total[:, None])
         if block.slope is not None:
             minus_one_hot.mul_(block.slope)
-        self.accumulate(minus_one_hot, block.x * scale[:, None], scale)
-        return torch.mm(minus_one_hot, self.weight).mul_(scale[:, None]) if wants_hidden else None
+        self.accumulate(minus_one_hot, block.x * scale, scale)
+        self.is_first = False
+        return torch.mm(minus_one_hot, self.weight).mul_(scale) if wants_hidden else None
 
     def accumulate(self, minus_one_hot: Tensor, scaled: Tensor, scale: Tensor, columns: slice = slice(None)) -> None:
         """Add what these rows [C, V'], with scale·hidden [C, D], are to the head's gradient."""
         if self.weight_grad is not None:
-            self.weight_grad[columns].addmm_(minus_one_hot.T, scaled)
+            self.weight_grad[columns].addmm_(minus_one_hot.T, scaled, beta=0 if self.is_first else 1)
         if self.bias_grad is not None:
-            self.bias_grad[columns].addmv_(minus_one_hot.T, scale)
+            self.bias_grad[columns].addmv_(minus_one_hot.T, scale[:, 0])
+
+    def gradients(self, hidden_grad: Tensor | None) -> Gradients:
+        if self.weight_grad is not None and self.is_first:  # no rows came
+            self.weight_grad.zero_()
+        return self.head.gradients(hidden_grad, self.weight_grad, self.bias_grad)
 
 
 def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
@@ -114,11 +123,11 @@ def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
     products = _Products(head)
     logprob, statistics = products.weight.new_zeros(len(hidden)), products.weight.new_zeros(2, len(hidden))
     for rows in _live_chunks(target_ids, BLOCK_ROWS):
-        x, targets = hidden[rows].to(products.weight.dtype), target_ids[rows].long()
+        x, targets, temperature = products.take(hidden, target_ids, rows)
         target_logit, total = x.new_zeros(len(x)), x.new_zeros(len(x))
         largest = x.new_full((len(x),), torch.finfo(x.dtype).min)  # not −inf: a whole tile may be −inf by its bias
         for columns in products.tiles(len(x)):
-            logits = products.logits(x, columns)
+            logits = products.logits(x, temperature, columns)
             local, inside = _local(targets, columns)
             target_logit += logits.gather(1, local)[:, 0].masked_fill(~inside, 0.0)
             previous, largest = largest, torch.maximum(largest, logits.amax(1))
@@ -136,13 +145,13 @@ def linear_logprob_backward(
     products, (_, statistics) = _Products(head, *wants[1:]), results
     hidden_grad = torch.zeros_like(hidden) if wants[0] else None
     for rows in _live_chunks(target_ids, BLOCK_ROWS):
-        x, targets = hidden[rows].to(products.weight.dtype), target_ids[rows].long()
+        x, targets, temperature = products.take(hidden, target_ids, rows)
         largest, total = statistics[:, rows]
-        scale = -gradient[rows] / (total * head.temperature)
-        scaled, x_grad = x * scale[:, None], torch.zeros_like(x)
+        scale = -(gradient[rows] / total)[:, None] / temperature  # [C, 1]
+        scaled, x_grad = x * scale, torch.zeros_like(x)
         for columns in products.tiles(len(x)):
-            logits = products.logits(x, columns)
-            slope = products.slope(logits)
+            logits = products.logits(x, temperature, columns)
+            slope = products.slope(logits, temperature)
             minus_one_hot = logits.sub_(largest[:, None]).exp_()
             local, inside = _local(targets, columns)
             minus_one_hot.scatter_add_(1, local, (-total * inside)[:, None])
@@ -152,9 +161,10 @@ def linear_logprob_backward(
             if hidden_grad is not None:
                 x_grad.addmm_(minus_one_hot, products.weight[columns])
             del logits, minus_one_hot, slope  # or they would live beside the next ones
+        products.is_first = False
         if hidden_grad is not None:
-            hidden_grad[rows] = x_grad.mul_(scale[:, None]).to(hidden.dtype)
-    return head.gradients(hidden_grad, products.weight_grad, products.bias_grad)
+            hidden_grad[rows] = x_grad.mul_(scale).to(hidden.dtype)
+    return products.gradients(hidden_grad)
 
 
 def fdpg_loss(
@@ -171,7 +181,9 @@ def fdpg_loss(
         packed = sequences._replace(
             cu_seqlens=live_before[cu_seqlens.to(hidden.device).long()], behavior_logprob=behavior[live]
         )
-        loss, weights, recomputed, gradients = fdpg_loss(hidden[live], target_ids[live], head, packed, options, wants)
+        loss, weights, recomputed, gradients = fdpg_loss(
+            hidden[live], target_ids[live], head.of_rows(live), packed, options, wants
+        )
         hidden_grad = gradients[0]
         if hidden_grad is not None:
             hidden_grad = torch.zeros_like(hidden).index_copy_(0, live, hidden_grad)
@@ -200,7 +212,7 @@ def fdpg_loss(
         chunks, token_logprob = _chunks(group.start, group.stop, products.chunk_rows), []
         for rows in chunks:
             block = None  # or the last one would live beside this one
-            logprob, block = products.forward(hidden[rows], target_ids[rows])
+            logprob, block = products.forward(hidden, target_ids, rows)
             token_logprob.append(logprob)
         sums = torch.zeros(2, last - first, **per_sequence)
         if chunks:
@@ -215,15 +227,14 @@ def fdpg_loss(
         for rows in chunks:
             if block is None or len(chunks) > 1:  # longer than a chunk: its weight came after its first logits went
                 block = None
-                block = products.forward(hidden[rows], target_ids[rows])[1]
+                block = products.forward(hidden, target_ids, rows)[1]
             gradient = row_gradient[rows.start - group.start : rows.stop - group.start]
             x_grad = products.backward(block, gradient, wants[0])
             if hidden_grad is not None and x_grad is not None:
                 hidden_grad[rows] = x_grad.to(hidden.dtype)
 
     weights = SequenceWeights(*(torch.cat(column) for column in zip(*groups, strict=True)))
-    gradients = head.gradients(hidden_grad, products.weight_grad, products.bias_grad)
-    return _loss(weights, total, products.weight.dtype), weights, recomputed, gradients
+    return _loss(weights, total, products.weight.dtype), weights, recomputed, products.gradients(hidden_grad)
 
 
 def _loss(weights: SequenceWeights, total: int, dtype: torch.dtype) -> Tensor:

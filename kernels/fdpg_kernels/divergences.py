@@ -194,7 +194,7 @@ _TABLE = {
             "total_variation",
             lambda t: (t - 1).abs() / 2,
             f_prime_at_infinity=0.5,
-            f_prime_from_log=lambda log_t: log_t.sign() / 2,
+            f_prime_from_log=lambda log_t: torch.where(log_t.isnan(), log_t, log_t.sign()) / 2,  # sign(NaN) is 0
             f_over_t_from_log=lambda log_t: torch.expm1(-log_t).abs() / 2,
             f_at_zero=0.5,
             kernel_family="total_variation",

@@ -21,9 +21,10 @@ from .arguments import Gradients, Head, Logprobs, Options, Sequences, Wants, res
 from .reference import SequenceWeights
 
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
-HEAD = "Tensor weight, Tensor? bias, float temperature, float? softcap"
+HEAD = "Tensor weight, Tensor? bias, float temperature, float? softcap, Tensor? row_temperature"
 SEQUENCES = "Tensor cu_seqlens, Tensor behavior_logprob, Tensor target_log_score, Tensor log_z"
 OPTIONS = "str divergence, Tensor? baseline, str ratio, float? ratio_cap, float? reward_cap"
+EXACT = ("ieee", "none")  # settings of float32 products that are no TF32 or bfloat16
 KERNELS: dict[str, Callable] = {}  # what runs inside each operator
 _LIBRARY = torch.library.Library("fdpg_kernels", "DEF")
 
@@ -48,14 +49,14 @@ def choose_impl(impl: str, tensor: Tensor, *, multiplies: bool = False) -> str:
 
 def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, impl: str) -> Logprobs:
     """Log-probs; of a row whose target is `ELSEWHERE` any, of one that is `IGNORED` 0 and any offset and sum."""
-    return _linear_logprob(hidden, target_ids, *head[:4], impl)
+    return _linear_logprob(hidden, target_ids, *head[:5], impl)
 
 
 def linear_logprob_backward(
     gradient: Tensor, hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, wants: Wants, impl: str
 ) -> Gradients:
     """Gradients for that of each log-prob [N], from the results of `linear_logprob`; logits are formed again."""
-    made = _linear_logprob_backward(gradient, hidden, target_ids, *head[:4], *results, wants, impl)
+    made = _linear_logprob_backward(gradient, hidden, target_ids, *head[:5], *results, wants, impl)
     return _only_wanted(made, wants)
 
 
@@ -81,10 +82,16 @@ def _operator(schema: str, fake: Callable, *tags: torch.Tag) -> Callable[[Callab
 
     def register(kernel: Callable) -> Callable:
         def run(first: Tensor, *rest: Any) -> Any:
-            if not torch.is_autocast_enabled(first.device.type):
+            kind = first.device.type
+            matmul = (torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn).matmul
+            if (before := matmul.fp32_precision) in EXACT and not torch.is_autocast_enabled(kind):
                 return kernel(first, *rest)
-            with torch.autocast(first.device.type, enabled=False):  # products have the dtype they are written with
-                return kernel(first, *rest)
+            try:  # products have the dtype that they are written with, whatever the caller has set
+                matmul.fp32_precision = EXACT[0]
+                with torch.autocast(kind, enabled=False):
+                    return kernel(first, *rest)
+            finally:
+                matmul.fp32_precision = before
 
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -140,23 +147,24 @@ def _sequence_weights(policy, *rest):
 
 
 def _fake_loss(hidden, target_ids, weight, bias, *rest):
-    into, score, wants, num_sequences = rest[2], rest[5], rest[-2], len(rest[5])
+    weight_grad_dtype, score, wants, num_sequences = rest[3], rest[6], rest[-2], len(rest[6])
     flags = [hidden.new_empty(num_sequences, dtype=torch.bool) for _ in range(2)]
-    gradients = _fake_gradients(hidden, weight, bias, (wants[0], wants[1] and into is None, wants[2]))
+    of_hidden, of_weight, of_bias = _fake_gradients(hidden, weight, bias, wants)
+    gradients = of_hidden, of_weight.to(weight_grad_dtype if wants[1] else hidden.dtype), of_bias
     columns = score.new_empty(6, num_sequences, dtype=torch.float64)
     return hidden.new_empty((), dtype=result_dtype(hidden)), columns, *flags, *gradients
 
 
 # unsafe in a CUDA graph: chunks are cut on the values of cu_seqlens, and small tables are copied from the host
 @_operator(
-    f"fdpg_loss(Tensor hidden, Tensor target_ids, {HEAD}, Tensor(a!)? weight_grad_out, {SEQUENCES}, SymInt total, "
+    f"fdpg_loss(Tensor hidden, Tensor target_ids, {HEAD}, ScalarType? weight_grad_dtype, {SEQUENCES}, SymInt total, "
     f"{OPTIONS}, bool[] wants, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_loss,
     torch.Tag.cudagraph_unsafe,
 )
 def _fdpg_loss(hidden, target_ids, *rest):
-    head, sequences, options = Head(*rest[:5]), Sequences(*rest[5:10]), _from_schema(rest[10:15])
-    wants, impl = rest[15:]
+    head, sequences, options = Head(*rest[:6]), Sequences(*rest[6:11]), _from_schema(rest[11:16])
+    wants, impl = rest[16:]
     loss, weights, recomputed, made = _load(impl).fdpg_loss(hidden, target_ids, head, sequences, options, tuple(wants))
     return loss, torch.stack(weights[:6]), weights.clipped, recomputed, *_all_tensors(made, hidden)
 

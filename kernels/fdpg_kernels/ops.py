@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import divergences, operators, reference
-from .arguments import Head, Options, Sequences, as_baseline, check_head, check_sequences, result_dtype
+from .arguments import Head, Number, Options, Sequences, as_local, as_tensor, check_head, check_sequences, make_head
+from .arguments import result_dtype as result_dtype
 from .divergences import Divergence
 from .operators import choose_impl
 from .reference import SequenceWeights
@@ -35,7 +36,7 @@ def linear_logprob(
     target_ids: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     softcap: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -43,10 +44,12 @@ def linear_logprob(
 
     Args:
         hidden: final hidden states, [N, D] floating point.
-        weight: LM head, [V, D], same dtype as hidden; frozen (requires_grad False) it gets no gradient.
+        weight: LM head, [V, D], same dtype as hidden; frozen (requires_grad False) it gets no gradient. A DTensor
+            is taken if it is replicated, as its `to_local()`.
         target_ids: [N] integer; -100 marks an ignored row, whose log-prob is 0.
         bias: [V] or None.
-        temperature: logits are divided by it, > 0, after the soft cap.
+        temperature: logits are divided by it, > 0, after the soft cap; a number, or a tensor [] or [N], which gets no
+            gradient and is not read where target_ids is -100.
         softcap: c in c·tanh(logit/c), > 0, or None.
         impl: "auto" | "triton" (no logits in memory; bfloat16 on an NVIDIA GPU) | "chunked" (at most a [chunk, V] block
             of logits alive) | "reference" (float64, plain).
@@ -57,13 +60,12 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit.
     """
-    hidden, weight, bias = _cast_for_autocast(hidden, weight, bias)
-    head = Head(weight, bias, temperature, softcap)
+    hidden, head = make_head(hidden, target_ids, weight, bias, temperature, softcap)
     check_head(hidden, target_ids, head)
     impl = choose_impl(impl, hidden, multiplies=True)
     if impl == "reference":
         return reference.linear_logprob(hidden, target_ids, head)
-    return _LinearLogprob.apply(hidden, weight, bias, target_ids, temperature, softcap, impl)
+    return _LinearLogprob.apply(hidden, head.weight, head.bias, target_ids, head[2:], impl)
 
 
 def sequence_weights(
@@ -100,11 +102,13 @@ def sequence_weights(
 
     Raises:
         ValueError: shapes or options do not fit, or (CPU tensors only, a GPU is not asked to wait) a target
-            with zeros is combined with a divergence whose f'(∞) is infinite, or a score is NaN or +inf.
+            with zeros is combined with a divergence whose f'(∞) is infinite, or a score, log Z or baseline is NaN or
+            +inf. A GPU gives NaN weights for a NaN.
+        RuntimeError: a CUDA graph is being captured, which would keep the tables of this call.
     """
     sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z)
-    baseline = as_baseline(baseline, policy_logprob.device)
-    options = Options(divergences.get(divergence), baseline, ratio, ratio_cap, reward_cap)
+    offset = as_tensor(baseline, policy_logprob.device)
+    options = Options(divergences.get(divergence), offset, ratio, ratio_cap, reward_cap)
     check_sequences(policy_logprob, sequences, options)
     sequences = sequences._replace(cu_seqlens=cu_seqlens.to(policy_logprob.device, non_blocking=True))
     return operators.sequence_weights(policy_logprob.detach(), sequences, options, choose_impl(impl, policy_logprob))
@@ -125,7 +129,7 @@ def fdpg_loss(
     ratio_cap: float | None = None,
     reward_cap: float | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     softcap: float | None = None,
     total_sequences: int | None = None,
     weight_grad_out: Tensor | None = None,
@@ -144,9 +148,8 @@ def fdpg_loss(
         behavior_logprob: log q of each token under its sampler, [N]; not read where target_ids is -100.
         total_sequences: of the batch that this one is a part of: what the sum over sequences is divided by, B
             where it is None. Losses of parts then add up to the loss of the whole.
-        weight_grad_out: the gradient of this loss in weight is added to it, [V, D] in float32 (float64 for float64
-            inputs) or weight's dtype, inside the forward pass; weight itself then gets none, and no second
-            [V, D] matrix is made. The loss must be given to `backward` as it is, unscaled.
+        weight_grad_out: `backward` adds the gradient in weight to it, [V, D] in float32 (float64 for float64 inputs)
+            or weight's dtype; weight itself then gets none.
         impl: "auto" | "triton" | "chunked" | "reference". Triton multiplies three times where it can, and four times
             for a sequence longer than 4,096 tokens (fewer for a vocabulary above 131,072), see `recomputed`.
 
@@ -157,60 +160,61 @@ def fdpg_loss(
     Raises:
         ValueError: see `linear_logprob` and `sequence_weights`.
     """
-    hidden, weight, bias = _cast_for_autocast(hidden, weight, bias)
-    head = Head(weight, bias, temperature, softcap, weight_grad_out)
-    check_head(hidden, target_ids, head)
+    hidden, head = make_head(hidden, target_ids, weight, bias, temperature, softcap)
+    into = as_local("weight_grad_out", weight_grad_out)
+    check_head(hidden, target_ids, head, into)
     total = len(cu_seqlens) - 1 if total_sequences is None else total_sequences
     sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z, total)
-    options = Options(divergences.get(divergence), as_baseline(baseline, hidden.device), ratio, ratio_cap, reward_cap)
+    offset = as_tensor(baseline, hidden.device)
+    options = Options(divergences.get(divergence), offset, ratio, ratio_cap, reward_cap)
     check_sequences(target_ids, sequences, options)
     impl = choose_impl(impl, hidden, multiplies=True)
+    if into is not None:  # the gradient is wanted even if weight itself wants none
+        wanting = head.weight if head.weight.requires_grad else head.weight.detach().requires_grad_()
+        head = head._replace(weight=wanting, weight_grad_dtype=into.dtype)
     if impl == "reference":
+        if into is not None:
+            head = head._replace(weight=head.weight.detach().double().requires_grad_())
+            head.weight.register_hook(lambda gradient: (into.add_(gradient), gradient)[1])
         loss, weights = reference.fdpg_loss(hidden, target_ids, head, sequences, options)
         return FDPGLoss(loss, weights, torch.zeros_like(weights.clipped))
-    if weight_grad_out is not None:
-        weight = weight.detach()  # its gradient goes to weight_grad_out alone
     loss, columns, clipped, recomputed = _FDPGLoss.apply(
-        hidden, weight, bias, target_ids, (temperature, softcap, weight_grad_out), sequences, options, impl,
-        torch.is_grad_enabled(),
-    )  # fmt: skip
+        hidden, head.weight, head.bias, target_ids, head[2:], into, sequences, options, impl, torch.is_grad_enabled()
+    )
     columns = columns.to(result_dtype(hidden))
     return FDPGLoss(loss, SequenceWeights(*columns.unbind(), clipped), recomputed)  # type: ignore[call-arg]
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, temperature, softcap, impl):
-        head = Head(weight, bias, temperature, softcap)
+    def forward(ctx, hidden, weight, bias, target_ids, settings, impl):
+        head = Head(weight, bias, *settings)
         logprob, statistics = operators.linear_logprob(hidden, target_ids, head, impl)
         ctx.save_for_backward(hidden, target_ids, weight, bias, logprob, statistics)
-        ctx.settings = temperature, softcap, impl
+        ctx.settings = settings, impl
         return logprob
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         hidden, target_ids, weight, bias, *results = ctx.saved_tensors
-        temperature, softcap, impl = ctx.settings
-        head = Head(weight, bias, temperature, softcap)
-        wants = ctx.needs_input_grad[:3]
+        settings, impl = ctx.settings
+        head, wants = Head(weight, bias, *settings), ctx.needs_input_grad[:3]
         gradients = operators.linear_logprob_backward(gradient, hidden, target_ids, head, results, wants, impl)
-        return *gradients, *[None] * 4
+        return *gradients, *[None] * 3
 
 
 class _FDPGLoss(torch.autograd.Function):
     """Gradients are formed in the forward pass: the upstream gradient of a loss is one scalar."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, settings, sequences, options, impl, with_grad):
+    def forward(ctx, hidden, weight, bias, target_ids, settings, into, sequences, options, impl, with_grad):
         head = Head(weight, bias, *settings)
-        needs, adds = ctx.needs_input_grad, head.weight_grad_out is not None
-        wants = (needs[0], needs[1] or adds, needs[2]) if with_grad else (False, False, False)
+        wants = ctx.needs_input_grad[:3] if with_grad else (False, False, False)
         loss, columns, clipped, recomputed, gradients = operators.fdpg_loss(
             hidden, target_ids, head, sequences, options, wants, impl
         )
-        if adds:
-            gradients = gradients[0], None, gradients[2]
+        ctx.into = into
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*gradients)
         else:
@@ -221,22 +225,17 @@ class _FDPGLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        if torch.compiler.is_compiling():
-            return *(None if g is None else g * upstream for g in ctx.saved_tensors), *[None] * 6
-        if ctx.gradients is None:
+        compiling = torch.compiler.is_compiling()
+        gradients = ctx.saved_tensors if compiling else ctx.gradients
+        if gradients is None:
             raise RuntimeError("the gradients of this fdpg_loss were handed out already; call it again")
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second [V, D] matrix is not needed
-        return *(None if g is None else g.mul_(upstream) for g in gradients), *[None] * 6
+        ctx.gradients = None
+        if ctx.into is not None:
+            ctx.into.addcmul_(gradients[1], upstream)
+            gradients = gradients[0], None, gradients[2]
+        scale = torch.mul if compiling else Tensor.mul_  # in place: a second [V, D] matrix is not needed
+        return *(None if g is None else scale(g, upstream) for g in gradients), *[None] * 7
 
 
 def _sequences(cu_seqlens: Tensor, behavior: Tensor, score: Tensor, log_z: Tensor | float, total: int = 1) -> Sequences:
-    return Sequences(cu_seqlens, behavior.detach(), score.detach(), torch.as_tensor(log_z).detach(), total)
-
-
-def _cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Under torch.autocast the tensors in its dtype, as torch's own matrix products take them."""
-    device_type = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return Sequences(cu_seqlens, behavior.detach(), score.detach(), as_tensor(log_z, score.device), total)

@@ -35,13 +35,15 @@ class SequenceWeights(NamedTuple):
 
 def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Tensor:
     """log softmax(head(hidden))[target] per row, [N] float64."""
-    logits = hidden.double() @ head.weight.double().T  # [N, V]
+    ignored = target_ids == IGNORED
+    hidden = hidden.double().masked_fill(ignored[:, None], 0.0)  # 0·NaN would be NaN in the gradient of the head
+    logits = hidden @ head.weight.double().T  # [N, V]
     if head.bias is not None:
         logits = logits + head.bias.double()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    logprobs = torch.log_softmax(logits / head.temperature, dim=-1)
-    ignored = target_ids == IGNORED
+    temperature = head.temperature if head.row_temperature is None else head.row_temperature.double()[:, None]
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
     picked = logprobs.gather(1, target_ids.masked_fill(ignored, 0).long()[:, None])[:, 0]
     return torch.where(ignored, 0.0, picked)
 
@@ -58,16 +60,14 @@ def sequence_weights(policy_logprob: Tensor, sequences: Sequences, options: Opti
         tokens = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
         log_pi = policy_logprob[tokens].detach().double().sum()
         log_q = behavior_logprob[tokens].double().sum()
-        if log_zs[i] == -math.inf:
-            log_t, reward, weight_factor = torch.tensor(0.0).double(), torch.tensor(0.0).double(), 0.0
-        else:
-            log_t, weight_factor = log_pi - target_log_score[i].double() + log_zs[i], 1.0
-            reward = -divergence.f_prime(log_t)
+        known, zero = bool(log_zs[i] != -math.inf), torch.zeros((), dtype=torch.float64)
+        log_t = log_pi - target_log_score[i].double() + log_zs[i] if known else zero
+        reward = -divergence.f_prime(log_t) if known else zero
         log_ratio = log_pi - log_q if ratio == "sequence" else torch.zeros_like(log_pi)
         capped_ratio = log_ratio if ratio_cap is None else log_ratio.clamp(max=math.log(ratio_cap))
         capped_reward = reward if reward_cap is None else reward.clamp(-reward_cap, reward_cap)
-        weight = weight_factor * capped_ratio.exp() * (capped_reward - baselines[i])
-        clipped = weight_factor > 0 and bool((capped_ratio != log_ratio) | (capped_reward != reward))
+        weight = capped_ratio.exp() * (capped_reward - baselines[i]) if known else zero
+        clipped = known and bool((capped_ratio != log_ratio) | (capped_reward != reward))
         rows.append((log_pi, log_q, log_t, capped_ratio, capped_reward, weight, torch.tensor(clipped)))
     return SequenceWeights(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
@@ -76,14 +76,9 @@ def fdpg_loss(
     hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options
 ) -> tuple[Tensor, SequenceWeights]:
     """Σ over sequences of −weight·log π, divided by their total, left to autograd."""
-    if head.weight_grad_out is not None:
-        head = head._replace(weight=head.weight.detach().requires_grad_())
     policy = linear_logprob(hidden, target_ids, head)
     behavior = torch.where(target_ids == IGNORED, 0.0, sequences.behavior_logprob.double())
     weights = sequence_weights(policy, sequences._replace(behavior_logprob=behavior), options)
     ends = sequences.cu_seqlens
     log_pi = torch.stack([policy[ends[i] : ends[i + 1]].sum() for i in range(len(ends) - 1)])
-    loss = -(weights.weight * log_pi).sum() / sequences.total
-    if head.weight_grad_out is not None and torch.is_grad_enabled():
-        head.weight_grad_out.add_(torch.autograd.grad(loss, head.weight, retain_graph=True)[0])
-    return loss, weights
+    return -(weights.weight * log_pi).sum() / sequences.total, weights

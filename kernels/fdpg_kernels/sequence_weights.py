@@ -27,20 +27,17 @@ def weights_from_sums(
 ) -> SequenceWeights:
     """The weights of sequences whose log-probs are summed already, [B] float64; see `sequence_weights`."""
     divergence, baseline, ratio, ratio_cap, reward_cap = options
-    log_p = target_log_score.double() - log_z.double()
-    log_t = policy - log_p
-    no_z = torch.isneginf(log_z.double()).expand_as(policy)
-    log_t = torch.where(torch.isneginf(target_log_score), math.inf, log_t).masked_fill(no_z, 0.0)
+    no_z = torch.isneginf(log_z).expand_as(policy)
+    log_t = policy - (target_log_score.double() - log_z.double())  # +inf where the target is zero
+    log_t = log_t.masked_fill(no_z, 0.0)
 
-    log_ratio = torch.zeros_like(policy) if ratio == "none" else policy - behavior
-    log_ratio_cap = math.inf if ratio_cap is None else math.log(ratio_cap)
-    clipped = log_ratio > log_ratio_cap
-    log_ratio = log_ratio.clamp(max=log_ratio_cap)
+    uncapped = torch.zeros_like(policy) if ratio == "none" else policy - behavior
+    log_ratio = uncapped.clamp(max=math.inf if ratio_cap is None else math.log(ratio_cap))
 
     reward = -divergence.f_prime(log_t)
     limit = math.inf if reward_cap is None else reward_cap
     capped_reward = reward.clamp(-limit, limit)
-    clipped = clipped | (reward != capped_reward)
+    clipped = (log_ratio != uncapped) | (reward != capped_reward)
 
     offset = 0.0 if baseline is None else baseline.double()
     importance = log_ratio.exp()

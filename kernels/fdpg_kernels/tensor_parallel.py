@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operators
-from .arguments import ELSEWHERE, IGNORED, Head, check_head, result_dtype
+from .arguments import ELSEWHERE, IGNORED, Head, Number, check_head, make_head, result_dtype
 
 
 def sharded_linear_logprob(
@@ -24,7 +24,7 @@ def sharded_linear_logprob(
     vocab_start: int,
     group: dist.ProcessGroup | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     softcap: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -60,7 +60,9 @@ def sharded_linear_logprob(
             target lies in no shard or in several; on a GPU, which is not asked to wait, the first gives -inf.
     """
     anywhere = torch.full_like(target_ids, IGNORED)  # that each target has an owner is known after the gather only
-    check_head(hidden, anywhere, Head(weight_shard, bias, temperature, softcap))
+    hidden, head = make_head(hidden, target_ids, weight_shard, bias, temperature, softcap)
+    check_head(hidden, anywhere, head)
+    weight_shard, bias = head.weight, head.bias
     impl = operators.choose_impl(impl, hidden, multiplies=True)
     if vocab_start < 0:
         raise ValueError(f"vocab_start={vocab_start}; it must be the id of the shard's first token, 0 or more")
@@ -70,18 +72,18 @@ def sharded_linear_logprob(
         hidden, weight_shard = hidden.double(), weight_shard.double()
         bias = None if bias is None else bias.double()
     impl = "triton" if impl == "triton" and len(weight_shard) else "chunked"  # which takes an empty shard, too
-    settings = temperature, softcap, vocab_start, group, impl
-    return _ShardedLogprob.apply(hidden, weight_shard, bias, target_ids.long(), settings)
+    settings = vocab_start, group, impl
+    return _ShardedLogprob.apply(hidden, weight_shard, bias, target_ids.long(), head[2:], settings)
 
 
 class _ShardedLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, settings):
-        temperature, softcap, vocab_start, group, impl = settings
+    def forward(ctx, hidden, weight, bias, target_ids, scaling, settings):
+        vocab_start, group, impl = settings
         ignored, local_ids = target_ids == IGNORED, target_ids - vocab_start
         owned = ~ignored & (local_ids >= 0) & (local_ids < len(weight))
         local_ids = local_ids.masked_fill(~owned, ELSEWHERE).masked_fill(ignored, IGNORED)
-        head = Head(weight, bias, temperature, softcap)
+        head = Head(weight, bias, *scaling)
         logprob, (offset, total) = operators.linear_logprob(hidden, local_ids, head, impl)
         lse = offset + total.log()
         mine = torch.stack([lse, (logprob + lse).masked_fill(~owned, -torch.inf)])  # [2, N]
@@ -99,15 +101,15 @@ class _ShardedLogprob(torch.autograd.Function):
         logprob = (target_logits.amax(0) - total_lse).masked_fill(ignored, 0.0)
         statistics = torch.stack([total_lse, torch.ones_like(total_lse)])
         ctx.save_for_backward(hidden, weight, bias, local_ids, logprob, statistics)
-        ctx.settings = settings
+        ctx.scaling, ctx.settings = scaling, settings
         return logprob
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         hidden, weight, bias, local_ids, *results = ctx.saved_tensors
-        temperature, softcap, _, group, impl = ctx.settings
-        head, wants = Head(weight, bias, temperature, softcap), ctx.needs_input_grad[:3]
+        _, group, impl = ctx.settings
+        head, wants = Head(weight, bias, *ctx.scaling), ctx.needs_input_grad[:3]
         hidden_grad, *of_shard = operators.linear_logprob_backward(
             gradient, hidden, local_ids, head, results, wants, impl
         )
@@ -115,4 +117,4 @@ class _ShardedLogprob(torch.autograd.Function):
             wide = hidden_grad.to(result_dtype(hidden))  # the sum over ranks is rounded once
             dist.all_reduce(wide, group=group)
             hidden_grad = wide.to(hidden.dtype)
-        return hidden_grad, *of_shard, None, None
+        return hidden_grad, *of_shard, None, None, None

@@ -103,26 +103,42 @@ def test_a_divergence_of_ones_own_is_found_by_its_key():
     torch.testing.assert_close(loss(hidden), fdpg_loss(**arguments, divergence=mine, impl="reference").loss)
 
 
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.mT.contiguous().mT if x.ndim == 2 else x,
+    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
+    "repeated": lambda x: x[:1].expand(x.shape) if x.is_floating_point() else x,
+}
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 9, 4], [0, 0]], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dtype"), zip(LAYOUTS, (torch.float64, torch.bfloat16, torch.float32, torch.bfloat16), strict=True)
+)
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_operators_are_what_they_say(transposed, impl):
-    """Schemas, and shapes, dtypes and strides that torch.compile is told, also for a head that is stored as [D, V]."""
-    arguments = {k: x.detach().float() if x.is_floating_point() else x for k, x in head_batch([3, 0, 9, 4]).items()}
-    weight = arguments["weight"].T.contiguous().T if transposed else arguments["weight"]
-    head = (arguments["hidden"], arguments["target_ids"], weight, arguments["bias"], 0.8, 2.0)
-    names = ("cu_seqlens", "behavior_logprob", "target_log_score", "log_z")
+def test_operators_are_what_they_say(impl, layout, lengths, dtype):
+    """Schemas, and shapes, dtypes and strides that torch.compile is told, however inputs lie in memory."""
+    if impl == "triton" and dtype == torch.float64:
+        dtype = torch.float32  # it multiplies no float64
+    place = LAYOUTS[layout]
+    arguments = {k: place(x.detach()) for k, x in head_batch(lengths).items() if x.ndim}
+    arguments |= {k: arguments[k].to(dtype) for k in LEAVES}
+    arguments["target_ids"][::3] = -100
+    sizes = torch.int64 if layout == "strided" else torch.int32
+    head = (*(arguments[k] for k in ("hidden", "target_ids", "weight", "bias")), 0.8, 2.0)
+    names = ("cu_seqlens", "behavior_logprob", "target_log_score")
     sequences, options = [arguments[k] for k in names], ("alpha:0.3", torch.tensor(0.1), "sequence", 2.0, None)
+    sequences = [sequences[0].to(sizes), *sequences[1:], torch.tensor(0.1)]
     wants, ops = (True, True, False), torch.ops.fdpg_kernels
-    results = ops.linear_logprob(*head, impl)
-    for into in (None, torch.zeros(11, 5)):
-        checked = (*head, into, *sequences, 4, *options, wants, impl)
-        torch.library.opcheck(ops.fdpg_loss.default, checked, test_utils=("test_schema", "test_faketensor"))
-    for op, checked in (
-        (ops.linear_logprob, (*head, impl)),
-        (ops.linear_logprob_backward, (torch.ones(16), *head, *results, wants, impl)),
-        (ops.sequence_weights, (results[0], *sequences, *options, impl)),
-    ):
-        torch.library.opcheck(op.default, checked, test_utils=("test_schema", "test_faketensor"))
+    temperatures = place(torch.ones(sum(lengths)))
+    for head_and_rows, weight_grad_dtype in (((*head, None), None), ((*head, temperatures), torch.float32)):
+        checked = (*head_and_rows, weight_grad_dtype, *sequences, 4, *options, wants, impl)
+        torch.library.opcheck(ops.fdpg_loss.default, checked)
+        torch.library.opcheck(ops.linear_logprob.default, (*head_and_rows, impl))
+        results = ops.linear_logprob(*head_and_rows, impl)
+        backward = (place(torch.ones(sum(lengths), dtype=results[0].dtype)), *head_and_rows, *results, wants, impl)
+        torch.library.opcheck(ops.linear_logprob_backward.default, backward)
+    torch.library.opcheck(ops.sequence_weights.default, (results[0], *sequences, *options, impl))
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])

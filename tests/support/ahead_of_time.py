@@ -34,12 +34,15 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TABLE = Path(__file__).resolve().parents[2] / "docs/kernels-compiled.md"
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")  # tensor-core instructions of the three generations
 CHIPS = {80: "A100", 90: "H100/H200", 100: "B200"}
-FEATURES = {
+GIVEN = "a pointer"
+FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "ragged V": dict(RAGGED=True),
     "ragged, guarded": dict(RAGGED=True, GUARDED=True, EVEN_D=False),
     "bias, soft cap": dict(RAGGED=True, HAS_BIAS=True, HAS_SOFTCAP=True),
-    "bias, soft cap, ragged, guarded": dict(RAGGED=True, GUARDED=True, EVEN_D=False, HAS_BIAS=True, HAS_SOFTCAP=True),
+    "bias, soft cap, row temperatures, ragged, guarded": dict(
+        RAGGED=True, GUARDED=True, EVEN_D=False, HAS_BIAS=True, HAS_SOFTCAP=True, temperature_ptr=GIVEN
+    ),
 }
 
 
@@ -85,11 +88,13 @@ def cases() -> Iterator[Case]:
         yield from _row_kernels(chip)
 
 
-def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: dict[str, bool]) -> Case:
+def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: dict[str, Any]) -> Case:
     def matrix(height: int, width: int) -> str:
         return f"tensordesc<bf16[{height}, {width}]>" if config.tma else "*bf16"
 
-    flags = dict(HAS_BIAS=False, HAS_SOFTCAP=False, RAGGED=False, GUARDED=False, EVEN_D=True) | constants
+    flags: dict[str, Any] = dict(HAS_BIAS=False, HAS_SOFTCAP=False, RAGGED=False, GUARDED=False, EVEN_D=True)
+    flags |= {"temperature_ptr": None} | constants
+    flags = {name: value for name, value in flags.items() if value != GIVEN}
     types = {"x": matrix(config.BM, config.BD), "w": matrix(config.BV, config.BD), "e": matrix(config.BM, config.BV)}
     types |= {"bias_ptr": "*bf16", "flag_ptr": "*i32", "scale2": "fp32", "softcap": "fp32"}
     # as at run time, so many of the sizes are multiples of 16 (D = 4,096, V = 49,152) that loads come in words of 16
@@ -130,7 +135,7 @@ def _row_kernels(chip: int) -> Iterator[Case]:
         (rows.find_unsafe_rows, dict(BT=128, BS=32)),
         (rows.finish_statistics, dict(GUARDED=True, BT=128, BS=32)),
         (rows.prepare_gradients, dict(HAS_SOFTCAP=True, PER_SEQUENCE=True, BT=32, BD=128)),
-        (rows.prepare_gradients, dict(HAS_SOFTCAP=False, PER_SEQUENCE=False, BT=32, BD=128)),
+        (rows.prepare_gradients, dict(HAS_SOFTCAP=False, temperature_ptr=None, PER_SEQUENCE=False, BT=32, BD=128)),
     ):
         yield Case(kernel.__name__, chip, kernel, types, constants, dict(num_warps=4))
 

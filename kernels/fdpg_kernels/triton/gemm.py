@@ -59,7 +59,7 @@ def matrix_product(
 
 @triton.jit
 def one_tile(
-    x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr,
+    x, w, e, bias_ptr, temperature_ptr, anchor_ptr, maximum_ptr, sum_ptr,
     tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
     ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
     TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
@@ -74,6 +74,8 @@ def one_tile(
         z = tanh(z / softcap)
         slope = 1 - z * z
         z = z * softcap
+    if temperature_ptr is not None:
+        z *= 1 / tl.load(temperature_ptr + rows, mask=rows < N, other=1.0)[:, None]
     if RAGGED:
         z = tl.where((columns < V)[None, :], z, float("-inf"))
     at = tile_column * N + rows
@@ -98,10 +100,11 @@ def one_tile(
 
 # chunks differ in height and where they begin: one binary for all of them
 @triton.jit(
-    do_not_specialize=["N"], do_not_specialize_on_alignment=["anchor_ptr", "maximum_ptr", "sum_ptr", "flag_ptr"]
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["temperature_ptr", "anchor_ptr", "maximum_ptr", "sum_ptr", "flag_ptr"],
 )
 def head_gemm(
-    x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr, flag_ptr,
+    x, w, e, bias_ptr, temperature_ptr, anchor_ptr, maximum_ptr, sum_ptr, flag_ptr,
     N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
     ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
     GUARDED: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
@@ -109,7 +112,8 @@ def head_gemm(
 ):  # fmt: skip
     """x [N, D] and w [V, D] (descriptors where TMA, else pointers) → partials [V/BV, N] float32, and e [N, V].
 
-    scale2 is log₂e / temperature, anchors are in log₂ units. GUARDED: only row tiles whose flag is set.
+    scale2 is log₂e / temperature, log₂e where each row has its own; anchors are in log₂ units.
+    GUARDED: only row tiles whose flag is set.
     """
     num_rows, num_columns = tl.cdiv(N, BM), tl.cdiv(V, BV)
     for item in tl.range(tl.program_id(0), num_rows * num_columns, tl.num_programs(0), flatten=False):
@@ -119,7 +123,7 @@ def head_gemm(
             run = tl.load(flag_ptr + tile_row) != 0
         if run:
             one_tile(
-                x, w, e, bias_ptr, anchor_ptr, maximum_ptr, sum_ptr,
+                x, w, e, bias_ptr, temperature_ptr, anchor_ptr, maximum_ptr, sum_ptr,
                 tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
                 ANCHORED, HAS_BIAS, HAS_SOFTCAP, RAGGED, TMA, EVEN_D, UPCAST, BM, BV, BD,
             )  # fmt: skip

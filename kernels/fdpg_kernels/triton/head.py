@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..arguments import Gradients, Head, Wants
+from ..arguments import IGNORED, Gradients, Head, Wants
 from . import gemm, rows, tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,9 +36,11 @@ class Products:
 
     def __init__(self, hidden: Tensor, target_ids: Tensor, head: Head, wants: Wants = (False, False, False)):
         self.head = head
-        self.hidden, self.weight = hidden.contiguous(), head.weight.contiguous()
-        self.target_ids = target_ids.contiguous()
+        # an ignored row may hold anything, and both gradients' products would take 0·NaN for NaN
+        self.hidden = hidden.masked_fill((target_ids == IGNORED)[:, None], 0.0).contiguous()
+        self.weight, self.target_ids = head.weight.contiguous(), target_ids.contiguous()
         self.bias = None if head.bias is None else head.bias.contiguous()
+        self.temperature = None if head.row_temperature is None else head.row_temperature.contiguous()
         self.num_tokens, self.width = hidden.shape
         self.vocabulary = len(self.weight)
         item = hidden.element_size()
@@ -49,7 +51,7 @@ class Products:
             properties = torch.cuda.get_device_properties(hidden.device)
             capability = 10 * properties.major + properties.minor
             self.processors = properties.multi_processor_count
-        plain = self.bias is None and head.softcap is None
+        plain = self.bias is None and head.softcap is None and self.temperature is None
         self.config = tiles.choose(capability, self.width, aligned=aligned, plain=plain)
         limit = max(1, CHUNK_BYTES // (self.pitch * item))
         self.chunk_rows = min(CHUNK_ROWS, max(self.config.BM, limit // self.config.BM * self.config.BM))
@@ -60,13 +62,11 @@ class Products:
         self._e: Tensor | None = None
         self.hidden_grad = torch.empty_like(hidden) if wants[0] else None
         self.weight_grad: Tensor | None = None  # [V, D] float32, accumulated
-        self.weight_grad_is_empty = False  # the first chunk writes instead of adding
+        self.is_first = True  # the first chunk writes weight_grad instead of adding to it
         if wants[1]:
-            into = head.weight_grad_out
-            self.weight_grad_is_empty = into is None or into.dtype != torch.float32
-            self.weight_grad = self._floats(*head.weight.shape) if self.weight_grad_is_empty else into
-            if self.weight_grad_is_empty and not self.num_tokens:  # no chunk comes
-                self.weight_grad = self._floats(*head.weight.shape).zero_()
+            self.weight_grad = self._floats(*head.weight.shape)
+            if not self.num_tokens:  # no chunk comes
+                self.weight_grad.zero_()
         self.bias_grad = None  # [V] float32, accumulated
         if wants[2] and self.bias is not None:
             self.bias_grad = torch.zeros(self.vocabulary, dtype=torch.float32, device=hidden.device)
@@ -81,7 +81,8 @@ class Products:
         if not self.num_tokens:
             return
         rows.target_logits[(triton.cdiv(self.num_tokens, 16),)](
-            self.hidden, self.weight, self.bias, self.target_ids, behavior, self.target, self.anchor, self.top,
+            self.hidden, self.weight, self.bias, self.target_ids, behavior, self.temperature,
+            self.target, self.anchor, self.top,
             self.num_tokens, self.width, self.vocabulary, self.width, self.width, 1 / self.head.temperature, self.cap,
             ANCHORED=behavior is not None, BT=16, BD=DEPTH, **self.flags,
         )  # fmt: skip
@@ -119,21 +120,21 @@ class Products:
 
         gradient: of the loss in each log-prob [N]; with sequence_index [N] the weight of each sequence [B].
         """
-        height, softcap = chunk.stop - chunk.start, self.head.softcap
+        height = chunk.stop - chunk.start
         e, scale = self._buffer(height), self._floats(height)
         scaled = torch.empty(height, self.width, dtype=self.hidden.dtype, device=self.hidden.device)
         rows.prepare_gradients[(triton.cdiv(height, 32), triton.cdiv(self.width, DEPTH))](
             self.hidden, scaled, e, self.target_ids, self.target, self.top, self.total, gradient, sequence_index, scale,
-            chunk.start, height, self.width, self.vocabulary, self.width, self.pitch,
+            self.temperature, chunk.start, height, self.width, self.vocabulary, self.width, self.pitch,
             self.head.temperature, self.cap, divisor,
-            HAS_SOFTCAP=softcap is not None, PER_SEQUENCE=sequence_index is not None, BT=32, BD=DEPTH,
+            HAS_SOFTCAP=self.head.softcap is not None, PER_SEQUENCE=sequence_index is not None, BT=32, BD=DEPTH,
         )  # fmt: skip
         f = e[:, : self.vocabulary]
         if self.hidden_grad is not None:
             torch.mul(_product(f, self.weight), scale[:, None], out=self.hidden_grad[chunk])
         if self.weight_grad is not None:
-            _accumulate(self.weight_grad, f.T, scaled, first=self.weight_grad_is_empty)
-            self.weight_grad_is_empty = False
+            _accumulate(self.weight_grad, f.T, scaled, first=self.is_first)
+            self.is_first = False
         if self.bias_grad is not None:
             self.bias_grad += _product(scale.to(f.dtype)[None], f)[0]
 
@@ -165,7 +166,8 @@ class Products:
             )
         programs = min(triton.cdiv(height, config.BM) * self.columns, self.processors * config.programs_per_sm)
         gemm.head_gemm[(programs,)](
-            *operands, self.bias, self.anchor[chunk] if anchored else None, partials[0], partials[1], flag,
+            *operands, self.bias, None if self.temperature is None else self.temperature[chunk],
+            self.anchor[chunk] if anchored else None, partials[0], partials[1], flag,
             height, self.width, self.vocabulary, self.width, self.width, self.pitch,
             LOG2_E / self.head.temperature, self.cap,
             ANCHORED=anchored, RAGGED=self.vocabulary % config.BV != 0, GUARDED=flag is not None, TMA=config.tma,

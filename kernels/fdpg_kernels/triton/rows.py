@@ -19,7 +19,7 @@ SAFE = tl.constexpr(1.2676506002282294e30)  # 2^100: row sums further from 1 are
 
 @triton.jit(do_not_specialize=["N"])
 def target_logits(
-    x_ptr, w_ptr, bias_ptr, target_ids_ptr, behavior_ptr, target_ptr, anchor_ptr, top_ptr,
+    x_ptr, w_ptr, bias_ptr, target_ids_ptr, behavior_ptr, temperature_ptr, target_ptr, anchor_ptr, top_ptr,
     N, D, V, stride_x, stride_w, inverse_temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ANCHORED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -44,6 +44,8 @@ def target_logits(
         z += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         z = softcap * tanh(z / softcap)
+    if temperature_ptr is not None:
+        z /= tl.load(temperature_ptr + rows, mask=inside, other=1.0)
     z = tl.where(live & (valid == 0) & (target != ELSEWHERE), float("nan"), z * inverse_temperature)
     tl.store(target_ptr + rows, z, mask=inside)
     if ANCHORED:
@@ -164,7 +166,7 @@ def finish_sequences(
 @triton.jit(do_not_specialize=["offset", "height"])
 def prepare_gradients(
     x_ptr, scaled_ptr, e_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, gradient_ptr, sequence_ptr, scale_ptr,
-    offset, height, D, V, stride_x, stride_e, temperature, softcap, divisor,
+    temperature_ptr, offset, height, D, V, stride_x, stride_e, temperature, softcap, divisor,
     HAS_SOFTCAP: tl.constexpr, PER_SEQUENCE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Turn E into F = E − s·1[y] and x into c·x, so that ∇hidden = c·(F·W) and ∇head = Fᵀ·(c·x).
@@ -180,6 +182,8 @@ def prepare_gradients(
     live = target != IGNORED
     valid = (target >= 0) & (target < V)
     total = tl.load(total_ptr + tokens, mask=inside & live, other=1.0)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + tokens, mask=inside, other=1.0)
     if PER_SEQUENCE:
         sequence = tl.load(sequence_ptr + tokens, mask=inside, other=0)
         g = (tl.load(gradient_ptr + sequence, mask=inside & live, other=0.0) * (-1 / divisor)).to(tl.float32)

@@ -49,27 +49,27 @@ def weigh_sequence(
     score = tl.load(score_ptr + sequence).to(tl.float64)
     log_z = tl.load(log_z_ptr + sequence * stride_log_z).to(tl.float64)
     no_z = log_z == float("-inf")
-    off_support = (score == float("-inf")) & (log_z != float("-inf"))
-    finite = log_pi - (score - log_z)
-    finite = tl.where(no_z | off_support, 0.0, finite)
-    log_t = tl.where(off_support, float("inf"), finite)
+    log_t = tl.where(no_z, 0.0, log_pi - (score - log_z))
+    off_support = log_t == float("inf")  # the target is zero
+    finite = tl.where(off_support, 0.0, log_t)
 
-    log_ratio = log_pi * 0
+    log_ratio = tl.full((), 0.0, tl.float64)
     if HAS_RATIO:
         log_ratio = log_pi - log_q
-    clipped = log_t != log_t  # False
+    capped_ratio = log_ratio
     if LOG_RATIO_CAP is not None:
         limit = tl.full((), LOG_RATIO_CAP, tl.float64)
-        clipped = log_ratio > limit
-        log_ratio = tl.where(clipped, limit, log_ratio)  # NaN stays, which tl.minimum would drop
+        capped_ratio = tl.where(log_ratio > limit, limit, log_ratio)  # NaN stays, which tl.minimum would drop
+    clipped = capped_ratio != log_ratio
+    log_ratio = capped_ratio
     reward = -slope_of(finite, FAMILY, EXPONENT, FACTOR)
     reward = tl.where(off_support, -AT_INFINITY, reward)
     capped = reward
     if REWARD_CAP is not None:
         bound = tl.full((), REWARD_CAP, tl.float64)
         capped = tl.where(reward > bound, bound, tl.where(reward < -bound, -bound, reward))
-        clipped = clipped | (capped != reward)
-    offset = log_pi * 0
+    clipped = clipped | (capped != reward)
+    offset = tl.full((), 0.0, tl.float64)
     if HAS_BASELINE:
         offset = tl.load(baseline_ptr + sequence * stride_baseline).to(tl.float64)
     ratio = tl.exp(log_ratio)
@@ -89,7 +89,7 @@ def weigh_sequence(
     tl.store(column + 3 * num_sequences, log_ratio)
     tl.store(column + 4 * num_sequences, capped)
     tl.store(column + 5 * num_sequences, weight)
-    tl.store(clipped_ptr + sequence, (clipped & (log_z != float("-inf"))).to(tl.int8))
+    tl.store(clipped_ptr + sequence, (clipped & (no_z == 0)).to(tl.int8))
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
