@@ -18,7 +18,7 @@ from ..contexts import Context
 from ..errors import RunError, UserError
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
-from .vllm_patches import own_classes, repack_experts, sampled_logprobs_only
+from .vllm_patches import own_classes, repack_experts, sampled_logprobs_only, without_global_draws
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +146,8 @@ class VLLMEngine:
         seeds = [(seed + i * samples_per_context) % 2**62 if seeded else None for i in range(len(contexts))]
         parameters = [SamplingParams(**shared, seed=first) for first in seeds]
         prompts = [{"prompt_token_ids": list(context.token_ids)} for context in contexts]
-        # where it draws from the global ones, features of another thread must not
-        own = contextlib.nullcontext() if self._beside_learner else _own_generators(self._policy.device, seed)
+        # features may be drawing from the global generators in another thread; else vLLM may have them for itself
+        own = without_global_draws() if self._beside_learner else _own_generators(self._policy.device, seed)
         with own, sampled_logprobs_only():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])

@@ -209,6 +209,16 @@ def test_rounds_ahead_are_the_same_whatever_features_draw_meanwhile(running):
     assert torch.equal(found.token_ids, expected.token_ids)
 
 
+def test_rounds_ahead_draw_nothing_from_the_global_generators(running):
+    """Not even what is thrown away: features that draw meanwhile would get other numbers in each run."""
+    policy, engine = running("ahead")
+    engine.sync_weights(policy, 0)
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    engine.sample(CONTEXTS, 16, seed=5)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before[1:]
+
+
 def test_whichever_generator_vllm_draws_from_starts_from_the_seed():
     def draws(seed):
         with _own_generators(torch.device("cpu"), seed):
