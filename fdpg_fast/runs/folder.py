@@ -59,8 +59,7 @@ class RunFolder:
         last = {}
         for path in (self.path / name for name in OURS if name.endswith(".jsonl")):
             if path.exists():
-                # a kill may have cut the last one short
-                rows = read_jsonl(path, lambda row: (int(row["round"]), row), skip_damaged=True)
+                rows = read_jsonl(path, lambda row: (int(row["round"]), row))
                 last[path.stem] = max((index for index, _ in rows), default=-1)
                 write_whole(path, "".join(to_json(row) + "\n" for index, row in rows if index < round_index))
         return last
@@ -140,8 +139,12 @@ def _config_path(run_dir: str | Path) -> Path:
     return path
 
 
-def read_jsonl(path: Path, parse: Callable[[Json], Parsed], skip_damaged: bool = False) -> list[Parsed]:
-    """What `parse` makes of each object of a file, if there is one; raises UserError that names a damaged line."""
+def read_jsonl(path: Path, parse: Callable[[Json], Parsed]) -> list[Parsed]:
+    """What `parse` makes of each object of a file, if there is one; without a last line that a kill has cut short.
+
+    Raises:
+        UserError: another line is damaged; it is named.
+    """
     rows = []
     lines = path.read_bytes().split(b"\n") if path.exists() else []  # not splitlines: a text may hold U+2028
     for number, line in enumerate(lines, start=1):
@@ -149,7 +152,7 @@ def read_jsonl(path: Path, parse: Callable[[Json], Parsed], skip_damaged: bool =
             if line.strip():
                 rows.append(parse({**json.loads(line)}))
         except (ValueError, KeyError, TypeError) as error:
-            if not skip_damaged:
+            if number < len(lines):  # behind the last \n nothing was finished
                 fault = f"{path}:{number}: not a JSON object of this kind of file ({error})"
                 raise UserError(f"{fault}; remove the damaged line") from None
     return rows

@@ -381,12 +381,21 @@ def test_markup_in_names_of_runs_is_escaped(make_run, tmp_path):
 def test_damaged_line_is_named(make_run):
     run = make_run()
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('\n{"round": 4, "lo')
+        file.write('\n{"round": 4, "lo\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:6: not a JSON object .*; remove the damaged line"):
         write_report(run)
     write_jsonl(run / "metrics.jsonl", [[1, 2]])
     with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a JSON object"):
         before_after_table(run)
+
+
+def test_a_last_line_that_a_kill_cut_short_is_left_out(make_run):
+    run = make_run()
+    before = before_after_table(run)
+    for name in ("metrics", "samples", "evaluation"):
+        with open(run / f"{name}.jsonl", "a") as file:
+            file.write('{"round": 4, "lo')
+    assert before_after_table(run) == before and write_report(run).exists()
 
 
 def test_folders_that_hold_no_run(tmp_path):
