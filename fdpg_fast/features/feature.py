@@ -167,7 +167,8 @@ class FeatureSection(Section):
     def build(self, device: str) -> Feature:
         """The feature that the section describes, under the name and with the timeout that it gives."""
         feature = self.make(device)
-        return replace(feature, name=self.name or feature.name, timeout=self.timeout or feature.timeout)
+        name = feature.name if self.name is None else self.name
+        return replace(feature, name=name, timeout=self.timeout or feature.timeout)
 
     def make(self, device: str) -> Feature:
         raise NotImplementedError

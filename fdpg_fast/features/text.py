@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config.section import UserPath
 from ..errors import UserError, one_line
+from ..model_files import reading
 from ..progress import say_once
 from .feature import Feature, FeatureSection
 
@@ -141,13 +142,11 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    try:
+    with reading(model, key="feature classifier"):
         options = {"use_safetensors": True, "output_loading_info": True}
         kind: Any = AutoModelForSequenceClassification
         network, loading = kind.from_pretrained(model, trust_remote_code=False, **options)  # None would ask
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # of files that may hold anything, a kind of its own for each library
-        raise UserError(f"feature classifier: cannot load {model!r}: {one_line(error)}") from None
     if loading["missing_keys"]:  # transformers would make a random head, another one in every run
         raise UserError(f"feature classifier: {model!r} is no sequence classifier: it has no trained head")
     network = network.to(device).eval()

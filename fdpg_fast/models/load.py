@@ -1,25 +1,16 @@
-"""Models and tokenizers from a folder or the hub, and what can be wrong with their files in one line."""
+"""Models and tokenizers from a folder or the hub, and what their configs and weights must not be."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import logging.handlers
-import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import transformers
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from ..errors import UserError, is_out_of_memory, one_line
+from ..errors import UserError
+from ..model_files import reading
 from ..progress import say_once
 from .encoder_decoder import EncoderDecoderModel
 from .generation import refuse_decisive
@@ -27,8 +18,6 @@ from .language_model import LanguageModel
 
 QUANTISED = ("quantization_config", "quantization", "compression_config")  # keys of a config.json
 NO_LANGUAGE_MODEL = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|RewardModel")
-MISMATCH = re.compile(r"(?m)^(\S+).*MISMATCH.*ckpt: torch.Size\((.*?)\) vs model: ?torch.Size\((.*?)\)")
-SAID_BETTER = re.compile("LOAD REPORT|we will NOT tie them")  # by lines of ours
 
 
 def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> LanguageModel:
@@ -38,7 +27,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
         UserError: whatever is wrong with its files, named.
     """
     transformers.utils.logging.disable_progress_bar()  # a bar for every load drowns the lines that matter
-    with _reading(path, repr(path)):
+    with reading(path):
         settings, _ = transformers.PreTrainedConfig.get_config_dict(path)
         _refuse_settings(path, settings, trust_remote_code)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -53,7 +42,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
 
 def load_tokenizer(path: str, trust_remote_code: bool) -> Any:
     """The tokenizer of a model, from where the model is; raises as `load_model`."""
-    with _reading(path, f"the tokenizer of {path!r}"):
+    with reading(path, f"the tokenizer of {path!r}"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
@@ -106,83 +95,3 @@ def _refuse_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) ->
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-@contextlib.contextmanager
-def _reading(path: str, what: str) -> Iterator[None]:
-    """Whatever libraries raise or print over somebody's files becomes a line of ours.
-
-    Raises:
-        UserError: in place of any exception but for want of memory.
-    """
-    logger, said = logging.getLogger("transformers"), logging.handlers.BufferingHandler(10**6)
-    handlers, logger.handlers = logger.handlers, [said]
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            _refuse_place(path)
-            if transformers.utils.find_adapter_config_file(path) is not None:
-                remedy = "merge it into its base and give the merged model, or continue its run with --resume"
-                raise UserError(f"model: {path!r} holds an adapter, not a model: {remedy}")
-            yield
-    except UserError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        says_little = isinstance(error, (LookupError, ArithmeticError, TypeError, AttributeError))
-        reason = f"{type(error).__name__}: " * says_little + one_line(error)[:300]
-        if "trust_remote_code" in str(error):
-            reason = "it needs Python code that comes with it; read that, and set trust_remote_code: true"
-        for record in said.buffer:
-            if shapes := MISMATCH.search(record.getMessage()):
-                reason = "{} is {} in the file, {} by config.json".format(*shapes.groups())
-        raise UserError(f"model: cannot load {what}: {_damage(path) or reason}") from None
-    finally:
-        logger.handlers = handlers
-    for record in said.buffer:  # of the config nothing is said twice: the tokenizer reads it too
-        if not (SAID_BETTER.search(record.getMessage()) or (what != repr(path) and "tokeniz" not in record.name)):
-            say_once(f"model: {path}: {one_line(record.getMessage())}")
-
-
-def _refuse_place(path: str) -> None:
-    folder = Path(path)
-    if os.path.isfile(path):
-        raise UserError(f"model: {path!r} is a file; give the folder that holds it")
-    if os.path.isdir(path):
-        generation = folder / "generation_config.json"  # transformers passes over a damaged one, and over its EOS
-        if generation.is_file() and not isinstance(json.loads(generation.read_bytes()), dict):
-            raise ValueError("generation_config.json holds no object")
-        return
-    if path.startswith((".", "/", "~")) or ("/" in path and folder.parent.is_dir()):
-        raise UserError(f"model: there is no folder {path!r} here")  # mistyped: no name to ask the network for
-    if huggingface_hub.try_to_load_from_cache(path, "config.json") is None:
-        try:  # one question; transformers would ask for half a minute where there is no network
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(path, "config.json"), timeout=10)
-        except EntryNotFoundError:
-            pass  # there is such a repository
-        except Exception as error:
-            raise UserError(
-                f"model: there is no folder {path!r} here, and the hub does not give it: {one_line(error)[:300]}"
-            ) from None
-
-
-def _damage(path: str) -> str | None:
-    """What is wrong with a file of a model that could not be loaded."""
-    folder = Path(path)
-    opens = {".safetensors": lambda file: safe_open(file, "pt"), ".json": lambda file: json.loads(file.read_bytes())}
-    for file in sorted(folder.iterdir()) if os.path.isdir(path) else ():
-        if not file.is_file() or file.suffix not in opens:
-            continue
-        with open(file, "rb") as opened:
-            head = opened.read(64).lstrip()
-        if head.startswith(b"version https://git-lfs"):
-            return f"{file.name} is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-        if head.startswith(b"<"):
-            return f"{file.name} is a web page, not the file"
-        try:
-            opens[file.suffix](file)
-        except Exception as error:
-            return f"{file.name} is damaged or cut short ({one_line(error)[:200]})"
-    if os.path.isdir(path) and not any(folder.glob("*.safetensors")):
-        return f"{path!r} holds no .safetensors file, the only format that is loaded"
-    return None

@@ -241,7 +241,7 @@ def test_classifier_refusals(make_classifier, tiny_model, tmp_path):
     path, _ = make_classifier(**LABELS)
     with pytest.raises(UserError, match="no label 'joy', only negative, neutral, positive"):
         classifier(path, "joy")
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="feature classifier: there is no folder"):
         classifier(str(tmp_path / "nothing"), "joy")
 
 
