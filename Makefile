@@ -1,5 +1,6 @@
 # make demo   install into .venv, align the shipped tiny model, print before/after and the path of report.html
 # make test   install the test extras, check style, types and layers, run the tests
+# make faults kills, signals, bad input, bad servers and made-up examples, all of them (a quarter of an hour)
 # make bench  the benchmarks beside a plain PyTorch pipeline (minutes)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 UNFIT := torchvision torchaudio torchcodec
 RUN := runs/quickstart
 
-.PHONY: demo test bench
+.PHONY: demo test faults bench
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -23,6 +24,9 @@ test: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest
+
+faults: .venv/installed-test
+	cd tests && PYTHONPATH=..:../kernels ../$(BIN)/python -m faults
 
 bench: .venv/installed-test
 	$(BIN)/pytest benchmarks --benchmark-columns=median,min,max,rounds --benchmark-group-by=group

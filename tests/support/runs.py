@@ -150,6 +150,21 @@ class Ended:
     stderr: str
 
 
+@dataclass(frozen=True)
+class Running:
+    """A command in a process of its own."""
+
+    process: Any
+    outputs: list[Path]
+
+    def wait(self, seconds: float = 120) -> Ended:
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds:g} s: {self.outputs[1].read_text()}")
+        return Ended(self.process.exitcode, *(path.read_text(errors="replace") for path in self.outputs))
+
+
 def run(
     folder: Path,
     *arguments: object,
@@ -165,17 +180,20 @@ def run(
             many bytes over what the file in question holds (what a full disk does, short writes included).
         ignored: a signal that the process begins with ignoring, as nohup lets it.
     """
+    return start(folder, *arguments, happens=(at, room, send, ignored)).wait()
+
+
+def start(folder: Path, *arguments: object, happens: tuple[Any, ...] = (None, None, signal.SIGKILL, None)) -> Running:
+    """The same, while it still runs; what happens to it is as `run` has it, in its order."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the server: a fork must not inherit a thread pool
     outputs = [folder / "stdout", folder / "stderr"]
+    for path in outputs:
+        path.write_bytes(b"")
     process = PROCESSES.Process(
-        target=_command, args=([str(argument) for argument in arguments], folder, outputs, at, room, send, ignored)
+        target=_command, args=([str(argument) for argument in arguments], folder, outputs, *happens)
     )
     process.start()
-    process.join(120)
-    if process.exitcode is None:
-        process.kill()
-        raise AssertionError(f"still running after two minutes: {outputs[1].read_text()}")
-    return Ended(process.exitcode, *(path.read_text() for path in outputs))
+    return Running(process, outputs)
 
 
 def _command(
