@@ -316,6 +316,26 @@ def test_compare_holds_all_runs_against_one_z_of_the_base(run_dir, tiny_model, t
     assert len(list(run_dir.glob("base-sample-*.safetensors"))) == len(drawn)
 
 
+def test_compare_measures_runs_of_other_prompts_on_those_of_the_first(run_dir, tiny_model, tmp_path):
+    """Each is loaded as it began; prompts, their number and what is asked of a chat are those of the first."""
+    contexts = {"train": str(runs.write_contexts(tmp_path, "x", "y"))}
+    sections = {"contexts": contexts, "evaluation": {"contexts": 1, "samples_per_context": 5}}
+    other = runs.train(tiny_model, tmp_path, "other", **sections)
+    for dirs in ([run_dir, other], [other, run_dir]):
+        first, second = measure_runs(dirs, 8, 16, 1)
+        assert first.metrics["log_z"] == second.metrics["log_z"]
+        assert first.num_contexts == second.num_contexts == (1 if dirs[0] == other else 3)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-40], lambda content: b""])
+def test_a_damaged_sample_of_the_base_is_drawn_again(damage, tiny_model, tmp_path):
+    alone = runs.train(tiny_model, tmp_path)
+    before = repr(measure_runs([alone], 8, 16, 1))  # some errors are NaN
+    (path,) = alone.glob("base-sample-*")
+    path.write_bytes(damage(path.read_bytes()))
+    assert repr(measure_runs([alone], 8, 16, 1)) == before
+
+
 def test_compare_refuses_texts_of_another_length(run_dir, tiny_model, tmp_path, capsys):
     other = runs.train(tiny_model, tmp_path, "short", engine={"max_new_tokens": 3}, trainer={"rounds": 1})
     capsys.readouterr()

@@ -14,12 +14,16 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config.schema import TrainConfig
-from ..errors import UserError
+from ..contexts import load_contexts
+from ..errors import UserError, disk_errors
+from ..features import check_columns
 from ..measure.estimators import Estimate
 from ..measure.evaluate import Evaluation
 from ..progress import activity
@@ -69,14 +73,24 @@ def measure_runs(run_dirs: Sequence[str | Path], samples: int, base_samples: int
     evaluations = []
     for number, config in enumerate(configs, start=1):
         log.info("measuring %d/%d: %s", number, len(configs), config.run_dir)
-        alike = config.model_copy(update={"contexts": first.contexts, "evaluation": first.evaluation})
-        evaluations.append(measure(alike, samples, base_samples, seed, Path(first.run_dir)))
+        evaluations.append(measure(config, samples, base_samples, seed, Path(first.run_dir), first))
     return evaluations
 
 
-def measure(config: TrainConfig, samples: int, base_samples: int, seed: int, folder: Path) -> Evaluation:
-    """Evaluate a run's newest checkpoint; the base's sample comes from `folder`, or is drawn and kept there."""
+def measure(
+    config: TrainConfig, samples: int, base_samples: int, seed: int, folder: Path, like: TrainConfig | None = None
+) -> Evaluation:
+    """Evaluate a run's newest checkpoint; the base's sample comes from `folder`, or is drawn and kept there.
+
+    The evaluation contexts are those of another run, `like`, if there is one.
+    """
     session = Session(config, resume=True)
+    if like is not None:
+        prompting = replace(session.prompting, settings=like.contexts)
+        contexts = load_contexts(like.contexts.eval or like.contexts.train, prompting)[: like.evaluation.contexts]
+        session.base.refuse_lengths(contexts, config.engine.max_new_tokens)
+        check_columns(session.scorer.target.features, contexts, f"what {like.run_dir} is evaluated on")
+        session.eval_contexts = contexts
     return evaluate_checkpoint(session, samples, seed, frozen_base_sample(session, base_samples, seed, folder))
 
 
@@ -86,7 +100,7 @@ def frozen_base_sample(session: Session, samples: int, seed: int, folder: Path) 
     same = [config.model, config.dtype, [c.token_ids for c in contexts], config.engine.max_new_tokens, samples, seed]
     key = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
     path = folder / f"base-sample-{key}.safetensors"
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError, SafetensorError, TypeError):  # a damaged one is drawn again
         return Rollouts(contexts=contexts, **load_file(path))
     what = f"drawing {samples} completions of the base for each of {len(contexts)} contexts, for Z"
     with (
@@ -95,10 +109,11 @@ def frozen_base_sample(session: Session, samples: int, seed: int, folder: Path) 
         contextlib.closing(session.start_engine(base, 0)) as engine,
     ):
         rollouts = engine.sample(contexts, samples, seed)
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # of two runs side by side the later one wins
-    save_file(rollouts.tensors(), temporary)
-    temporary.rename(path)
+    with disk_errors(f"cannot write {path}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(rollouts.tensors(), temporary)
+        temporary.rename(path)
     return rollouts
 
 
