@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import JsonValue
+
 from .config.section import Section, UserPath
 from .errors import UserError, one_line
 
@@ -20,9 +22,9 @@ class ContextsConfig(Section):
     """Prompts that are never trained on, for the evaluation; none: those of `train`."""
     system_prompt: str | None = None
     """Put before every chat that has no system message."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, JsonValue] = {}
     """For the chat template, such as {enable_thinking: false}; chat_template is its name where there are several."""
-    tools: list[dict[str, Any]] = []
+    tools: list[dict[str, JsonValue]] = []
     """JSON schemas for the chat template; columns called tools and chat_template_kwargs go before these two."""
 
     def refuse_chat_keys(self, where: str) -> None:
@@ -41,7 +43,7 @@ def _is_message(message: Any) -> bool:
     if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
         return False
     content = message.get("content")
-    if isinstance(content, list):
+    if content and isinstance(content, list):
         return all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
     return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
@@ -75,6 +77,8 @@ def render(
             raise UserError(f"{where}: the chat template {template[:40]!r}… does not look at {name}; leave it out")
     if system is not None and system.strip() not in text:
         raise UserError(f"{where}: the chat template leaves the system message out; so must contexts.system_prompt be")
-    if any(isinstance(m.get("content"), list) and str(m["content"]) in text for m in messages):
+    parts = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+    # as Python prints them, up to the last text: an answer to be continued ends with it
+    if any(str(part).rpartition(repr(part[-1]["text"]))[0] in text for part in parts):
         raise UserError(f'{where}: the chat template takes no lists of parts; write each "content" as one string')
     return text, messages

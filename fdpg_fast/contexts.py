@@ -119,12 +119,9 @@ def _tokenize(texts: list[str], prompting: Prompting) -> list[list[int]]:
     def tokens(texts: list[str]) -> list[list[int]]:
         return prompting.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    enough = 64 * (prompting.max_tokens + 1)  # characters; a token rarely has more than 64
-    all_ids = tokens([text[:enough] for text in texts])
-    for index, text in enumerate(texts):
-        if len(text) > enough and len(all_ids[index]) <= 2 * prompting.max_tokens:
-            all_ids[index] = tokens([text])[0]
-    return all_ids
+    enough, many = 64 * (prompting.max_tokens + 1), 2 * prompting.max_tokens  # a token rarely has over 64 characters
+    begun = zip(texts, tokens([text[:enough] for text in texts]), strict=True)
+    return [tokens([text])[0] if len(text) > enough and len(ids) <= many else ids for text, ids in begun]
 
 
 def _around(prompting: Prompting) -> tuple[list[int], list[int]]:

@@ -70,16 +70,24 @@ def _json(path: str) -> Iterator[Row]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_fields)
     except Exception as error:  # also what nests too deep, or has too many digits
         raise UserError(f"{where} is not JSON: {one_line(error).replace('line 1 column', 'column')}") from None
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):  # all but the last value would be lost
+        raise ValueError(f"a key is there twice among {', '.join(name for name, _ in pairs)}")
+    return fields
 
 
 def _csv(path: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default is less than a long prompt
     rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    names, line = next(rows, []), rows.line_num + 1
+    line = 1
     try:
+        names, line = next(rows, []), rows.line_num + 1
         for fields in rows:
             if fields:  # no blank line
                 if not len(fields) == len(names) == len({*names}):
@@ -114,7 +122,8 @@ def _data_set(path: str) -> Iterator[Row]:
         loaded, given = datasets.load_dataset(*source, split=split or None), split
     splits = loaded if isinstance(loaded, dict) else {given: loaded}
     if split not in splits and (split or len(splits) > 1):
-        raise UserError(f"contexts: {path!r}: write {name}:SPLIT, with one of its splits: {', '.join(splits)}")
+        known = ", ".join(f"{name}:{one}".rstrip(":") for one in splits)
+        raise UserError(f"contexts: {path!r}: there is no such split; write {known}")
     return _arrow_rows(splits[split or next(iter(splits))].with_format("arrow")[:], path)
 
 

@@ -116,6 +116,10 @@ def test_parts_are_for_templates_that_take_parts(render):
     assert render(OF_PARTS, PARTS).text == "hi"
     with pytest.raises(UserError, match=r"p\.jsonl:1: the chat template takes no lists of parts"):
         render(PLAIN, PARTS)  # it would write Python's brackets
+    for part in ({"type": "text", "text": "So"}, {"text": "So", "type": "text"}):  # cut off behind "So"
+        with pytest.raises(UserError, match=r"p\.jsonl:1: the chat template takes no lists of parts"):
+            render(PLAIN, [HI, {"role": "assistant", "content": [part]}])
+    assert render(OF_PARTS, [*PARTS, {"role": "assistant", "content": [{"text": "So"}]}]).text == "hiSo"
     with pytest.raises(UserError, match=r"p\.jsonl:1: the chat template refuses these messages: .*str"):
         render("{{ '>' + messages[0].content }}", PARTS)
 
@@ -148,6 +152,7 @@ def test_parts_are_for_templates_that_take_parts(render):
             "refuses .*does not appear",
         ),
         "no messages": (PLAIN, [], {}, 'p.jsonl:1: "prompt" must be a string or a list'),
+        "no parts": (PLAIN, [{"role": "user", "content": []}], {}, 'p.jsonl:1: "prompt" must be'),
         "role is a number": (PLAIN, [{"role": 1, "content": "x"}], {}, 'p.jsonl:1: "prompt" must be'),
         "image": (PLAIN, [{"role": "user", "content": [{"type": "image", "url": "x"}]}], {}, "messages of text"),
         "tools that are no JSON": (TOOLS, [HI], {"columns": {"tools": "search"}}, "p.jsonl:1: .*refuses"),

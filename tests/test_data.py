@@ -93,15 +93,10 @@ def test_folders_and_their_splits_are_read_by_datasets(tmp_path):
     assert read(tmp_path / "saved") == ROWS
     assert read(f"{tmp_path}/both:test") == ROWS[:1]
     assert read(f"{tmp_path}/files:test") == ROWS[:2] and read(f"{tmp_path}/files:train[1:]") == ROWS[1:]
-    for name, splits in {
-        "both": "train, test",
-        "files:": "train, test",
-        "both:dev": "train, test",
-        "saved:x": "",
-    }.items():
-        with pytest.raises(
-            UserError, match=f"write .*{name.partition(':')[0]}:SPLIT, with one of its splits: {splits}"
-        ):
+    both = {name: f"{tmp_path}/{name}:train, {tmp_path}/{name}:test" for name in ("both", "files")}
+    known = {"both": both["both"], "files:": both["files"], "both:dev": both["both"], "saved:x": f"{tmp_path}/saved"}
+    for name, ways in known.items():
+        with pytest.raises(UserError, match=f"there is no such split; write {ways}$"):
             read_rows(f"{tmp_path}/{name}")
     with pytest.raises(UserError, match='Unknown split "dev"'):
         read_rows(f"{tmp_path}/files:dev")
@@ -140,6 +135,9 @@ BAD = {
     "lines in .json": ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', r"p\.json is not JSON: Extra data: line 2"),
     "deep": ("p.jsonl", DEEP, r"p\.jsonl:1 is not JSON: .*recursion"),
     "deep .json": ("p.json", f"[{DEEP}]", r"p\.json is not JSON: .*recursion"),
+    "key twice": ("p.jsonl", '{"prompt": "a", "prompt": "b"}', r"p\.jsonl:1 is not JSON: a key is there twice"),
+    "key twice inside": ("p.json", '[{"prompt": [{"role": 1, "role": 2}]}]', "a key is there twice among role, role"),
+    "open quotes in the header": ("p.csv", '"prompt\na\n', r"p\.csv:1 is not CSV: unexpected end"),
     "digits": ("p.jsonl", '{"prompt": "a", "n": ' + 5000 * "1" + "}", r"p\.jsonl:1 is not JSON: .*digits"),
     "open quotes": ("p.csv", 'prompt,n\na,1\n"b,2\n', r"p\.csv:3 is not CSV: unexpected end"),
     "quotes inside": ("p.csv", 'prompt\n"a"b\n', r"p\.csv:2 is not CSV: ',' expected after"),

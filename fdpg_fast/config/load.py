@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,9 +33,10 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
             value = yaml.load(text, _Loader)
         except Exception:  # no YAML, or no value of the type that it looks like
             value = text
-        holds_text = any(field.annotation in _TEXTS for field in _FIELDS.get(_generic(key), ()))
-        # text as typed: YAML would make a number of 2024, a bool of "no" and a list of "[a-z]"
-        set_key(data, key, text if holds_text and value is not None else value)
+        texts = {field.annotation for field in _FIELDS.get(_generic(key), ())}.intersection(_TEXTS)
+        if texts and (value is not None or str in texts):
+            value = text  # as typed: YAML would make a number of 2024, a bool of "no" and a list of "[a-z]"
+        set_key(data, key, value)
     return parse_config(data)
 
 
@@ -54,11 +56,9 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML file; raises UserError where it holds something else."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config: cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        data = yaml.load(text, _Loader)
     except Exception as error:  # also of a date that there is not, of digits or brackets by the thousand
         raise UserError(f"config: {str(path)!r} is not YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
@@ -78,7 +78,9 @@ def parse_config(data: Mapping[str, Any]) -> TrainConfig:
 
 def dump_config(config: TrainConfig) -> str:
     """The resolved config as YAML; `load_config` reads it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(plain := config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # YAML reads the rarer ends of lines as line feeds unless they are escaped
+    return yaml.safe_dump(plain, sort_keys=False) if re.search("[\x85\u2028\u2029]", text) else text
 
 
 def config_keys() -> dict[str, str]:

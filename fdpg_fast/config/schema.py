@@ -5,6 +5,7 @@ Paths are relative to the working directory.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -27,8 +28,7 @@ def _server_address(url: str) -> str:
             "servers with --api-key, and set the environment variable VLLM_API_KEY to that key here"
         )
     parts = urlsplit(url)
-    extra = set(url) & set(" ?#") or parts.path.rstrip("/").endswith("/v1")  # that is of OpenAI's calls alone
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or extra:
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or re.search(r"[\s?#]", url):
         raise ValueError("this is no address of a server; write [http://HOST:PORT, …]")
     if parts.path.rstrip("/").endswith("/v1"):
         raise ValueError("leave /v1 out: it is asked for more than completions")

@@ -28,8 +28,7 @@ class Section(BaseModel):
     def _no_truth_for_a_number(cls, data: Any) -> Any:
         for name, value in data.items() if isinstance(data, dict) else ():
             is_switch = name in cls.model_fields and cls.model_fields[name].annotation is bool
-            if not is_switch and any(
-                isinstance(item, bool) for item in (value if isinstance(value, list) else [value])
-            ):
+            items = value if isinstance(value, list) else [value]
+            if not is_switch and any(isinstance(item, bool) for item in items):
                 raise ValueError(f"{name} is neither true nor false (YAML's yes and no too); put quotes around a text")
         return data

@@ -2,6 +2,8 @@
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fdpg_fast import TrainConfig
@@ -129,6 +131,16 @@ def test_dumped_config_reads_back_as_itself(data, tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
+@given(text=st.text() | st.text("\x85\u2028\u2029\ufeff \n\r\t'\"é:#-", max_size=9), other=st.text())
+@example(text="a\u2028b", other="\x85")
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_reads_back_as_itself(text, other, tmp_path):
+    config = parse_config({**SMALLEST, "contexts": {"system_prompt": text, "chat_template_kwargs": {other: [text]}}})
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert "é" in dump_config(parse_config({**SMALLEST, "model": "é"}))  # as a person wrote it
+
+
 def test_config_is_frozen():
     config = parse_config(SMALLEST)
     for section, name in [(config, "model"), (config.trainer, "rounds"), (config.target[0], "kind")]:
@@ -155,6 +167,8 @@ def test_defaults_of_one_config_are_not_shared_with_another():
         ("contexts.train", "data/p.jsonl", "data/p.jsonl"),
         ("tracking", "[tensorboard]", ["tensorboard"]),
         ("target.0.feature.word", "coffee", "coffee"),
+        ("target.0.feature.word", "null", "null"),  # that there is none is said of keys alone that may have none
+        ("target.0.feature.name", "null", None),
     ],
 )
 def test_override_sets_one_key(key, text, expected, tmp_path):

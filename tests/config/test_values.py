@@ -200,9 +200,7 @@ def test_a_setting_without_effect_is_refused(key, value, without, needed):
     ("url", "is_address"),
     [(url, True) for url in ("http://gpu-box:8000", "https://h", "http://10.0.0.1:1/", "http://[::1]:80", "http://h/a")]
     + [(url, False) for url in ("gpu-box:8000", "http://", "http://h:abc", "http://h:99999", "http://h:0", "ftp://h")]
-    + [
-        (url, False) for url in ("http://h/v1", "http://h/v1/", "http://me:secret@h", "http://h?x=1", "http://[::1", "")
-    ],
+    + [(url, False) for url in ("http://me:secret@h", "http://h?x=1", "http://[::1", "", "http://h\t:1", "http://h\n")],
 )
 def test_addresses_of_servers(url, is_address):
     data = {**SMALLEST, "engine": {**SERVED, "urls": [url]}}
@@ -211,6 +209,27 @@ def test_addresses_of_servers(url, is_address):
     else:
         with pytest.raises(UserError, match=r"^engine\.urls"):
             parse_config(data)
+
+
+@pytest.mark.parametrize("url", ["http://h/v1", "http://h:8000/v1/", "https://h/proxy/v1"])
+def test_the_address_that_clients_of_openai_use_is_answered_with_the_right_one(url):
+    with pytest.raises(UserError, match=r"^engine\.urls\.0: .*leave /v1 out"):
+        parse_config({**SMALLEST, "engine": {**SERVED, "urls": [url]}})
+
+
+NO_JSON = ["{x: 2024-01-31}", "{x: 2024-01-31 10:00:00}", "{x: !!binary /w==}", "{x: !!set {a}}", "{x: {1: 2}}"]
+NO_JSON += ["{x: .nan}", "&a {x: *a}", "&a {x: [*a]}"]
+
+
+@pytest.mark.parametrize("key", ["chat_template_kwargs: ", "tools: [", "chat_template_kwargs: {a: "])
+@pytest.mark.parametrize("value", NO_JSON)
+def test_what_a_chat_template_gets_is_what_the_run_s_config_can_hold(key, value, tmp_path):
+    text = (
+        yaml.safe_dump(SMALLEST) + f"contexts: {{train: a.jsonl, {key}{value}{']' * ('[' in key)}{'}' * ('{' in key)}}}"
+    )
+    (tmp_path / "given.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"^contexts\."):
+        load_config(tmp_path / "given.yaml")
 
 
 def test_servers_need_what_they_are_reached_by():
