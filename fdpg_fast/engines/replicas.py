@@ -94,17 +94,21 @@ class VLLMServerEngine:
         if self.version < 0:
             raise RunError("the vLLM servers hold no weights to sample with: sync_weights comes first")
         firsts = range(0, samples_per_context, SAMPLES_PER_REQUEST)
-        counts = [min(SAMPLES_PER_REQUEST, samples_per_context - first) for first in firsts]
         live = self._live()
         pool = ThreadPoolExecutor(REQUESTS_PER_REPLICA * len(live))
         try:
             futures = [
-                pool.submit(self._complete, context.token_ids, count, f"{seed}/{position}/{first}")
+                pool.submit(
+                    self._complete,
+                    context.token_ids,
+                    min(SAMPLES_PER_REQUEST, samples_per_context - first),
+                    f"{seed}/{position}/{first}",
+                )
                 for position, context in enumerate(contexts)
-                for first, count in zip(firsts, counts, strict=True)
+                for first in firsts
             ]
             while wait(futures, HEALTH_EVERY).not_done:  # a request says nothing until it is finished
-                self._ask_all(live, self._check_health)
+                self._ask_all(self._live(), Replica.check_health)
             answers = [future.result() for future in futures]
         except BaseException:
             for replica in live:
@@ -198,12 +202,6 @@ class VLLMServerEngine:
                 for replica in replicas:
                     replica.hang_up()
                 raise
-
-    def _check_health(self, replica: Replica) -> None:
-        if replica.url in self.lost:
-            replica.hang_up()  # on what connected just when it was left out
-        else:
-            replica.check_health()
 
     def _leave_out(self, replica: Replica, error: ReplicaError) -> None:
         with self._lock:

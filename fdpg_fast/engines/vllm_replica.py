@@ -49,6 +49,7 @@ class Replica:
     label: str = ""
     vocabulary: int = 0
     _sockets: set[socket.socket] = field(default_factory=set)  # that wait for it
+    _hung_up: bool = False
     _transfer: Any = None  # vLLM's trainer-side transfer engine: an NCCL communicator, or CUDA IPC
 
     def ask(self, method: str, path: str, body: Any = None, *, seconds: float | None = None, most: int = 2**20) -> Any:
@@ -68,6 +69,8 @@ class Replica:
             waiting.settimeout(seconds or self.timeout)
             self._sockets.add(waiting)
             try:
+                if self._hung_up:  # while this one connected
+                    raise ConnectionAbortedError("it is left out")
                 connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
                 response = connection.getresponse()
                 return response, response.read(most + 1)
@@ -90,7 +93,8 @@ class Replica:
         return parse(path.partition("?")[0], response.headers.get_content_type(), answer)
 
     def hang_up(self) -> None:
-        """Make every thread that waits for this server fail at once."""
+        """Make every thread that waits for this server fail at once; nothing is asked before it expects weights."""
+        self._hung_up = True
         for waiting in self._sockets.copy():
             with contextlib.suppress(OSError):
                 waiting.shutdown(socket.SHUT_RDWR)
@@ -114,6 +118,7 @@ class Replica:
 
     def expect_weights(self) -> None:
         """Stop sampling, and make room for the weights that come."""
+        self._hung_up = False
         self.check_health()  # one that is dead costs seconds, not a time-out
         if self.weight_transfer == "ipc":
             self.ask("POST", "/wake_up?tags=weights")

@@ -15,9 +15,9 @@ from ..errors import RunError
 from ..models.language_model import LanguageModel
 from ..rollouts import Rollouts
 
-GAP_TOKENS = 32  # of a round, at least, that the learner scores
+GAP_TOKENS = 32  # of a round that the learner scores, or a few more; fewer at its end
 GAP_LIMITS = {"float32": (1e-4, 1e-2), "bfloat16": (0.1, 0.3)}  # warn and stop: mean nats a token
-SHORTEST = 8  # tokens over which a completion's gap is spread at least: in bfloat16 a single one errs by half a nat
+SHORTEST = 8  # tokens over which a gap is spread at least: in bfloat16 a single one errs by half a nat
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def log_ratio(rollouts: Rollouts, policy: LanguageModel, micro_batch_tokens: int
 
 
 def refuse_far(gaps: Tensor, lengths: Tensor, limit: float, first: int = 0) -> None:
-    """Look at completions from place `first` on: |log q − log π| [B] of each, and its tokens [B].
+    """Refuse completions, from place `first` on, by their |log q − log π| [B] and numbers of tokens [B].
 
     Raises:
         Disagreement: it is above `limit` nats a token for some, or NaN.
@@ -75,14 +75,15 @@ def compare_with_learner(
     compared = rollouts.part(slice(first, last))
     difference = log_ratio(compared, policy, micro_batch_tokens)
     tokens, sequences = difference.abs(), sum_by_sequence(difference, compared.cu_seqlens).abs()
-    gap, (warning, limit) = float(tokens.mean()), gap_limits(config)
+    warning, limit = gap_limits(config)
     refuse_far(sum_by_sequence(tokens, compared.cu_seqlens), compared.lengths, limit, first)
+    gap = float(tokens.sum()) / max(len(tokens), SHORTEST)
     if not gap <= limit:
         raise Disagreement(range(first, last), gap, limit)
     if gap > warning:
         log.warning("the engine's log-probs differ from the learner's by %.2g nats a token; see docs/engines.md", gap)
     return {
-        "logprob_gap_mean": gap,
+        "logprob_gap_mean": float(tokens.mean()),
         "logprob_gap_max": float(tokens.max()),
         "sequence_gap_mean": float(sequences.mean()),
         "sequence_gap_max": float(sequences.max()),

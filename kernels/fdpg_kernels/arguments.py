@@ -17,7 +17,7 @@ from .divergences import Divergence
 IGNORED = -100  # a target id: nothing of this row counts
 ELSEWHERE = -101  # a target id: the row counts, and its target lies in another shard of the head
 RATIOS = ("sequence", "none")
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # a uint8 cannot be -100: 156 would be taken for it
 
 Number = Tensor | float
 Wants = tuple[bool, bool, bool]  # whether hidden, weight and bias are to get gradients
@@ -106,7 +106,7 @@ def make_head(
         )
     if not temperature.ndim and _may_look(temperature):
         return hidden, Head(weight, bias, float(temperature), softcap)
-    _check_devices("hidden and temperature", hidden, temperature)
+    _check_devices("hidden, target_ids and temperature", hidden, target_ids, temperature)
     rows = temperature.to(result_dtype(hidden)).expand_as(target_ids).masked_fill(target_ids == IGNORED, 1.0)
     positive = (rows > 0) & (rows < math.inf)
     if _may_look(rows) and not bool(positive.all()):
@@ -125,7 +125,7 @@ def check_head(hidden: Tensor, target_ids: Tensor, head: Head, into: Tensor | No
         raise ValueError(f"hidden and weight must share one floating dtype; got {hidden.dtype} and {weight.dtype}")
     if target_ids.shape != hidden.shape[:1] or target_ids.dtype not in INTEGERS:
         raise ValueError(
-            f"target_ids must be [N]=[{len(hidden)}] integers; got {tuple(target_ids.shape)} {target_ids.dtype}"
+            f"target_ids must be [N]=[{len(hidden)}] signed integers; got {tuple(target_ids.shape)} {target_ids.dtype}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V]=[{len(weight)}]; got {tuple(bias.shape)}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arguments import IGNORED, Gradients, Head, Logprobs, Number, Options, Sequences, Wants, result_dtype
 from .reference import SequenceWeights
-from .sequence_weights import sequence_groups, sum_by_sequence, weights_from_sums
+from .sequence_weights import sequence_groups
 from .sequence_weights import sequence_weights as sequence_weights
 
 BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block
@@ -191,43 +191,36 @@ def fdpg_loss(
 
     if not any(wants):
         logprob, _ = linear_logprob(hidden, target_ids, head)
-        policy, behavior = (sum_by_sequence(x, cu_seqlens.to(hidden.device)) for x in (logprob, behavior))
-        weights = weights_from_sums(policy, behavior, score, log_z, options)
+        weights = sequence_weights(logprob, sequences._replace(cu_seqlens=cu_seqlens.to(hidden.device)), options)
         return _loss(weights, total, logprob.dtype), weights, torch.zeros_like(weights.clipped), (None, None, None)
 
     products = _Products(head, *wants[1:])
     hidden_grad = torch.empty_like(hidden) if wants[0] else None
     ends, num_sequences = cu_seqlens.tolist(), len(cu_seqlens) - 1
-    per_sequence: dict[str, Any] = dict(dtype=torch.float64, device=hidden.device)
-    log_z = log_z.to(**per_sequence).expand(num_sequences)
-    baseline = torch.as_tensor(0.0 if options.baseline is None else options.baseline, **per_sequence)
-    baseline = baseline.expand(num_sequences)
+    log_z = log_z.to(hidden.device).expand(num_sequences)
+    baseline = torch.zeros(()) if options.baseline is None else options.baseline
+    baseline = baseline.to(hidden.device).expand(num_sequences)
 
     block: _Block | None = None
     groups, recomputed = [], torch.zeros(num_sequences, dtype=torch.bool, device=hidden.device)
     for first, last in sequence_groups(ends, products.chunk_rows):
         group, span = slice(ends[first], ends[last]), slice(first, last)
-        lengths = torch.tensor([ends[i + 1] - ends[i] for i in range(first, last)], device=hidden.device)
-        sequence_index = torch.repeat_interleave(torch.arange(last - first, device=hidden.device), lengths)
-        chunks, token_logprob = _chunks(group.start, group.stop, products.chunk_rows), []
+        own_ends = torch.tensor([end - group.start for end in ends[first : last + 1]], device=hidden.device)
+        chunks, token_logprob = _chunks(group.start, group.stop, products.chunk_rows), [hidden.new_empty(0)]
         for rows in chunks:
             block = None  # or the last one would live beside this one
             logprob, block = products.forward(hidden, target_ids, rows)
             token_logprob.append(logprob)
-        sums = torch.zeros(2, last - first, **per_sequence)
-        if chunks:
-            sums[0].index_add_(0, sequence_index, torch.cat(token_logprob).double())
-            sums[1].index_add_(0, sequence_index, behavior[group].double())
-        weights = weights_from_sums(
-            sums[0], sums[1], score[span], log_z[span], options._replace(baseline=baseline[span])
-        )
+        own = Sequences(own_ends, behavior[group], score[span], log_z[span])
+        weights = sequence_weights(torch.cat(token_logprob), own, options._replace(baseline=baseline[span]))
         groups.append(weights)
         recomputed[span] = len(chunks) > 1
-        row_gradient = (-weights.weight / total)[sequence_index].to(products.weight.dtype)  # d loss / d log π
+        # d loss / d log π
+        row_gradient = (-weights.weight / total).to(products.weight.dtype).repeat_interleave(own_ends.diff())
         for rows in chunks:
             if block is None or len(chunks) > 1:  # longer than a chunk: its weight came after its first logits went
                 block = None
-                block = products.forward(hidden, target_ids, rows)[1]
+                _, block = products.forward(hidden, target_ids, rows)
             gradient = row_gradient[rows.start - group.start : rows.stop - group.start]
             x_grad = products.backward(block, gradient, wants[0])
             if hidden_grad is not None and x_grad is not None:

@@ -1,6 +1,7 @@
 """A vLLM server whose answers are wrong, beside a good one: left out, never trained on, and no reason to stop."""
 
 import contextlib
+import http.client
 import json
 import logging
 import signal
@@ -170,6 +171,17 @@ def test_a_signal_does_not_wait_for_a_server_that_hangs(folder, policy, tmp_path
         threading.Timer(0.5, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             engine.sync_weights(policy, 0)
+    assert time.monotonic() - started < 10
+
+
+def test_nobody_waits_for_a_server_that_was_hung_up_on_while_a_request_connected(folder, monkeypatch):
+    hanging = FakeServer(folder, "/pause", fake_server.sent(pace=5.0))
+    with fake_server.servers(hanging):
+        replica, connect = Replica(hanging.url, 60.0, "disk"), http.client.HTTPConnection.connect
+        monkeypatch.setattr(http.client.HTTPConnection, "connect", lambda self: (connect(self), replica.hang_up()))
+        started = time.monotonic()
+        with pytest.raises(ReplicaError, match="/pause: it is left out"):
+            replica.ask("POST", "/pause")
     assert time.monotonic() - started < 10
 
 

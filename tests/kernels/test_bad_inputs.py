@@ -14,6 +14,7 @@ HEAD = {  # changed argument → what the message must say
     "integer hidden": (dict(hidden=torch.zeros(6, 5).long()), "floating dtype"),
     "target_ids short": (dict(target_ids=torch.zeros(5).long()), r"target_ids must be \[N\]=\[6\].*\(5,\)"),
     "target_ids float": (dict(target_ids=torch.zeros(6)), "target_ids must be .* integers"),
+    "target_ids uint8": (dict(target_ids=torch.zeros(6, dtype=torch.uint8)), "signed integers; got .* torch.uint8"),
     "target = V": (dict(target_ids=torch.tensor([0, 1, 2, 3, 4, 11])), r"\[0, V=11\) or be -100"),
     "target −1": (dict(target_ids=torch.tensor([0, 1, 2, 3, 4, -1])), r"they span \[-1, 4\]"),
     "target −101": (dict(target_ids=torch.tensor([0, 1, 2, 3, -100, -101])), r"span \[-101, 3\]"),
