@@ -6,8 +6,11 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .errors import UserError, one_line
 
@@ -24,10 +27,27 @@ def import_object(path: str) -> Any:
     if not module_path or not attribute:
         raise UserError(f"import path {path!r}: write package.module:name or file.py:name")
     try:
-        module = _load_file(module_path) if module_path.endswith(".py") else _load_module(module_path)
+        with torch_as_before():
+            module = _load_file(module_path) if module_path.endswith(".py") else _load_module(module_path)
         return getattr(module, attribute)
     except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise UserError(f"import path {path!r}: {type(error).__name__}: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def torch_as_before() -> Iterator[None]:
+    """A block that runs a user's code: what it sets for all of torch, as code that judges by a model may, is set back.
+
+    Gradients switched off would end the run; another default dtype would round its tensors without a word.
+    """
+    gradients, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:  # to set one slows down all that follows
+            torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def _load_module(name: str) -> Any:

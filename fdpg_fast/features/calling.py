@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from ..imports import torch_as_before
+
 _INTERVAL = 0.1  # seconds from one interruption to the next: a bare `except:` may swallow the first
 # not SIGALRM, with which functions limit their own parts; nor one that libraries or schedulers use
 _WAKE = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
@@ -89,7 +91,7 @@ async def _await(awaitable: Any, deadline: float) -> Any:
 
 def _call(function: Callable[..., Any], arguments: Mapping[str, Any], deadline: float) -> Any:
     try:
-        with contextlib.chdir("."):  # and back again, wherever it goes
+        with torch_as_before(), contextlib.chdir("."):  # and back again, wherever it goes
             if threading.current_thread() is threading.main_thread():
                 return _call_interruptibly(function, arguments, deadline)
             return function(**arguments)

@@ -22,6 +22,7 @@ from fdpg_fast.clock import Clock
 from fdpg_fast.contexts import Context
 from fdpg_fast.errors import RunError
 from fdpg_fast.features import Completions, Feature, feature, started
+from fdpg_fast.imports import import_object
 from fdpg_fast.rollouts import Rollouts
 from fdpg_fast.scoring import Scorer
 from fdpg_fast.targets import rlhf
@@ -360,6 +361,20 @@ def test_a_feature_that_works_elsewhere_leaves_the_run_where_it_was(fails, tmp_p
     with contextlib.suppress(RunError):
         values(score)
     assert os.getcwd() == before
+
+
+@pytest.mark.parametrize("at_import", [False, True])
+@pytest.mark.parametrize(
+    "setting", ["set_grad_enabled(False)", "set_default_dtype(torch.bfloat16)", "set_default_device('meta')"]
+)
+def test_what_a_feature_sets_for_all_of_torch_is_set_back(setting, at_import, tmp_path):
+    """As code that judges by a model of its own may: the run would stop, or round its numbers in silence."""
+    above, within = ("torch." + setting, "pass") if at_import else ("", "torch." + setting)
+    file = tmp_path / f"judge_{setting.partition('(')[0]}_{at_import}.py"
+    file.write_text(f"import torch\n{above}\ndef score(completions):\n    {within}\n    return [1, 2]\n")
+    assert values(import_object(f"{file}:score")) == [1.0, 2.0]
+    made = torch.ones(1, requires_grad=True) * 2
+    assert (made.requires_grad, made.dtype, made.device.type) == (True, torch.float32, "cpu")
 
 
 # --- the limit ---
