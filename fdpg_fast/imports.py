@@ -26,11 +26,14 @@ def import_object(path: str) -> Any:
     module_path, _, attribute = path.rpartition(":")
     if not module_path or not attribute:
         raise UserError(f"import path {path!r}: write package.module:name or file.py:name")
+    importlib.invalidate_caches()  # it may have been written a moment ago
     try:
         with torch_as_before():
             module = _load_file(module_path) if module_path.endswith(".py") else _load_module(module_path)
         return getattr(module, attribute)
-    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's module does when it is imported
         raise UserError(f"import path {path!r}: {type(error).__name__}: {one_line(error)}") from error
 
 
@@ -64,7 +67,6 @@ def _load_file(path: str) -> Any:
     executed again.
     """
     file = Path(path).expanduser().resolve(strict=True)
-    importlib.invalidate_caches()  # it may have been written a moment ago
     for folder, name in ((file.parent, file.stem), (file.parent.parent, f"{file.parent.name}.{file.stem}")):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
@@ -75,6 +77,8 @@ def _load_file(path: str) -> Any:
             changed = file.stat().st_mtime_ns
             if _changed.setdefault(file, changed) != changed:
                 sys.modules.pop(name, None)
+                if found.cached is not None:  # which knows a change only by the second and the size
+                    Path(found.cached).unlink(missing_ok=True)
             _changed[file] = changed
             return importlib.import_module(name)
     raise ImportError(f"{file.stem!r} is the name of another module, or cannot be one's: rename the file")

@@ -193,7 +193,7 @@ def pointwise(feature: Feature) -> Target:
 
 def rlhf(reward: Feature, beta: float) -> Target:
     """φ = exp(reward/β): reverse KL to it is reinforcement learning with a KL penalty of weight β."""
-    if not beta > 0:
+    if not 0 < beta < torch.inf:
         raise UserError(f"target: beta={beta:g}; it must be a positive number")
     return Target((Term((reward,), lambda values: values.nan_to_num(0.0)[:, 0] / beta, can_be_zero=False),))
 

@@ -45,7 +45,7 @@ def test_rlhf_is_the_reward_over_beta():
     target = rlhf(named("r"), beta=0.1)
     assert target.log_phi(column(2, -3, 0, NAN)).tolist() == pytest.approx([20, -30, 0, 0])
     assert not target.can_be_zero and not target.needs_fit
-    for beta in (0, -1, NAN):
+    for beta in (0, -1, NAN, INF):
         with pytest.raises(UserError, match=f"beta={beta:g}; it must be a positive number"):
             rlhf(named("r"), beta)
 

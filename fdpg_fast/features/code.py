@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import warnings
 from collections.abc import Callable
 from typing import Literal
@@ -47,7 +48,7 @@ def pep8() -> Feature:
     options = pycodestyle.StyleGuide(quiet=2, **checks).options
 
     def clean(source: str) -> bool:
-        lines = (source.rstrip("\n") + "\n").splitlines(keepends=True)
+        lines = io.StringIO(source.rstrip("\n") + "\n", newline=None).readlines()  # as of a file: no other line ends
         # pycodestyle only cuts source into tokens: `x = 1 1` has no fault of style
         return parses(source) and pycodestyle.Checker(lines=lines, options=options).check_all() == 0
 

@@ -48,44 +48,41 @@ class Completions:
         """
         chats = self.chats or [None] * len(self.prompts)
 
-        def question(text: str, chat: Any) -> Any:
-            return copy.deepcopy(list(chat)) if chat else text
-
-        def answer(text: str, chat: Any) -> Any:
-            return [{"role": "assistant", "content": text}] if chat else text
-
-        def copies(values: list[Any]) -> Callable[[], Any]:
-            return lambda: [copy.deepcopy(value) for value in values]  # one by one: rows of one context share theirs
-
-        makers: dict[str, Callable[[], Any]] = {
-            **{name: copies(values) for name, values in self.columns.items()},
-            "completions": lambda: list(map(answer, self.completions, chats)),
-            "prompts": lambda: list(map(question, self.prompts, chats)),
-            "texts": lambda: self.texts,
-            "completion_ids": copies(self.completion_ids),
-            "finished": copies(self.finished),
-            "completion_texts": copies(self.completions),
-            "prompt_texts": copies(self.prompts),
-            "tokenizer": lambda: copy.deepcopy(self.tokenizer),  # checkpoints save the original
-        }
         parameters = inspect.signature(function).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        wanted = {*parameters, *(makers.keys() - ON_REQUEST if takes_all else ())}
-        return {name: make() for name, make in makers.items() if name in wanted}
+        wanted = {*parameters, *(self.columns.keys() | GIVEN if takes_all else ())}
+        rows = zip(self.prompts, self.completions, chats, strict=True)
+        exchanges = [
+            (copy.deepcopy([*chat]), [{"role": "assistant", "content": text}]) if chat else (prompt, text)
+            for prompt, text, chat in rows
+        ]
+        given = {
+            # value by value: rows of one context share theirs
+            **{name: [*map(copy.deepcopy, values)] for name, values in self.columns.items() if name in wanted},
+            "completions": [answer for _, answer in exchanges],
+            "prompts": [question for question, _ in exchanges],
+            "texts": self.texts,
+            "completion_ids": [[*tokens] for tokens in self.completion_ids],
+            "finished": [*self.finished],
+            "completion_texts": [*self.completions],
+            "prompt_texts": [*self.prompts],
+            # checkpoints save the original
+            "tokenizer": copy.deepcopy(self.tokenizer) if "tokenizer" in wanted else None,
+        }
+        return {name: value for name, value in given.items() if name in wanted}
 
     @staticmethod
     def decode(
         rollouts: Rollouts, tokenizer: Any, continues_prompt: bool = True, keep_special_tokens: bool = False
     ) -> Completions:
         """The texts of rollouts, without special tokens, or with all but BOS, EOS and padding."""
-        always_left_out: set[int | None] = set()
-        if keep_special_tokens:
-            always_left_out = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         options = {"skip_special_tokens": not keep_special_tokens, "clean_up_tokenization_spaces": False}
 
         def text(sequences: list[list[int]]) -> list[str]:
-            kept = [[token for token in tokens if token not in always_left_out] for tokens in sequences]
-            return tokenizer.batch_decode(kept, **options)
+            if keep_special_tokens:
+                ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+                sequences = [[token for token in tokens if token not in ends] for tokens in sequences]
+            return tokenizer.batch_decode(sequences, **options)
 
         ids, index = rollouts.completion_ids(), rollouts.context_index.tolist()
         contexts = [rollouts.contexts[i] for i in index]

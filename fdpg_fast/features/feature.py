@@ -20,6 +20,8 @@ from ..imports import import_object
 from .calling import Call, TimeUp, is_async
 from .completions import GIVEN, ON_REQUEST, Completions
 
+LONGEST = 1e6  # seconds of a call: with more the clocks of some systems overflow
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -32,7 +34,7 @@ class Feature:
         timeout: seconds that one call may take.
 
     Raises:
-        UserError: the name is empty, or holds what a terminal would obey.
+        UserError: the name is empty or holds what a terminal would obey, or the function cannot be called by name.
     """
 
     name: str
@@ -40,8 +42,16 @@ class Feature:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        if not (self.name and self.name.isprintable()):
+        if not (isinstance(self.name, str) and self.name and self.name.isprintable()):
             raise UserError(f"a feature cannot be called {self.name!r}: give it a name of printable characters")
+        try:
+            parameters = inspect.signature(self.score).parameters.values()
+        except (TypeError, ValueError):  # of something written in C
+            parameters = None
+        if parameters is None or any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
+            raise UserError(f"feature {self.name!r} takes no arguments by name; call it in a function that does")
+        if not 0 < self.timeout <= LONGEST:
+            raise UserError(f"feature {self.name!r}: its timeout is {self.timeout:g}, not in (0, {LONGEST:g}] seconds")
 
     def __call__(self, batch: Completions) -> Tensor:
         """Its values, [B] float64; NaN where it does not apply.
@@ -70,16 +80,16 @@ class Feature:
                 f"feature {self.name!r} did not return within its timeout of {self.timeout:g} s "
                 f"for {len(batch.completions)} completions; raise the feature's timeout or make it faster"
             ) from None
-        except RunError:  # says all already
+        except (RunError, KeyboardInterrupt):  # a RunError says all already
             raise
-        except (Exception, SystemExit) as error:
-            while isinstance(error, ExceptionGroup):  # of asyncio.TaskGroup, which says no more than how many
+        except BaseException as error:  # sys.exit, and panics of libraries in Rust
+            while isinstance(error, BaseExceptionGroup):  # of asyncio.TaskGroup, which says no more than how many
                 error = error.exceptions[0]
             raise RunError(f"feature {self.name!r} raised {type(error).__name__}: {one_line(error)}") from error
 
     def _checked(self, values: Any, completions: list[str]) -> Tensor:
         has_returned = f"feature {self.name!r} returned"
-        if isinstance(values, str) or not (isinstance(values, Sequence) or getattr(values, "ndim", 0) > 0):
+        if isinstance(values, str | bytes) or not (isinstance(values, Sequence) or getattr(values, "ndim", 0) > 0):
             raise RunError(f"{has_returned} {type(values).__name__}, not one number a completion")
         if len(values) != len(completions):
             raise RunError(f"{has_returned} {len(values)} values for {len(completions)} completions")
@@ -135,16 +145,19 @@ def started(features: Sequence[Feature], batch: Completions) -> Iterator[Callabl
             call.cancel()
 
 
-def feature(function: Callable[..., Any] | None = None, *, name: str | None = None, timeout: float = 60.0) -> Any:
+def feature(
+    function: Callable[..., Any] | None = None, *, name: str | None = None, timeout: float | None = None
+) -> Any:
     """Decorator that makes a `Feature` of a batched callable: `@feature` or `@feature(name=…, timeout=…)`."""
     if function is None:
         return lambda f: feature(f, name=name, timeout=timeout)
-    if isinstance(function, Feature):
-        return function
-    return Feature(name or str(getattr(function, "__name__", type(function).__name__)), function, timeout)
+    if not isinstance(function, Feature):
+        function = Feature(str(getattr(function, "__name__", type(function).__name__)), function)
+    given: dict[str, Any] = {"name": name, "timeout": timeout}
+    return replace(function, **{key: value for key, value in given.items() if value is not None})
 
 
-def import_feature(path: str, *, name: str | None = None, timeout: float = 60.0) -> Feature:
+def import_feature(path: str) -> Feature:
     """The feature at "package.module:function" or "some/file.py:function", under that name: two instances differ.
 
     Raises:
@@ -153,7 +166,7 @@ def import_feature(path: str, *, name: str | None = None, timeout: float = 60.0)
     function = import_object(path)
     if not callable(function) or inspect.isclass(function):
         raise UserError(f"import path {path!r} leads to a {type(function).__name__}, not a function")
-    return feature(function, name=name or path.rpartition(":")[2], timeout=timeout)
+    return function if isinstance(function, Feature) else Feature(path.rpartition(":")[2], function)
 
 
 class FeatureSection(Section):
@@ -161,14 +174,12 @@ class FeatureSection(Section):
 
     name: str | None = None
     """Name in metrics and tables; none: made from the kind."""
-    timeout: float | None = Field(default=None, gt=0, le=1e6)
+    timeout: float | None = Field(default=None, gt=0, le=LONGEST)
     """Seconds that one call may take; none: 60, or 600 for a classifier or a server."""
 
     def build(self, device: str) -> Feature:
         """The feature that the section describes, under the name and with the timeout that it gives."""
-        feature = self.make(device)
-        name = feature.name if self.name is None else self.name
-        return replace(feature, name=name, timeout=self.timeout or feature.timeout)
+        return feature(self.make(device), name=self.name, timeout=self.timeout)
 
     def make(self, device: str) -> Feature:
         raise NotImplementedError

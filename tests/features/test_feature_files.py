@@ -87,11 +87,14 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
     assert found[0].score is found[2].score and found[1].score is found[3].score
 
 
-def test_an_edited_file_is_executed_again(tmp_path):
-    path = write(tmp_path, "edited.py", "def f(completions): return [1] * len(completions)\n")
+@pytest.mark.parametrize("number", [2, 20])
+def test_an_edited_file_is_executed_again(number, tmp_path, monkeypatch):
+    """Within a second and at the same size too, by which Python knows its compiled files."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = write(tmp_path, f"edited_{number}.py", "def f(completions): return [1] * len(completions)\n")
     before = import_feature(f"{path}:f")
-    write(tmp_path, "edited.py", "def f(completions): return [20] * len(completions)\n")
-    assert [feature(BATCH).tolist()[0] for feature in (before, import_feature(f"{path}:f"))] == [1, 20]
+    write(tmp_path, f"edited_{number}.py", f"def f(completions): return [{number}] * len(completions)\n")
+    assert [feature(BATCH).tolist()[0] for feature in (before, import_feature(f"{path}:f"))] == [1, number]
 
 
 def test_a_module_of_the_same_name_stays_what_it_is(tmp_path):
@@ -112,6 +115,7 @@ def test_a_module_of_the_same_name_stays_what_it_is(tmp_path):
         ),
         ("needs_more.py", "import no_such_helper\n", "No module named 'no_such_helper'"),
         ("leaves.py", "import sys; sys.exit('bye')\n", "SystemExit: bye"),
+        ("panics.py", "class Panic(BaseException): pass\nraise Panic('out of\\nbounds')\n", "Panic: out of bounds"),
         ("mute.py", "class E(Exception):\n  def __str__(self): raise self\nraise E\n", "E: without a message"),
     ],
 )

@@ -57,8 +57,9 @@ def test_word_is_whole_and_in_any_case():
     assert values(word("amazing"), *texts) == [1, 1, 0, 0, 1, 1, 0, 0]
     assert values(word(" Café "), "un CAFÉ.", "cafés", "cafe", "le café,") == [1, 0, 0, 1]
     assert values(word("C++"), "in C++.", "C+", "c++11", "(C++)") == [1, 0, 0, 1]  # its own punctuation is literal
-    with pytest.raises(UserError, match="the word is empty"):
-        word("  ")
+    for nothing in ("  ", "\ufe0f"):  # the second only chooses a glyph
+        with pytest.raises(UserError, match="the word is empty"):
+            word(nothing)
 
 
 SPELLINGS = [
@@ -155,6 +156,11 @@ def test_python_parses_says_nothing_about_dubious_source():
         warnings.simplefilter("error")
         assert values(python_parses(), "x = '\\d'", "1 is 1", "assert (1, 2)") == [1, 1, 1]
     assert not caught
+
+
+@pytest.mark.parametrize("letter", ["\u2028", "\x0b", "\x1c", "\x85"])
+def test_lines_of_source_end_where_python_ends_them(letter):
+    assert values(pep8(), f"x = 'a{letter}b'\n", f"x=1  # {letter}\n", "x = 1\r\ny = 2\r\n") == [1, 0, 1]
 
 
 def test_source_is_never_executed(tmp_path, capfd):
@@ -287,7 +293,8 @@ def test_decorator_with_and_without_arguments():
 
     assert (length.name, length.timeout, other.name, other.timeout) == ("length", 60.0, "size", 3.0)
     assert values(length, "ab", "") == values(other, "ab", "") == [2, 0]
-    assert feature(length) is length
+    assert feature(length) == length
+    assert (feature(length, name="l").name, feature(length, timeout=2.0).timeout) == ("l", 2.0)  # nothing is dropped
     assert values(feature(lambda completions: [1] * len(completions)), "a") == [1]
 
 
@@ -361,7 +368,6 @@ def test_import_paths(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         found = import_feature(path)
         assert found.name == "double" and values(found, "ab") == [4]
-    assert import_feature("my_features:double", name="twice", timeout=1.0).name == "twice"
 
 
 INSTANCES = """
@@ -396,7 +402,20 @@ def test_names_that_a_terminal_would_obey_are_refused(name):
         Feature(name, len)
     assert str(refusal.value).isprintable()
     with pytest.raises(UserError, match="a feature cannot be called"):
-        PythonParsesFeature(kind="python_parses", name=name).build("cpu") if name else Feature(name, len)
+        PythonParsesFeature(kind="python_parses", name=name).build("cpu")
+
+
+@pytest.mark.parametrize("function", [max, dict, len, lambda completions, /: [1.0]])
+def test_what_cannot_be_called_by_name_is_refused_when_it_is_made(function):
+    with pytest.raises(UserError, match="^feature 'f' takes no arguments by name; "):
+        Feature("f", function)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e10])
+def test_a_timeout_is_a_number_of_seconds(timeout):
+    """No clock could hold the others: the limit would be silently lost."""
+    with pytest.raises(UserError, match=r"^feature 'f': its timeout is .*, not in \(0, 1e\+06\] seconds"):
+        Feature("f", lambda completions: [1.0], timeout)
 
 
 def test_patterns_and_words_that_are_not_printable_get_printable_names():
@@ -445,6 +464,19 @@ async def raises_in_a_group(completions):
         group.create_task(asyncio.to_thread(raises, completions))
 
 
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+def panics(completions):
+    raise Panic("index out\nof bounds")
+
+
+async def panics_in_a_group(completions):
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.to_thread(panics, completions))
+
+
 class Hostile(list):
     def __len__(self):
         raise ValueError("no\x1b[2J\nlength")
@@ -458,6 +490,9 @@ class Hostile(list):
 
 BAD = {
     "raises in a group": (raises_in_a_group, "'f' raised KeyError: 'answer'"),
+    "panics": (panics, "'f' raised Panic: index out of bounds"),
+    "panics in a group": (panics_in_a_group, "'f' raised Panic: index out of bounds"),
+    "bytes of the right length": (lambda completions: b"12", "'f' returned bytes, not one number"),
     "hostile values": (lambda completions: [Hostile(), 0], "'f' raised ValueError: no text"),
     "hostile list": (lambda completions: Hostile(), r"'f' raised ValueError: no\\x1b\[2J length"),
     "generator": (
