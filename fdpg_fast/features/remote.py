@@ -10,17 +10,16 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from http.client import HTTPException
-from itertools import chain
-from typing import Any, Literal
-from urllib.error import HTTPError
+from itertools import chain, count
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPErrorProcessor, Request, build_opener
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, HttpUrl, ValidationError
 
 from ..errors import UserError
 from .calling import is_async
-from .feature import Feature, FeatureSection
+from .feature import LONGEST, Feature, FeatureSection
 
 FIRST_PAUSE = 1.0  # seconds; each is twice the one before
 
@@ -46,11 +45,13 @@ async def retried(
     Raises:
         ConnectionError: the last attempt for a row failed too.
     """
+    if min(concurrency, attempts) < 1:
+        raise ValueError(f"retried needs 1 or more of concurrency and attempts, not {concurrency} and {attempts}")
     places = asyncio.Semaphore(concurrency)
     call = function if is_async(function) else functools.partial(asyncio.to_thread, function)
 
     async def persist(*arguments: Any) -> Any:
-        for attempt in range(1, attempts + 1):
+        for attempt in count(1):
             try:
                 async with places, asyncio.timeout(timeout):
                     result = await call(*arguments)
@@ -69,10 +70,16 @@ async def retried(
             task.cancel()
 
 
+def _without_password(url: HttpUrl) -> HttpUrl:
+    if url.username or url.password:
+        raise ValueError("a password has no place in an address, which is written to files; see token_env")
+    return url
+
+
 class HTTPFeature(FeatureSection):
     kind: Literal["http"]
     """Numbers from a server, which gets prompts, completions, finished and columns by POST, as an object of lists."""
-    url: str = Field(pattern=r"^https?://[^\s/@]+(/\S*)?$")
+    url: Annotated[HttpUrl, AfterValidator(_without_password)]
     """Its address; it answers with a JSON list of a number, or null, for each completion."""
     token_env: str | None = None
     """Environment variable that holds its bearer token, which is written nowhere."""
@@ -82,63 +89,59 @@ class HTTPFeature(FeatureSection):
     """Requests at the same time."""
     attempts: int = Field(default=6, ge=1)
     """Attempts at a request that meets no connection, status 429 or 5xx, or no answer in time; pauses 1, 2, 4, … s."""
-    request_timeout: float = Field(default=60.0, gt=0)
+    request_timeout: float = Field(default=60.0, gt=0, le=LONGEST)
     """Seconds of one attempt."""
 
     def make(self, device: str) -> Feature:
-        address = urlsplit(self.url).netloc + urlsplit(self.url).path  # no query: it may hold a secret
+        url, seconds, token = str(self.url), self.request_timeout, ""
+        address = urlsplit(url).netloc + urlsplit(url).path  # no query: it may hold a secret
         headers = {"Content-Type": "application/json", "User-Agent": "fdpg-fast"}
         if self.token_env is not None:
             token = os.environ.get(self.token_env, "").strip()
             if not (token and token.isascii() and token.isprintable()):
                 raise UserError(f"feature http: the environment variable {self.token_env} (token_env) holds no token")
             headers["Authorization"] = f"Bearer {token}"
-        limits: dict[str, Any] = {
-            "concurrency": self.concurrency,
-            "attempts": self.attempts,
-            "timeout": self.request_timeout,
-        }
 
         def ask(rows: dict[str, list[Any]]) -> list[Any]:
-            answer = _post(Request(self.url, json.dumps(rows).encode(), headers), address, self.request_timeout)
+            try:
+                request = Request(url, json.dumps(rows).encode(), headers)
+                with build_opener(_AnyStatus).open(request, timeout=seconds) as response:
+                    answer, status = response.read(), response.status
+            except (OSError, HTTPException) as error:
+                raise ConnectionError(f"{address}: {str(error) or type(error).__name__}") from error
+            said = answer.decode(errors="replace").replace(token or "\0", "…")[:200]
+            if not 200 <= status < 300:
+                refusal = f"{address}: status {status} {response.reason} {said}".rstrip()
+                if status in (408, 429) or status >= 500:
+                    raise _NotNow(refusal, response.headers.get("Retry-After", ""))
+                raise ValueError(refusal)
             values = None
             with contextlib.suppress(ValueError):  # of JSON
                 values = json.loads(answer)
             if not isinstance(values, list) or len(values) != len(rows["completions"]):
-                said = answer[:100].decode(errors="replace")
                 raise ValueError(f"{address} answered {said!r}, not a list of {len(rows['completions'])} numbers")
             return values
 
         async def score(texts: list[str], completion_ids: list[list[int]], **sent: list[Any]) -> list[Any]:
             batches = [slice(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)]
             parts = [{name: rows[batch] for name, rows in sent.items()} for batch in batches]
+            limits: dict[str, Any] = {"concurrency": self.concurrency, "attempts": self.attempts, "timeout": seconds}
             return list(chain.from_iterable(await retried(ask, parts, **limits)))
 
         return Feature(f"http:{address}", score, timeout=600.0)
 
 
 def http(url: str, **keys: Any) -> Feature:
-    """What a server says of completions; `keys` are those of `HTTPFeature`."""
-    return HTTPFeature(kind="http", url=url, **keys).build("cpu")
-
-
-def _post(request: Request, address: str, seconds: float) -> bytes:
-    """What a server answers.
+    """What a server says of completions; `keys` are those of `HTTPFeature`.
 
     Raises:
-        ConnectionError: it may answer in a moment.
-        ValueError: it refuses.
+        UserError: a key, its value or the token is wrong.
     """
     try:
-        with build_opener(_NoRedirects).open(request, timeout=seconds) as response:
-            return response.read()
-    except HTTPError as error:
-        said = f"{address}: status {error.code} {error.reason} {error.read(200).decode(errors='replace')}".rstrip()
-        if error.code in (408, 429) or error.code >= 500:
-            raise _NotNow(said, error.headers.get("Retry-After", "")) from None
-        raise ValueError(said) from None
-    except (OSError, HTTPException) as error:
-        raise ConnectionError(f"{address}: {str(error) or type(error).__name__}") from error
+        return HTTPFeature.model_validate({"kind": "http", "url": url, **keys}).build("cpu")
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(f"feature http: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
 
 
 class _NotNow(ConnectionError):
@@ -149,8 +152,10 @@ class _NotNow(ConnectionError):
         self.retry_after = int(retry_after) if retry_after.isdecimal() else 0
 
 
-class _NoRedirects(HTTPRedirectHandler):
-    """Others would be sent the token."""
+class _AnyStatus(HTTPErrorProcessor):
+    """Answers as they come: no redirection is followed, for another server would be sent the token."""
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response

@@ -34,15 +34,11 @@ class Handler(BaseHTTPRequestHandler):
             step = judge.script.pop(0) if judge.script else None
             judge.at_once += 1
             judge.most = max(judge.most, judge.at_once)
-        try:
-            if step is not None:
-                step(self, body)
-            else:
-                time.sleep(0.05)
-                lengths(self, body)
-        finally:
-            with judge.lock:
-                judge.at_once -= 1
+        if step is not None:
+            step(self, body)
+        else:
+            time.sleep(0.05)
+            lengths(self, body)
 
     def do_GET(self):
         self.server.asked.append((time.monotonic(), None, dict(self.headers)))
@@ -62,6 +58,8 @@ def answer(handler, text, status=200, **headers):
 
 
 def lengths(handler, body):
+    with handler.server.lock:
+        handler.server.at_once -= 1  # before whoever asked can know it, and ask again
     answer(handler, json.dumps([len(text) for text in body["completions"]]))
 
 
@@ -78,6 +76,14 @@ def stops_half_way(handler, body):
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
     handler.wfile.write(b"[1, ")
+    handler.connection.close()
+
+
+def stops_half_way_with_a_status(handler, body):
+    handler.send_response(503)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"half a chunk")
     handler.connection.close()
 
 
@@ -137,6 +143,7 @@ PASSING = {
     "429": says("slow down", 429),
     "hangs up": hangs_up,
     "stops half-way": stops_half_way,
+    "stops half-way with a status": stops_half_way_with_a_status,
     "slow": is_slow,
     "trickles": trickles,
 }
@@ -209,12 +216,31 @@ def test_a_token_that_is_none_is_refused(token, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url", ["judge:80", "ftp://x/", "http://", "http://user:pass@host/", "http://x y/", "file:///etc"]
+    "url",
+    ["judge:80", "ftp://x/", "http://", "http://user:pass@host/", "http://x y/", "file:///etc"]
+    + ["http://[::1", "http://host:abc/", "http://host:99999/"],
 )
 def test_addresses_of_no_server_are_refused(url):
+    with pytest.raises(UserError, match="^feature http: url: ") as refusal:
+        http(url)
+    assert "\n" not in str(refusal.value)
     term = {"kind": "rlhf", "beta": 1.0, "feature": {"kind": "http", "url": url}}
     with pytest.raises(UserError, match=r"^target\.0\.feature\.url: "):
         parse_config({"model": "m", "run_dir": "r", "target": [term]})
+
+
+def test_an_address_may_have_any_letters(judge):
+    assert http(judge.url.replace("judge", "jugé"))(BATCH).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("status", [200, 401, 503])
+def test_a_server_that_repeats_the_token_does_not_give_it_away(status, judge, monkeypatch):
+    """What is printed may be copied by a tracker."""
+    monkeypatch.setenv("JUDGE_TOKEN", "secret-token")
+    judge.script = [says("no such key: secret-token", status)]
+    with pytest.raises(RunError, match="no such key: …") as failure:
+        http(judge.url, token_env="JUDGE_TOKEN", attempts=1)(BATCH)
+    assert "secret" not in str(failure.value)
 
 
 def test_a_run_is_judged_by_a_server_and_keeps_its_token(judge, tiny_model, tmp_path, monkeypatch):
@@ -268,3 +294,6 @@ def test_only_what_passes_is_retried_and_the_rest_stops():
     assert calls == ["a", "bb", "ccc"] and ended.wait(5)
     with pytest.raises(RunError, match="'f' raised ConnectionError: nothing came within 0.1 s, at the last"):
         Feature("f", lambda completions: retried(asyncio.sleep, [5] * 3, attempts=1, timeout=0.1))(BATCH)
+    for limits in ({"attempts": 0}, {"concurrency": 0}):  # no value would be there, or none would ever come
+        with pytest.raises(RunError, match="'f' raised ValueError: retried needs 1 or more of"):
+            Feature("f", lambda completions, limits=limits: retried(len, completions, **limits))(BATCH)
