@@ -9,8 +9,9 @@ import logging.handlers
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import transformers
@@ -52,7 +53,10 @@ def reading(path: str, what: str | None = None, key: str = "model") -> Iterator[
         says_little = isinstance(error, (LookupError, ArithmeticError, TypeError, AttributeError))
         reason = f"{type(error).__name__}: " * says_little + one_line(error)[:300]
         if "trust_remote_code" in str(error):
-            reason = "it needs Python code that comes with it; read that, and set trust_remote_code: true"
+            remedy = (
+                "; read that, and set trust_remote_code: true" if key == "model" else ", which a feature never runs"
+            )
+            reason = f"it needs Python code that comes with it{remedy}"
         for record in said.buffer:
             if shapes := MISMATCH.search(record.getMessage()):
                 reason = "{} is {} in the file, {} by config.json".format(*shapes.groups())
@@ -89,7 +93,11 @@ def _refuse_place(path: str, key: str) -> None:
 def _damage(path: str) -> str | None:
     """What is wrong with a file of a model that could not be loaded."""
     folder = Path(path)
-    opens = {".safetensors": lambda file: safe_open(file, "pt"), ".json": lambda file: json.loads(file.read_bytes())}
+    opens: dict[str, Callable[[Path], Any]] = {
+        ".safetensors": lambda file: safe_open(file, "pt"),
+        ".json": lambda file: json.loads(file.read_bytes()),
+        ".model": lambda file: None,  # of sentencepiece
+    }
     for file in sorted(folder.iterdir()) if os.path.isdir(path) else ():
         if not file.is_file() or file.suffix not in opens:
             continue

@@ -40,9 +40,9 @@ def word(word: str) -> Feature:
     bound: there the word is found wherever its characters stand.
     """
     word = word.strip()
-    if not word:
-        raise UserError("feature word: the word is empty")
     wanted = _folded(word)
+    if not wanted:  # also of characters that only choose a glyph
+        raise UserError("feature word: the word is empty")
 
     def holds(text: str) -> bool:
         text, start = _folded(text), -1
@@ -147,13 +147,14 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
         kind: Any = AutoModelForSequenceClassification
         network, loading = kind.from_pretrained(model, trust_remote_code=False, **options)  # None would ask
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    if loading["missing_keys"]:  # transformers would make a random head, another one in every run
-        raise UserError(f"feature classifier: {model!r} is no sequence classifier: it has no trained head")
+    if missing := sorted(loading["missing_keys"]):  # transformers would make random ones, others in every run
+        raise UserError(f"feature classifier: {model!r} is no sequence classifier: it has no weights {missing[0]}")
     network = network.to(device).eval()
+    rows_of_table = len(network.get_input_embeddings().weight)
     tables = (module for name, module in network.named_modules() if name.endswith("position_embeddings"))
     padding = next((getattr(table, "padding_idx", None) for table in tables), None)  # RoBERTa's texts begin behind it
-    places = getattr(network.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    limit = min(tokenizer.model_max_length, places - (0 if padding is None else padding + 1))
+    places = (getattr(network.config, "max_position_embeddings", None) or 0) - (0 if padding is None else padding + 1)
+    limit = min((n for n in (tokenizer.model_max_length, places) if 0 < n < 2**31), default=None)  # else none is known
     independent = network.config.problem_type == "multi_label_classification" or network.config.num_labels == 1
     columns = {name.lower(): int(index) for index, name in network.config.id2label.items()}
     if label.lower() not in columns:
@@ -165,17 +166,19 @@ def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "c
         by_length = torch.tensor([len(text) for text in completion_texts]).argsort(descending=True, stable=True)
         for rows in by_length.split(batch_size):
             texts = [completion_texts[i] for i in rows]
-            inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            cut: dict[str, Any] = {"truncation": limit is not None, "max_length": limit}
+            inputs = tokenizer(texts, padding=True, return_tensors="pt", **cut)
             if any(encoding.overflowing for encoding in inputs.encodings or ()):
-                say_once(
-                    f"feature classifier: {model} reads the first {limit:,} tokens of a text; there are longer ones"
-                )
+                say_once(f"feature classifier: {model} reads the first {limit} tokens of a text; there are longer ones")
+            if int(inputs["input_ids"].max()) >= rows_of_table:  # a GPU would end the process
+                raise ValueError(f"the tokenizer of {model!r} has tokens without an embedding")
             logits = network(**inputs.to(device)).logits.float()
             chances[rows] = (logits.sigmoid() if independent else logits.softmax(-1))[:, columns[label.lower()]].cpu()
         return chances
 
     try:
-        score(["a", "two words"])
+        if not bool(score(["a", "two words"]).isfinite().all()):
+            raise ValueError("what it returns is not finite")
     except Exception as error:
         raise UserError(f"feature classifier: {model!r} cannot score two texts: {one_line(error)}") from None
     return Feature(f"classifier:{label}", score, timeout=600.0)

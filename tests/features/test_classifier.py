@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from fdpg_fast.errors import UserError
+from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.features import Completions, classifier
 
 SIZES = {
@@ -62,4 +62,60 @@ def test_a_classifier_that_cannot_score_is_refused_when_it_is_made(tiny_model, t
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="cannot score two texts: .*pad"):
+        classifier(str(tmp_path), "LABEL_1")
+
+
+UNBOUNDED = {
+    "BLOOM": lambda: hf.BloomConfig(vocab_size=257, hidden_size=16, n_layer=1, n_head=2, pad_token_id=0),
+    "XLNet": lambda: hf.XLNetConfig(vocab_size=257, d_model=16, n_layer=1, n_head=2, d_inner=16),
+    "Llama": lambda: hf.LlamaConfig(**SIZES, pad_token_id=0),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_a_classifier_without_a_limit_reads_all(name, tiny_model, tmp_path, caplog):
+    network, tokenizer = saved(UNBOUNDED[name](), tiny_model, tmp_path)
+    text = "abcdefgh" * 9
+    with torch.no_grad():
+        alone = network(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1]
+    given = classifier(str(tmp_path), "LABEL_1")(Completions([text], [""], [[1]], [True]))
+    assert given.tolist() == pytest.approx([float(alone)], abs=1e-5) and ours(caplog) == []
+
+
+def test_a_classifier_of_nan_is_refused_when_it_is_made(tiny_model, tmp_path):
+    network, _ = saved(CONFIGS["BERT"][0](), tiny_model, tmp_path)
+    network.classifier.weight.data.fill_(torch.nan)
+    network.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot score two texts: what it returns is not finite"):
+        classifier(str(tmp_path), "LABEL_1")
+
+
+def test_a_token_without_an_embedding_is_named(tiny_model, tmp_path):
+    _, tokenizer = saved(CONFIGS["BERT"][0](), tiny_model, tmp_path)
+    tokenizer.add_tokens(["<late>"])
+    tokenizer.save_pretrained(tmp_path)
+    scores = classifier(str(tmp_path), "LABEL_1")
+    with pytest.raises(RunError, match="the tokenizer of .* has tokens without an embedding"):
+        scores(Completions(["a<late>"], [""], [[1]], [True]))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("spiece.model", "version https://git-lfs.github.com/spec/v1\n", "spiece.model is a Git LFS pointer"),
+        (
+            "config.json",
+            '{"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}',
+            "code .* which a feature never runs$",
+        ),
+    ],
+)
+def test_what_is_said_of_a_damaged_classifier_can_be_done(name, text, message, tiny_model, tmp_path):
+    saved(CONFIGS["BERT"][0](), tiny_model, tmp_path)
+    (tmp_path / name).write_text(text)
+    if name == "spiece.model":
+        for path in tmp_path.glob("tokenizer*"):
+            path.unlink()
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(UserError, match=message):
         classifier(str(tmp_path), "LABEL_1")
