@@ -16,7 +16,10 @@ class RunError(Exception):
 
 
 class Diverged(RunError):
-    """The policy is no longer one: what it has become is not worth a checkpoint."""
+    """The policy is no longer one, by this sign: what it has become is not worth a checkpoint."""
+
+    def __init__(self, sign: str):
+        super().__init__(f"the policy has diverged: {sign}; restart with a lower optimizer.learning_rate")
 
 
 @contextlib.contextmanager

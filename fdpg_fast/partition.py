@@ -105,6 +105,13 @@ class Estimates:
         return self.partition.state | self.baseline.state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            ValueError: it is of another number of contexts.
+        """
+        if len(state["count"]) != len(self.partition.state["count"]):
+            raise ValueError(f"it has Z of {len(state['count'])} contexts, not {len(self.partition.state['count'])}")
         for owner in (self.partition, self.baseline):
             owner.state = {name: state[name] for name in owner.state}
 

@@ -68,7 +68,7 @@ class Scorer:
         base_logprob = sum_by_sequence(token_logprobs, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
         if not bool(behavior_logprob.isfinite().all()):
-            raise Diverged("the policy has diverged: log q is not finite; restart with a lower optimizer.learning_rate")
+            raise Diverged("log q is not finite")
         return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
 
     def _texts(self, rollouts: Rollouts) -> Completions:

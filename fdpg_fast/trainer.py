@@ -62,7 +62,8 @@ class Trainer:
         session, rounds = self.session, self.session.config.trainer.rounds
         before = after = None
         with contextlib.closing(session), session.recorder() as run:
-            self._prepare()
+            transformers.set_seed(session.config.trainer.seed)  # for features that draw from the global generators
+            prepare(session) if session.checkpoint is None else session.restore()
             run.start(session.state, session.checkpoint)
             if session.checkpoint is None and evaluate:
                 before = self._evaluate(run)
@@ -93,15 +94,6 @@ class Trainer:
             sampling.observe(rollouts, scores, update, index + 1)
         log_z_now, samples = state.estimates.partition.summary(), session.scorer.rows(scores, SAMPLES_LOGGED["train"])
         return Round(index, rollouts, scores, log_z_now, update, samples, sampling.facts, clock)
-
-    def _prepare(self) -> None:
-        """Resume from a checkpoint, or do what precedes the first round."""
-        session = self.session
-        transformers.set_seed(session.config.trainer.seed)  # for features that draw from the global generators
-        if session.checkpoint is not None:
-            session.restore()
-        else:
-            prepare(session)
 
     def _evaluate(self, run: Recorder) -> Evaluation:
         """Measure the policy as it is now, on one fresh sample, and record that."""

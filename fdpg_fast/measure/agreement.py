@@ -11,7 +11,7 @@ from torch import Tensor
 from fdpg_kernels import sum_by_sequence
 
 from ..config.schema import TrainConfig
-from ..errors import RunError
+from ..errors import Diverged, RunError
 from ..models.language_model import LanguageModel
 from ..rollouts import Rollouts
 
@@ -39,10 +39,10 @@ def gap_limits(config: TrainConfig) -> tuple[float, float]:
 
 
 def log_ratio(rollouts: Rollouts, policy: LanguageModel, micro_batch_tokens: int) -> Tensor:
-    """log π − log q of each token, [N] float64; raises RunError where log π itself is no number."""
+    """log π − log q of each token, [N] float64; raises Diverged where log π itself is no number."""
     policy_logprob = policy.token_logprobs(rollouts, micro_batch_tokens).double()
     if not bool(policy_logprob.isfinite().all()):
-        raise RunError("the policy has diverged: log π is not finite; restart with a lower optimizer.learning_rate")
+        raise Diverged("log π is not finite")
     return policy_logprob - rollouts.behavior_logprob.double()
 
 

@@ -29,7 +29,7 @@ def pareto_k(log_weights: Tensor) -> float:
     tail_size = math.ceil(min(size / 5, 3 * math.sqrt(size)))
     tail = log_weights.double().sort().values[-tail_size - 1 :]  # the threshold first
     tail = tail[tail.isneginf().sum().clamp(min=1) - 1 :]  # of a threshold of 0 and more zeros, one
-    if len(tail) <= MIN_TAIL or float(tail[-1] - tail[1]) < ROUNDING:
+    if len(tail) <= MIN_TAIL or not float(tail[-1] - tail[1]) >= ROUNDING:  # or NaN, which sorts last
         return math.nan
     excess = (tail[1:] - tail[-1]).exp() - (tail[0] - tail[-1]).exp()
     excess = excess[excess > 0]  # not ties with the threshold
@@ -82,11 +82,9 @@ def complaints(metrics: Mapping[str, float]) -> dict[str, str]:
         )
     if metrics.get("policy/skipped") and "support" not in sentences:
         finite = math.isfinite(metrics.get("policy/grad_norm", math.nan))
-        reason = "no completion of it had a weight, all being as likely as the target has them, or too unlikely"
-        reason = (
-            reason if finite else "the gradient was not finite; lower optimizer.learning_rate or set loss.ratio_cap"
-        )
-        sentences["skipped"] = f"nothing was learned in the last round: {reason}"
+        weightless = "no completion of it had a weight, all being as likely as the target has them, or too unlikely"
+        overflow = "the gradient was not finite; lower optimizer.learning_rate or set loss.ratio_cap"
+        sentences["skipped"] = f"nothing was learned in the last round: {weightless if finite else overflow}"
     return sentences
 
 

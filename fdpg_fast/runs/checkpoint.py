@@ -96,7 +96,6 @@ def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokeni
                 path.chmod(temporary.stat().st_mode & 0o666)
             for path in [*temporary.rglob("*"), temporary]:
                 _fsync(path)
-            shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             _fsync(folder)  # or the rename does not survive a power cut
     finally:

@@ -76,7 +76,8 @@ def quasi_rejection_sample(
         rows = session.scorer.rows(scores, len(rollouts))
         return rows, scores.log_score - scores.behavior_logprob, torch.tensor(indices)[rollouts.context_index]
 
-    settings: dict[str, Any] = dict(contexts=len(contexts), count=count, beta=beta, max_draws=max_draws, seed=seed)
+    settings: dict[str, Any] = dict(contexts=len(contexts), count=count, beta=beta, max_draws=max_draws)
+    settings["seed"] = session.seed("acceptance", seed)
     with contextlib.closing(session), activity(f"sampling until {count} completions are accepted"):
         return quasi_rejection.sample(draw, **settings)
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from ..config.load import load_config, read_yaml
 from ..config.schema import RESUMABLE, EngineConfig, TrainConfig
 from ..divergence import last_divergence
-from ..errors import UserError, disk_errors
+from ..errors import UserError, disk_errors, one_line
 from ..measure.estimators import Estimate
 
 Json = dict[str, Any]
@@ -102,22 +102,30 @@ def read_run(run_dir: str | Path) -> Run:
     path = _config_path(run_dir)
     config = read_yaml(path)
     metrics = read_jsonl(path.with_name("metrics.jsonl"), lambda row: {key: to_float(row[key]) for key in row})
-    samples, rows = (read_jsonl(path.with_name(f"{name}.jsonl"), dict) for name in ("samples", "evaluation"))
+    samples = read_jsonl(path.with_name("samples.jsonl"), _sample)
+    rows = read_jsonl(path.with_name("evaluation.jsonl"), lambda row: row | {"metrics": estimates_of(row)})
     trained = str(config.get("divergence", "?"))
     if rows and "divergence" in rows[-1]:
-        trained = rows[-1]["divergence"]
+        trained = str(rows[-1]["divergence"])
     elif trained.startswith("alpha:"):  # of a path of α the last one is measured
         trained = last_divergence(trained).name
     # a lone evaluation is the base model's if it says round 0
     has_before = len(rows) > 1 or any(row.get("round") == 0 for row in rows)
     before, after = rows[0] if has_before else {}, rows[-1] if len(rows) > has_before else {}
-    return Run(path.parent, config, trained, metrics, samples, estimates_of(before), estimates_of(after))
+    return Run(path.parent, config, trained, metrics, samples, before.get("metrics", {}), after.get("metrics", {}))
 
 
 def estimates_of(evaluation: Json) -> dict[str, Estimate]:
     """The metrics of a line of evaluation.jsonl."""
     metrics = evaluation.get("metrics") or {}
     return {key: Estimate(**{name: to_float(x) for name, x in metric.items()}) for key, metric in metrics.items()}
+
+
+def _sample(row: Json) -> Json:
+    """A line of samples.jsonl as the report takes it, whatever else it holds."""
+    features = {name: to_float(value) for name, value in (row.get("features") or {}).items()}
+    numbers = {"round": int(row.get("round", 0)), "features": features, "log_score": to_float(row.get("log_score"))}
+    return row | numbers | {"prompt": str(row.get("prompt", ""))}
 
 
 def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) -> TrainConfig:
@@ -146,14 +154,17 @@ def read_jsonl(path: Path, parse: Callable[[Json], Parsed]) -> list[Parsed]:
         UserError: another line is damaged; it is named.
     """
     rows = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []  # not splitlines: a text may hold U+2028
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []  # not splitlines: a text may hold U+2028
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
                 rows.append(parse({**json.loads(line)}))
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of JSON that is none, or of what `parse` does not find in it
             if number < len(lines):  # behind the last \n nothing was finished
-                fault = f"{path}:{number}: not a JSON object of this kind of file ({error})"
+                fault = f"{path}:{number}: not a JSON object of this kind of file ({one_line(error)})"
                 raise UserError(f"{fault}; remove the damaged line") from None
     return rows
 

@@ -12,8 +12,7 @@ from typing import Any, Self
 from ..config.load import dump_config
 from ..config.schema import TrainConfig
 from ..divergence import last_divergence
-from ..errors import Diverged, RunError, UserError
-from ..learner import DIVERGED, REMEDY
+from ..errors import Diverged, RunError, UserError, one_line
 from ..measure.diagnostics import Watch
 from ..measure.evaluate import Evaluation
 from ..rollouts import Rollouts
@@ -62,18 +61,21 @@ class Recorder:
             if error is None:
                 return
             self._ends = True
+            ended = signalled() or error  # what a function of the user made of a signal is not what ended the run
             finished = 0 if self._state is None or self._state.settled is None else self._state.settled.round
-            if isinstance(error, UserError) and finished == 0:
-                if not self._resume:
-                    self.folder.discard()  # the config asks for what cannot be had: leave no half-made run in its way
-                return
+            if isinstance(ended, UserError):
+                if finished == 0:
+                    if not self._resume:
+                        self.folder.discard()  # the config asks for what cannot be had: leave no half-made run
+                    return
+                ended = RunError(str(error))
             what = self._leave_checkpoint(finished, error)
-            ended = signalled() or (RunError(str(error)) if isinstance(error, UserError) else error)
+            ended = signalled() or ended  # one that came meanwhile
             if isinstance(ended, Stopped):
                 log.warning("stopped; %s", what)
             else:
                 ended.add_note(what)
-            if ended is not error:  # what a function of the user made of a signal is not what ended the run
+            if ended is not error:
                 raise ended from error
 
     def start(self, state: TrainerState, checkpoint: Path | None) -> None:
@@ -132,6 +134,8 @@ class Recorder:
                     written = round_of(self._save(state.settled))
             except RunError as full:
                 failure = f"{full}; "
+            except Exception as failed:  # as where memory has run out: it must not hide what ended the run
+                failure = f"no checkpoint could be written: {type(failed).__name__}: {one_line(failed)}; "
         if not written:
             return f"{failure}no checkpoint yet; start again with --resume {path}"
         of = f"all {written}" if written >= finished else f"{written} of {finished}"
@@ -140,7 +144,7 @@ class Recorder:
     def _save(self, settled: Settled) -> Path:
         assert self._state is not None and self._latest is not None
         if not bool(self._state.learner.policy.token_logprobs(self._latest, 1).isfinite().all()):
-            raise Diverged(f"{DIVERGED}: its log-probs are not finite; {REMEDY}")
+            raise Diverged("its log-probs are not finite")
         return save_checkpoint(self.folder.path, self._state, settled, self._tokenizer)
 
     def _complain(self, metrics: dict[str, float]) -> None:

@@ -48,7 +48,9 @@ def test_weights_of_a_known_tail_index(shape):
     assert pareto_k(with_zeros) == pytest.approx(pareto_k(log_weights), abs=0.05)
 
 
-@pytest.mark.parametrize("log_weights", [[], [0.0], [0.0] * 500, [0.0] * 40 + [-math.inf] * 460, [-math.inf] * 50])
+@pytest.mark.parametrize(
+    "log_weights", [[], [0.0], [0.0] * 500, [0.0] * 40 + [-math.inf] * 460, [-math.inf] * 50, [math.nan] * 50]
+)
 def test_weights_without_a_tail_have_no_k(log_weights):
     assert math.isnan(pareto_k(torch.tensor(log_weights, dtype=torch.float64)))
 

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from fdpg_fast.runs.origin import _content
 from support import runs
 
 FEATURE = "def short(completions):\n    return [float(len(text) < 9) for text in completions]\n"
@@ -195,3 +197,22 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_though_its_sums_are_right(
     assert runs.call("train", "--resume", run_dir, "--trainer.rounds=3") == 2
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1 and named in complaint and "round-000002" in complaint, complaint
+
+
+def test_weights_are_the_same_wherever_they_lie_in_memory():
+    for dtype in (torch.bfloat16, torch.float32, torch.int8, torch.float64):
+        storage = torch.arange(40).to(dtype)
+        part = storage[3:21].view(3, 6)  # no multiple of eight bytes from the start
+        assert _content(("w", part)) == _content(("w", part.clone())) == _content(("w", part.T.contiguous().T))
+        assert _content(("w", part)) != _content(("w", part.flip(0)))
+        assert _content(("w", part)) != _content(("w", part.view(6, 3)))
+
+
+def test_where_the_check_is_waived_a_state_of_other_contexts_is_refused_all_the_same(begun, tmp_path):
+    folder = shutil.copytree(begun, tmp_path / "begun")
+    (folder / "run/.origin.json").unlink()
+    write_rows(folder / "train.jsonl", ROWS + [{"prompt": "b", "topic": 4}])
+    ended = runs.run(folder, "train", "--resume", "run", "--trainer.rounds=4")
+    assert ended.status == 2
+    last = ended.stderr.splitlines()[-1]
+    assert last.endswith("does not fit this run: ValueError: it has Z of 3 contexts, not 4")

@@ -434,3 +434,38 @@ def test_what_rests_on_too_few_samples_of_a_context_is_marked_wherever_it_is_sho
         (line,) = (line for line in table.splitlines() if "1.100 ± 0.020" in line)
         assert line.endswith("1.100 ± 0.020?") and "16 a context" in table.splitlines()[-1]
     assert Page(write_report(run)).text.count("0.020?") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("evaluation", '{"round": 9, "metrics": {"log_z": {"value": "much", "standard_error": 1, "ess": 1}}}'),
+        ("evaluation", '{"round": 9, "metrics": {"log_z": {"value": 1}}}'),
+        ("evaluation", '{"round": 9, "metrics": {"log_z": {"worth": 1}}}'),
+        ("evaluation", '{"round": 9, "metrics": [3]}'),
+        ("evaluation", '{"round": 9, "metrics": {"log_z": 3}}'),
+        ("samples", '{"round": "last", "prompt": "a"}'),
+        ("samples", '{"round": null, "prompt": "a"}'),
+        ("samples", '{"round": Infinity, "prompt": "a"}'),
+        ("samples", '{"round": 1, "prompt": "a", "features": [1]}'),
+        ("samples", '{"round": 1, "prompt": "a", "features": {"f": "much"}}'),
+        ("samples", '{"round": 1, "prompt": "a", "log_score": []}'),
+        ("samples", "[" * 100_000),
+        ("metrics", '{"round": 1, "loss": {}}'),
+    ],
+)
+def test_whatever_else_a_line_holds_is_named_in_one_line(name, line, make_run):
+    run = make_run()
+    path = run / f"{name}.jsonl"
+    path.write_text(line + "\n" + path.read_text())
+    with pytest.raises(UserError, match=rf"{name}\.jsonl:1: not a JSON object of this kind") as refused:
+        write_report(run)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_in_place_of_a_file_is_named(make_run):
+    run = make_run()
+    (run / "samples.jsonl").unlink()
+    (run / "samples.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*samples\.jsonl': Is a directory"):
+        write_report(run)

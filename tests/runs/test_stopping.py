@@ -8,7 +8,7 @@ import pytest
 
 from fdpg_fast import Trainer, stopping
 from fdpg_fast.config.load import parse_config
-from fdpg_fast.errors import RunError
+from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.stopping import Stopped
 from support import runs
 from support.runs import Moment
@@ -246,3 +246,28 @@ def test_in_another_thread_no_handler_is_touched(trainer):
     thread.start()
     thread.join()
     assert len(ended) == 1 and signal.getsignal(signal.SIGTERM) is before and left(trainer) == ["round-000005"]
+
+
+def test_memory_that_runs_out_at_the_last_checkpoint_hides_nothing(trainer, monkeypatch):
+    """Where a round has failed for want of memory there may be none for a checkpoint either."""
+    learner = trainer.session.state.learner
+    raises_in(trainer, monkeypatch, learner, "backward", MemoryError("CUDA out of memory"), 3, after=False)
+    raises_in(trainer, monkeypatch, learner.policy, "save", MemoryError("once\nmore"), 1, after=False)
+    with pytest.raises(MemoryError, match="CUDA out of memory") as caught:
+        trainer.train()
+    (note,) = caught.value.__notes__
+    assert note.startswith("no checkpoint could be written: MemoryError: once more; no checkpoint yet; start again ")
+    assert left(trainer) == []
+
+
+def test_a_signal_that_was_swallowed_before_the_first_round_is_not_a_fault_of_the_config(trainer):
+    def swallows(index: int):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise UserError("target: a feature does not fit") from None
+
+    trainer.round = swallows
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert Path(trainer.session.config.run_dir, "config.yaml").exists()
