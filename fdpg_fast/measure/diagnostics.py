@@ -99,7 +99,7 @@ class Watch:
         """The complaints to make after this round."""
         sentences = complaints(metrics)
         self._lasted = {kind: self._lasted.get(kind, 0) + 1 for kind in sentences}
-        due = [kind for kind, rounds in self._lasted.items() if rounds >= PATIENCE.get(kind, 3)]
-        due = [kind for kind in due if kind not in self._said]
-        self._said.update(due)
-        return [sentences[kind] for kind in due]
+        lasting = [kind for kind, rounds in self._lasted.items() if rounds >= PATIENCE.get(kind, 3)]
+        due = [sentences[kind] for kind in lasting if kind not in self._said]
+        self._said.update(lasting)
+        return due

@@ -35,13 +35,15 @@ class Recorder:
 
     def __init__(self, config: TrainConfig, feature_names: list[str], tokenizer: Any, origin: Json, *, resume: bool):
         self._config, self._names, self._tokenizer, self._resume = config, feature_names, tokenizer, resume
-        self._until_done = contextlib.ExitStack()
         self.folder = RunFolder(config.run_dir)
-        if not resume:
-            refuse_taken(config.run_dir)  # again: another process may have begun one since
-            (self.folder.path / TRACKING).unlink(missing_ok=True)  # hidden, and left when the rest was removed
-        write_whole(self.folder.path / "config.yaml", dump_config(config))  # a resumed run may have more rounds now
-        write_whole(self.folder.path / ORIGIN, json.dumps(origin))
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.folder.close)
+            if not resume:
+                refuse_taken(config.run_dir)  # again: another process may have begun one since
+                (self.folder.path / TRACKING).unlink(missing_ok=True)  # hidden, and left when the rest was removed
+            write_whole(self.folder.path / "config.yaml", dump_config(config))  # a resumed run may have more rounds now
+            write_whole(self.folder.path / ORIGIN, json.dumps(origin))
+            self._until_done = opened.pop_all()
         self._trackers: list[Tracker] = []
         self._watch, self._first, self._seconds = Watch(), 0, 0.0
         self._state: TrainerState | None = None
@@ -52,7 +54,6 @@ class Recorder:
         def at_rest() -> bool:
             return not self._ends and (self._state is None or self._state.at_rest)
 
-        self._until_done.callback(self.folder.close)
         self._until_done.enter_context(stoppable(at_rest))
         return self
 
@@ -94,12 +95,11 @@ class Recorder:
         """Add a line to evaluation.jsonl, and its samples to samples.jsonl."""
         trained = last_divergence(self._config.divergence).name
         self.folder.append("evaluation.jsonl", {"round": round_index, "divergence": trained, **evaluation.as_dict()})
-        found = {name: estimate.value for name, estimate in evaluation.metrics.items()}
-        errors = {f"{name}_se": estimate.standard_error for name, estimate in evaluation.metrics.items()}
+        found = {f"evaluation/{name}": estimate.value for name, estimate in evaluation.metrics.items()}
+        errors = {f"evaluation/{name}_se": estimate.standard_error for name, estimate in evaluation.metrics.items()}
         for tracker in self._trackers:
-            named = {f"evaluation/{name}": value for name, value in (found | errors).items()}
-            tracker.send("evaluation", named, round_index)
-        self._complain({f"{room}/{name}": found[name] for room, name in EVALUATED})
+            tracker.send("evaluation", found | errors, round_index)
+        self._complain({f"{room}/{name}": found[f"evaluation/{name}"] for room, name in EVALUATED})
         self._samples(round_index, "evaluation", samples)
 
     def record(self, this: Round) -> None:

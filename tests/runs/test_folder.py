@@ -120,6 +120,15 @@ def test_a_lock_that_was_removed_meanwhile_locks_nothing(tmp_path, monkeypatch):
     assert waits.is_set() and not held
 
 
+def test_a_run_that_could_not_begin_holds_no_folder(tiny_model, tmp_path, monkeypatch):
+    config = parse_config(runs.settings(tiny_model, tmp_path / "run"))
+    with monkeypatch.context() as full:
+        full.setattr("fdpg_fast.runs.recorder.dump_config", lambda config: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as caught:  # which keeps all that was on the way alive
+            Trainer(config).train()
+    assert caught.tb is not None and Trainer(config).train().report.exists()
+
+
 RATES = {"float32": (1e20, 1e38), "bfloat16": (1e20, 1e38)}
 
 

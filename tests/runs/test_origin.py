@@ -133,7 +133,10 @@ def test_a_run_is_not_resumed_with_something_else(change, named, begun, tmp_path
 
     (folder / "run/.origin.json").unlink()  # as the line says
     ended = runs.run(folder, "train", "--resume", "run", "--trainer.rounds=3")
-    assert ended.status == 0 or named.split()[0] in ("lora", "dtype", "proposal.kind", "target", "the data")
+    if len((folder / "train.jsonl").read_text().splitlines()) != len(ROWS):  # Z is of each prompt, by its place
+        assert ended.status == 2 and "does not fit this run: ValueError: it has Z of 3 contexts" in ended.stderr
+    else:
+        assert ended.status == 0 or named.split()[0] in ("lora", "dtype", "proposal.kind", "target", "the data")
 
 
 def move_all(folder: Path) -> None:
@@ -206,13 +209,3 @@ def test_weights_are_the_same_wherever_they_lie_in_memory():
         assert _content(("w", part)) == _content(("w", part.clone())) == _content(("w", part.T.contiguous().T))
         assert _content(("w", part)) != _content(("w", part.flip(0)))
         assert _content(("w", part)) != _content(("w", part.view(6, 3)))
-
-
-def test_where_the_check_is_waived_a_state_of_other_contexts_is_refused_all_the_same(begun, tmp_path):
-    folder = shutil.copytree(begun, tmp_path / "begun")
-    (folder / "run/.origin.json").unlink()
-    write_rows(folder / "train.jsonl", ROWS + [{"prompt": "b", "topic": 4}])
-    ended = runs.run(folder, "train", "--resume", "run", "--trainer.rounds=4")
-    assert ended.status == 2
-    last = ended.stderr.splitlines()[-1]
-    assert last.endswith("does not fit this run: ValueError: it has Z of 3 contexts, not 4")
