@@ -98,13 +98,8 @@ class VLLMServerEngine:
         pool = ThreadPoolExecutor(REQUESTS_PER_REPLICA * len(live))
         try:
             futures = [
-                pool.submit(
-                    self._complete,
-                    context.token_ids,
-                    min(SAMPLES_PER_REQUEST, samples_per_context - first),
-                    f"{seed}/{position}/{first}",
-                )
-                for position, context in enumerate(contexts)
+                pool.submit(self._complete, context.token_ids, samples_per_context - first, f"{seed}/{i}/{first}")
+                for i, context in enumerate(contexts)
                 for first in firsts
             ]
             while wait(futures, HEALTH_EVERY).not_done:  # a request says nothing until it is finished
@@ -212,17 +207,20 @@ class VLLMServerEngine:
                 self._complaints[replica.url] = reason
         replica.hang_up()
 
-    def _complete(self, token_ids: tuple[int, ...], count: int, place: str) -> tuple[Replica, list[Completion]]:
-        """Completions, and who gave them: the server with the least to do; one that cannot is left out."""
+    def _complete(self, token_ids: tuple[int, ...], wanted: int, place: str) -> tuple[Replica, list[Completion]]:
+        """Up to SAMPLES_PER_REQUEST of the wanted completions, and who gave them: the server with the least to do.
+
+        One that cannot is left out.
+        """
         # 62 bits: vLLM gives sample i of the request this seed plus i
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big") >> 2
-        pauses = iter(BACK_OFF)
+        asked, pauses = self._sampling | {"n": min(SAMPLES_PER_REQUEST, wanted), "seed": seed}, iter(BACK_OFF)
         while True:
             with self._lock:
                 replica = min(self._live(), key=lambda replica: self._in_flight[replica.url])
                 self._in_flight[replica.url] += 1
             try:
-                return replica, replica.complete(token_ids, self._sampling | {"n": count, "seed": seed})
+                return replica, replica.complete(token_ids, asked)
             except ReplicaError as error:
                 pause = next(pauses, None) if isinstance(error, PassingError) else None
                 if pause is None:

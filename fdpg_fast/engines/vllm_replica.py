@@ -157,7 +157,8 @@ class Replica:
         transfer, self._transfer = self._transfer, None
         if transfer is not None:
             transfer.client = None  # a thread that was abandoned inside must not go on where the kernel lets it off
-            transfer.shutdown()
+            with contextlib.suppress(Exception):  # of what is broken already
+                transfer.shutdown()
 
 
 def weight_source(policy: LanguageModel) -> Any:

@@ -191,7 +191,7 @@ def fdpg_loss(
 
     if not any(wants):
         logprob, _ = linear_logprob(hidden, target_ids, head)
-        weights = sequence_weights(logprob, sequences._replace(cu_seqlens=cu_seqlens.to(hidden.device)), options)
+        weights = sequence_weights(logprob, sequences, options)
         return _loss(weights, total, logprob.dtype), weights, torch.zeros_like(weights.clipped), (None, None, None)
 
     products = _Products(head, *wants[1:])
@@ -205,7 +205,7 @@ def fdpg_loss(
     groups, recomputed = [], torch.zeros(num_sequences, dtype=torch.bool, device=hidden.device)
     for first, last in sequence_groups(ends, products.chunk_rows):
         group, span = slice(ends[first], ends[last]), slice(first, last)
-        own_ends = torch.tensor([end - group.start for end in ends[first : last + 1]], device=hidden.device)
+        own_ends = cu_seqlens[first : last + 1].to(hidden.device) - group.start
         chunks, token_logprob = _chunks(group.start, group.stop, products.chunk_rows), [hidden.new_empty(0)]
         for rows in chunks:
             block = None  # or the last one would live beside this one

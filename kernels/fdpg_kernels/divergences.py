@@ -99,17 +99,16 @@ class Divergence:
 
     def f_prime(self, log_t: Tensor) -> Tensor:
         """f'(t) from log t; f'(∞) where log t = +inf."""
-        assert self.f_prime_from_log is not None
-        off_support = torch.isposinf(log_t)
-        finite = self.f_prime_from_log(torch.where(off_support, 0.0, log_t))
-        return torch.where(off_support, self.f_prime_at_infinity, finite)
+        return self._on_support(self.f_prime_from_log, log_t)
 
     def f_over_t(self, log_t: Tensor) -> Tensor:
         """f(t)/t from log t, |log t| ≤ 700; f'(∞) where log t = +inf: what D_f pays for a sample of π."""
-        assert self.f_over_t_from_log is not None
+        return self._on_support(self.f_over_t_from_log, log_t)
+
+    def _on_support(self, function: Callable[[Tensor], Tensor] | None, log_t: Tensor) -> Tensor:
+        assert function is not None
         off_support = torch.isposinf(log_t)
-        finite = self.f_over_t_from_log(log_t.masked_fill(off_support, 0.0))
-        return finite.masked_fill(off_support, self.f_prime_at_infinity)
+        return function(log_t.masked_fill(off_support, 0.0)).masked_fill(off_support, self.f_prime_at_infinity)
 
 
 def _check(divergence: Divergence) -> None:

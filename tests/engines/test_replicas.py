@@ -212,6 +212,13 @@ def test_a_hanging_collective_leaves_the_server_out_and_aborts_the_communicator(
     assert log[-1] == "aborted"
 
 
+def test_a_communicator_that_cannot_even_be_closed_is_its_servers_fault(policy, monkeypatch):
+    broken = SimpleNamespace(send_weights=lambda: 1 / 0, shutdown=lambda: [].pop())
+    monkeypatch.setattr(vllm_replica, "open_transfer", lambda *_: broken)
+    with pytest.raises(ReplicaError, match="nccl failed: division by zero"):
+        Replica("http://localhost:1", timeout=5.0, weight_transfer="nccl").send_weights(policy)
+
+
 @pytest.mark.parametrize("kind", ["nccl", "ipc"])
 def test_vllms_transfer_engines_take_what_they_are_given(kind, policy, monkeypatch):
     """As far as a machine without GPU goes: real init infos, and calls that bind to the real signatures."""
