@@ -30,22 +30,15 @@ class Scores:
     log_score: Tensor  # log P = log a + log φ, [B]
 
 
+@dataclass
 class Scorer:
-    """A target, replaced when λ is fitted, and its base model, asked about rollouts.
+    """A target and its base model, asked about rollouts."""
 
-    A forward pass of the base takes `micro_batch_tokens`; texts are without special tokens unless they are kept.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        base: LanguageModel,
-        tokenizer: Any,
-        micro_batch_tokens: int,
-        keep_special_tokens: bool = False,
-    ):
-        self.target, self.base, self.tokenizer = target, base, tokenizer
-        self.micro_batch_tokens, self.keep_special_tokens = micro_batch_tokens, keep_special_tokens
+    target: Target  # replaced when λ is fitted
+    base: LanguageModel
+    tokenizer: Any
+    micro_batch_tokens: int  # of a forward pass of the base
+    keep_special_tokens: bool = False  # in the texts that features read
 
     @property
     def feature_names(self) -> list[str]:

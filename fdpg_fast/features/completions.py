@@ -51,16 +51,13 @@ class Completions:
         parameters = inspect.signature(function).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         wanted = {*parameters, *(self.columns.keys() | GIVEN if takes_all else ())}
-        rows = zip(self.prompts, self.completions, chats, strict=True)
-        exchanges = [
-            (copy.deepcopy([*chat]), [{"role": "assistant", "content": text}]) if chat else (prompt, text)
-            for prompt, text, chat in rows
-        ]
+        prompts = zip(self.prompts, chats, strict=True)
+        answers = zip(self.completions, chats, strict=True)
         given = {
             # value by value: rows of one context share theirs
             **{name: [*map(copy.deepcopy, values)] for name, values in self.columns.items() if name in wanted},
-            "completions": [answer for _, answer in exchanges],
-            "prompts": [question for question, _ in exchanges],
+            "completions": [[{"role": "assistant", "content": text}] if chat else text for text, chat in answers],
+            "prompts": [copy.deepcopy([*chat]) if chat else text for text, chat in prompts],
             "texts": self.texts,
             "completion_ids": [[*tokens] for tokens in self.completion_ids],
             "finished": [*self.finished],

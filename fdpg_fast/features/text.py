@@ -104,10 +104,9 @@ class SentimentFeature(FeatureSection):
 
 
 def sentiment() -> Feature:
-    """How positive the completion is by VADER's lexicon and rules (Hutto & Gilbert 2014), in [0, 1]; neutral is ½.
+    """How positive the completion is by VADER's lexicon and rules (Hutto & Gilbert 2014): (1 + compound)/2.
 
-    The compound score c ∈ [−1, 1] as (1 + c)/2, in the range of a classifier's probability. Not its logarithm, which
-    falls without bound as c nears −1: the most negative texts would decide a round.
+    Not its logarithm, which falls without bound: the most negative texts would decide a round.
     """
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -132,13 +131,9 @@ class ClassifierFeature(FeatureSection):
 
 
 def classifier(model: str, label: str, *, batch_size: int = 32, device: str = "cpu") -> Feature:
-    """Probability of a label under a Hugging Face sequence classifier.
+    """Probability of a label, in any case, under a Hugging Face sequence classifier from a folder or the hub.
 
-    Args:
-        model: folder or hub name; only safetensors are loaded and no code of the repository is run.
-        label: one of the model's `id2label` values.
-        batch_size: texts per forward pass, longest first, so that padding stays small.
-        device: where the classifier runs.
+    Only safetensors are loaded and no code is run. A forward pass takes texts of similar length.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
