@@ -68,7 +68,7 @@ def make_contexts(rows: list[Row], prompting: Prompting) -> list[Context]:
     """
     for where, row in rows:
         if not isinstance(row, dict) or "prompt" not in row:
-            found = str([*row] if isinstance(row, dict) else row)[:60]
+            found = repr([*row] if isinstance(row, dict) else row)[:60]
             raise UserError(f'{where} needs an object with "prompt", a string or a list of messages, not {found}')
     names = [name for name in dict.fromkeys(name for _, row in rows for name in row) if name != "prompt"]
     one_of_each = list(range(prompting.embedding_rows))  # or every token of the data would be an object of its own

@@ -209,6 +209,14 @@ def test_nothing_else_is_printed_in_a_process_of_its_own(override, folder):
     assert ended.stderr.startswith("fdpg-fast: ") and ended.stderr.count("\n") == 1
 
 
+def test_a_damaged_line_of_a_run_is_bad_input_that_a_resumed_run_finds_before_its_first_round(tiny_model, tmp_path):
+    metrics = runs.train(tiny_model, tmp_path) / "metrics.jsonl"
+    metrics.write_text("{]\n" + metrics.read_text())
+    before = contents(tmp_path)
+    assert runs.call("train", "--resume", metrics.parent, "--trainer.rounds=3") == 2
+    assert contents(tmp_path) == before
+
+
 def the_line(capfd: pytest.CaptureFixture) -> str:
     """All that was printed: one line on stderr, shown without the name of the program."""
     output, errors = capfd.readouterr()

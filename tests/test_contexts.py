@@ -247,6 +247,7 @@ BAD_FILES = {
     "blank prompt": ("p.jsonl", [{"prompt": " \n"}], r"p\.jsonl:1 is an empty prompt"),
     "not JSON": ("p.jsonl", [{"prompt": "a"}, "{'prompt': 1}"], r"p\.jsonl:2 is not JSON"),
     "text in a .jsonl": ("p.jsonl", ["def f():"], r"p\.jsonl:1 is not JSON"),
+    "an empty text in a .jsonl": ("p.jsonl", ['""'], r"needs an object with .*, not ''$"),
     "not an object": ("p.jsonl", ['"a"'], r'p\.jsonl:1 needs an object with "prompt"'),
     "no prompt": ("p.jsonl", ["", {"question": "a"}], r'p\.jsonl:2 needs an object with "prompt"'),
     "prompt is a number": ("p.jsonl", [{"prompt": 3}], r'p\.jsonl:1: "prompt" must be a string or a list'),

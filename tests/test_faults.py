@@ -2,11 +2,14 @@
 
 from faults import fuzz, inputs, kills, servers
 
+from support.fake_server import DAMAGES
+
 INPUTS = inputs.inputs()
 
 
 def test_there_are_enough_of_each():
     assert len(INPUTS) >= 300 and len({bad.name for bad in INPUTS}) == len(INPUTS)
+    assert len(servers.CHOSEN) >= 60 and {path for path, _ in servers.CHOSEN} == {path for path, _ in DAMAGES}
     assert sum(count for _, count in kills.SETTINGS.values()) == 50 and len(kills.SETTINGS) == 9
 
 

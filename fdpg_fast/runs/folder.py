@@ -57,12 +57,15 @@ class RunFolder:
     def forget_from(self, round_index: int) -> dict[str, int]:
         """Drop what rounds ≥ round_index left in the .jsonl files, to be written again; the last round of each file."""
         last = {}
-        for path in (self.path / name for name in OURS if name.endswith(".jsonl")):
-            if path.exists():
-                rows = read_jsonl(path, lambda row: (int(row["round"]), row))
-                last[path.stem] = max((index for index, _ in rows), default=-1)
-                write_whole(path, "".join(to_json(row) + "\n" for index, row in rows if index < round_index))
+        for path, rows in self.rows().items():
+            last[path.stem] = max((index for index, _ in rows), default=-1)
+            write_whole(path, "".join(to_json(row) + "\n" for index, row in rows if index < round_index))
         return last
+
+    def rows(self) -> dict[Path, list[tuple[int, Json]]]:
+        """The rows of every .jsonl file that there is, with their rounds; raises UserError where one is damaged."""
+        paths = [self.path / name for name in OURS if name.endswith(".jsonl")]
+        return {path: read_jsonl(path, lambda row: (int(row["round"]), row)) for path in paths if path.exists()}
 
     def discard(self) -> None:
         """Remove what this process has made, before a first round; folders only where nothing else is in them."""

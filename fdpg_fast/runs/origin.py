@@ -61,7 +61,8 @@ def refuse_changes(run_dir: str, now: Json) -> None:
     now = json.loads(json.dumps(now))
     for what, value in began.items():  # not what a later version has more
         if what not in now or now[what] != value:
-            details = "" if what.startswith("the ") else f" from {value!r} to {now.get(what)!r}"
+            unsaid = what.startswith("the ") or what not in now  # such as lora, which has keys now
+            details = "" if unsaid else f" from {value!r} to {now[what]!r}"
             raise UserError(
                 f"--resume: {what} has changed{details} since the run began; put it back, or start a new run "
                 f"(to go on with it all the same, delete {path})"

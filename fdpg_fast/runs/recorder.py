@@ -41,6 +41,7 @@ class Recorder:
             if not resume:
                 refuse_taken(config.run_dir)  # again: another process may have begun one since
                 (self.folder.path / TRACKING).unlink(missing_ok=True)  # hidden, and left when the rest was removed
+            self.folder.rows()  # what is damaged is refused before anything is written
             write_whole(self.folder.path / "config.yaml", dump_config(config))  # a resumed run may have more rounds now
             write_whole(self.folder.path / ORIGIN, json.dumps(origin))
             self._until_done = opened.pop_all()
@@ -65,7 +66,7 @@ class Recorder:
             ended = signalled() or error  # what a function of the user made of a signal is not what ended the run
             finished = 0 if self._state is None or self._state.settled is None else self._state.settled.round
             if isinstance(ended, UserError):
-                if finished == 0:
+                if finished == self._first:  # no round was done by this process
                     if not self._resume:
                         self.folder.discard()  # the config asks for what cannot be had: leave no half-made run
                     return

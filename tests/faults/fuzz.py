@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fdpg_fast.config.load import config_keys, load_config
+from fdpg_fast.config.load import config_keys, dump_config, load_config
 from fdpg_fast.contexts import Context, Prompting, load_contexts
 from fdpg_fast.engines import vllm_answers
 from fdpg_fast.errors import UserError
@@ -45,6 +45,10 @@ YAML = st.one_of(
     ),
 )
 
+# nothing, or all but the last value of a config
+RIGHT = "model: m\nrun_dir: r\ntarget: [{kind: import, path: a.py:b}]\n"
+KEYS = ("device: ", "contexts:\n  system_prompt: ", "contexts:\n  tools: ", "contexts:\n  chat_template_kwargs: ")
+STARTS = ["", *(RIGHT + key for key in KEYS), RIGHT + "contexts:\n  chat_template_kwargs:\n    key: "]
 
 SAMPLING = {"n": 2, "stop_token_ids": [0], "max_tokens": 3}
 IDS, LABEL, VOCABULARY = [[5, 2, 9], [4, 0]], "run-1", 12
@@ -96,7 +100,10 @@ class Fuzz:
         suffixes = st.sampled_from([".jsonl", ".JSONL", ".ndjson", ".json", ".csv", ".txt"])
         return {
             "--key=value": (self.override, {"key": st.one_of(st.sampled_from(self.keys), TEXT), "value": YAML}),
-            "YAML file": (self.yaml_file, {"text": st.lists(YAML, max_size=4).map("\n".join)}),
+            "YAML file": (
+                self.yaml_file,
+                {"start": st.sampled_from(STARTS), "text": st.lists(YAML, max_size=4).map("\n".join)},
+            ),
             "prompt file": (self.prompts, {"lines": st.lists(lines, max_size=4), "suffix": suffixes}),
             "pattern": (self.pattern, {"text": st.one_of(TEXT, st.text("()[]{}|*+?\\^$.a1-,:<>=!P#", max_size=20))}),
             "answer of a server": (self.answer, {"changes": changes}),
@@ -112,18 +119,22 @@ class Fuzz:
         }
 
     def override(self, key: str, value: str) -> None:
-        try:
-            load_config(self.config, {key: value})
-        except UserError as error:
-            refused_in_a_line(error)
+        self.reads_back(self.config, {key: value})
 
-    def yaml_file(self, text: str) -> None:
+    def yaml_file(self, start: str, text: str) -> None:
         path = self.folder / "fuzz.yaml"
-        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        path.write_text(start + text, encoding="utf-8", errors="surrogatepass")
+        self.reads_back(path, {})
+
+    def reads_back(self, path: Path, overrides: dict[str, str]) -> None:
+        """A config that is taken is the same one when a run has written it down."""
         try:
-            load_config(path, {})
+            config = load_config(path, overrides)
         except UserError as error:
-            refused_in_a_line(error)
+            return refused_in_a_line(error)
+        kept = self.folder / "kept.yaml"
+        kept.write_text(dump_config(config), encoding="utf-8")
+        assert load_config(kept) == config
 
     def prompts(self, lines: list[str], suffix: str) -> None:
         path = self.folder / f"fuzz{suffix}"
@@ -132,6 +143,11 @@ class Fuzz:
             contexts = load_contexts(str(path), self.prompting)
         except UserError as error:
             return refused_in_a_line(error)
+        texts = [line for line in path.read_bytes().decode("utf-8-sig").split("\n") if line.strip()]
+        if "json" in suffix.lower() and suffix != ".json":
+            texts = [json.loads(line)["prompt"] for line in texts]
+        if suffix not in (".json", ".csv"):
+            assert [context.text for context in contexts] == [text.removesuffix("\r") for text in texts]
         columns = {name for context in contexts for name in context.columns}
         assert all(context.text.strip() and context.token_ids for context in contexts)
         assert all(context.columns.keys() == columns for context in contexts)
@@ -206,7 +222,13 @@ class Fuzz:
     def json_line(self, row: dict[str, Any]) -> None:
         line = to_json(row)
         assert "\n" not in line and math.isnan(to_float(None))
-        assert runs.strict(line).keys() == row.keys()
+        read = runs.strict(line)
+        assert read.keys() == row.keys()
+        for name, value in row.items():
+            if isinstance(value, float):
+                assert to_float(read[name]) == value or math.isnan(value) and math.isnan(to_float(read[name]))
+            elif isinstance(value, (int, str)):
+                assert read[name] == value
 
 
 def fuzz(model: Path, examples: int, seed: int) -> Iterator[Tally]:

@@ -342,7 +342,32 @@ def _gone(name: str) -> Callable[[Path], None]:
 
 
 # where the line names something else than the file or the model
-SAYS = {"own.jsonl": "completion_ids", "positions 0": "positions", "a token that is forced": "forced_bos_token_id"}
+SAYS = {
+    "own.jsonl": "completion_ids",
+    "model: positions 0": "positions",
+    "model: a token that is forced": "forced_bos_token_id",
+    "run: config gone": "it has no config.yaml",
+    "run: config empty": "'run/config.yaml' must hold keys",
+    "run: config cut": "'run/config.yaml' is not YAML",
+    "run: another target": "target has changed",
+    "run: another divergence": "divergence has changed",
+    "run: another learning rate": "optimizer.learning_rate has changed from 0.001 to 0.002",
+    "run: another dtype": "dtype has changed",
+    "run: an adapter now": "lora has changed",
+    "run: an unknown key": "wish: there is no such key",
+    "run: metrics damaged": "metrics.jsonl:1",
+    "run: a checkpoint without weights": "model.safetensors is not there",
+    "run: a checkpoint with other weights": "model.safetensors has changed",
+    "run: a checkpoint without sums": "SHA256SUMS",
+    "run: a checkpoint without its config": "config.json is not there",
+    "resumed with prompts in another order": "contexts.train has changed",
+    "resumed with other prompts": "contexts.train has changed",
+    "resumed with a prompt less": "contexts.train has changed",
+    "resumed with prompts gone": "cannot read 'contexts.jsonl'",
+    "resumed with another base": "the model's weights",
+    "resumed with another tokenizer": "tokenizer",
+    "resumed with another feature": "own.py has changed",
+}
 LAYER = "model.layers.1.mlp.up_proj.weight"
 PAGE, POINTER = (
     b"<!DOCTYPE html><html>404</html>",
@@ -472,6 +497,9 @@ class Input:
         return self.name
 
 
+RESUME = ["train", "--resume", "run", "--trainer.rounds=3"]
+
+
 def inputs() -> list[Input]:
     """All of them."""
     found = [Input(key[:80], ["train", "config.yaml", key.replace("\\0", "\0")], KEYS[key]) for key in KEYS]
@@ -498,16 +526,14 @@ def inputs() -> list[Input]:
         Input(
             f"model: {name}",
             ["train", "config.yaml"],
-            SAYS.get(name, "tiny"),
+            SAYS.get(f"model: {name}", "tiny"),
             lambda folder, do=do: do(folder / "tiny"),
         )
         for name, do in MODELS.items()
     ]
-    resume = ["train", "--resume", "run", "--trainer.rounds=3"]
-    found += [
-        Input(f"run: {name}", resume, "", lambda folder, do=do: do(folder / "run"), True) for name, do in RUNS.items()
-    ]
-    return found + [Input(f"resumed with {name}", resume, "", do, True) for name, do in AROUND.items()]
+    damages = {f"run: {name}": lambda folder, do=do: do(folder / "run") for name, do in RUNS.items()}
+    damages |= {f"resumed with {name}": do for name, do in AROUND.items()}
+    return found + [Input(name, RESUME, SAYS[name], damages[name], True) for name in damages]
 
 
 def _write(folder: Path, name: str) -> None:
@@ -520,9 +546,14 @@ def refusals(model: Path, chosen: list[Input]) -> Tally:
         fresh, trained = Path(name, "fresh"), Path(name, "trained")
         _directory(fresh, model)
         shutil.copytree(fresh, trained)
-        ended = runs.run(trained, "train", "config.yaml")
-        assert ended.status == 0, ended.stderr
+        _accepted(runs.run(trained, "train", "config.yaml"))
+        shutil.copytree(trained, undamaged := Path(name, "undamaged"))
+        _accepted(runs.run(undamaged, *RESUME))  # or the refusals would say nothing of the damages
         return tried("bad input", chosen, lambda bad: _refusal(bad, trained if bad.trained else fresh, Path(name)))
+
+
+def _accepted(ended: runs.Ended) -> None:
+    assert ended.status == 0, ended.stderr
 
 
 def _directory(folder: Path, model: Path) -> None:

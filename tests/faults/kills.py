@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import tempfile
 import time
@@ -136,6 +137,8 @@ def _signal(cases: dict[str, Case], parent: Path, kind: str, seed: int, which: t
     done = len(runs.rows(metrics)) if metrics.exists() else 0
     kept = max((int(path.name[6:]) for path in folder.glob("run/checkpoints/round-*")), default=0)
     faults += [] if kept == done else [f"{done} rounds were done, the checkpoint has {kept}"]
+    said = len(re.findall("^round ", ended.stderr, re.MULTILINE))
+    faults += [] if said <= kept else [f"{said} rounds were said to be done, the checkpoint has {kept}"]
     resumed = runs.run(folder, "train", "--resume", "run")
     if resumed.status:
         return [*faults, f"resumed with status {resumed.status}: {resumed.stderr.strip()}"]
@@ -144,12 +147,13 @@ def _signal(cases: dict[str, Case], parent: Path, kind: str, seed: int, which: t
 
 def _hit(case: Case, parent: Path, number: int, moment: float) -> tuple[Path, runs.Ended]:
     """A run that a signal met after so much of its time; sooner, in another run, where it came too late."""
-    while True:
+    for _ in range(20):  # a run that does not mind the signal at all ends with status 0 each time
         folder = Path(tempfile.mkdtemp(dir=parent))
         ended = _disturbed(folder, ["train", case.write(folder)], number, moment * case.seconds)
         if ended.status:
-            return folder, ended
+            break
         moment *= 0.8
+    return folder, ended
 
 
 def _disturbed(folder: Path, arguments: list[object], number: int, delay: float) -> runs.Ended:

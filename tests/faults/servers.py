@@ -16,14 +16,17 @@ from .kills import differences
 SLOW = "a byte now and then"
 
 
+# of answers to requests for completions all that there are, of every other call a few: not the same few of each
+CHOSEN = [key for number, key in enumerate(DAMAGES) if key[0] == GENERATE or number % 7 == 0]
+
+
 def misbehaviours(model: Path, share: float) -> Tally:
-    """Of answers to requests for completions all that there are, of every other call a few."""
-    chosen = [key for number, key in enumerate(DAMAGES) if key[0] == GENERATE or number % 8 == 0]
+    """What is CHOSEN, or a share of it."""
     with tempfile.TemporaryDirectory() as name:
         ended, expected = _run(Path(name), model, FakeServer(model))
         assert ended.status == 0, ended.stderr
         attempt = partial(_try, Path(name), model, expected)
-        return tried("a bad server beside a good one", chosen[:: max(1, round(1 / share))], attempt)
+        return tried("a bad server beside a good one", CHOSEN[:: max(1, round(1 / share))], attempt)
 
 
 def _try(folder: Path, model: Path, expected: dict[str, Any], key: tuple[str, str]) -> list[str]:

@@ -111,7 +111,7 @@ CHANGES = {
         edit_config("optimizer.learning_rate", 1e-2),
         "optimizer.learning_rate has changed from 0.001 to",
     ),
-    "lora": (edit_config("lora", {"rank": 2}), "lora has changed from None to"),
+    "lora": (edit_config("lora", {"rank": 2}), "lora has changed since the run began"),
     "dtype": (edit_config("dtype", "bfloat16"), "dtype has changed from 'float32' to 'bfloat16'"),
     "proposal": (edit_config("proposal.kind", "adaptive"), "proposal.kind has changed from 'policy' to 'adaptive'"),
     "target": (edit_config("target", [runs.LETTERS]), "target has changed from "),
