@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,8 +106,10 @@ def sequence_weights(
             +inf. A GPU gives NaN weights for a NaN.
         RuntimeError: a CUDA graph is being captured, which would keep the tables of this call.
     """
-    packed = cu_seqlens, behavior_logprob, target_log_score, log_z, 1
-    sequences, options = _checked(policy_logprob, packed, divergence, baseline, ratio, ratio_cap, reward_cap)
+    sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z)
+    offset = as_tensor(baseline, policy_logprob.device)
+    options = Options(divergences.get(divergence), offset, ratio, ratio_cap, reward_cap)
+    check_sequences(policy_logprob, sequences, options)
     sequences = sequences._replace(cu_seqlens=cu_seqlens.to(policy_logprob.device, non_blocking=True))
     return operators.sequence_weights(policy_logprob.detach(), sequences, options, choose_impl(impl, policy_logprob))
 
@@ -162,8 +164,9 @@ def fdpg_loss(
     into = as_local("weight_grad_out", weight_grad_out)
     check_head(hidden, target_ids, head, into)
     total = len(cu_seqlens) - 1 if total_sequences is None else total_sequences
-    packed = cu_seqlens, behavior_logprob, target_log_score, log_z, total
-    sequences, options = _checked(target_ids, packed, divergence, baseline, ratio, ratio_cap, reward_cap)
+    sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z, total)
+    options = Options(divergences.get(divergence), as_tensor(baseline, hidden.device), ratio, ratio_cap, reward_cap)
+    check_sequences(target_ids, sequences, options)
     impl = choose_impl(impl, hidden, multiplies=True)
     if into is not None:  # the gradient is wanted even if weight itself wants none
         wanting = head.weight if head.weight.requires_grad else head.weight.detach().requires_grad_()
@@ -233,12 +236,5 @@ class _FDPGLoss(torch.autograd.Function):
         return *(None if g is None else scale(g, upstream) for g in gradients), *[None] * 7
 
 
-def _checked(
-    per_token: Tensor, packed: tuple[Any, ...], divergence: str | Divergence, baseline: Number | None, *rest: Any
-) -> tuple[Sequences, Options]:
-    """The arguments of an op without gradients, and fitting the tokens `per_token` [N]."""
-    cu_seqlens, behavior, score, log_z, total = packed
-    sequences = Sequences(cu_seqlens, behavior.detach(), score.detach(), as_tensor(log_z, score.device), total)
-    options = Options(divergences.get(divergence), as_tensor(baseline, per_token.device), *rest)
-    check_sequences(per_token, sequences, options)
-    return sequences, options
+def _sequences(cu_seqlens: Tensor, behavior: Tensor, score: Tensor, log_z: Tensor | float, total: int = 1) -> Sequences:
+    return Sequences(cu_seqlens, behavior.detach(), score.detach(), as_tensor(log_z, score.device), total)

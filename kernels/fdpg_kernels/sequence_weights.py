@@ -53,10 +53,7 @@ def weights_from_sums(
 
 
 def sum_by_sequence(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sum [N] values over each sequence, in float64: thousands of tokens must not cost digits of a ratio.
-
-    cu_seqlens may lie elsewhere.
-    """
+    """Sum [N] values over each sequence in float64: thousands of tokens must not cost digits of a ratio."""
     positions = torch.arange(len(values), device=values.device)
     sequence_index = torch.searchsorted(cu_seqlens[1:].to(positions), positions, right=True)
     totals = torch.zeros(len(cu_seqlens) - 1, dtype=torch.float64, device=values.device)
