@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
+import select
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
         with lines_for_a_person():
             options.run(options)
             sys.stdout.flush()  # where nobody reads any more, here is where it shows
-    except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        (output := select.poll()).register(sys.stdout, 0)
+        if not output.poll(0):
+            raise  # another pipe, as to a process of the engine
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who reads has seen enough, as `head` does
     except (UserError, RunError, KeyboardInterrupt) as error:
         return _end(error, str(error) or "stopped")
     except Exception as error:
@@ -48,7 +54,7 @@ def _end(error: BaseException, said: str) -> int:
     """Say in one line how the command ended and, in the error's notes, where finished work is; its exit status."""
     line = "; ".join([said, *getattr(error, "__notes__", [])])
     print(f"fdpg-fast: {printable(line)}", file=sys.stderr)
-    return {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+    return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def prepare_environment() -> None:
@@ -248,20 +254,14 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return known, overrides
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+def _positive(text: str, kind: Any = int) -> Any:
+    with contextlib.suppress(ValueError):
+        if 0 < (number := kind(text)) < float("inf"):
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive {'whole ' if kind is int else ''}number")
 
 
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return number
+_positive_number = functools.partial(_positive, kind=float)
 
 
 if __name__ == "__main__":

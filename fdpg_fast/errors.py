@@ -39,7 +39,7 @@ def disk_errors(what: str) -> Iterator[None]:
 def one_line(said: object) -> str:
     """What an exception, a server or a name says, in one line of up to 500 letters that a terminal may show."""
     try:
-        return printable(" ".join(str(said).split())[:500])
+        return printable(" ".join(str(said).split())[:500])[:500]
     except Exception:  # of somebody's own class
         return "without a message"
 
@@ -51,5 +51,5 @@ def printable(text: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was wanted that there is not, of a GPU or of the machine, by Python, PyTorch or the system."""
-    wanted = re.search("(?i)out of memory|(can't|cannot) allocate memory|bad_alloc|ALLOC_FAILED", str(error))
+    wanted = re.search("(?i)out of memory|(can't|cannot) allocate memory|bad_alloc|ALLOC_FAILED", one_line(error))
     return isinstance(error, MemoryError) or wanted is not None

@@ -32,12 +32,17 @@ class _Activity:
     done: int = 0
     task: Any = None  # of the display
 
+    def show(self, **fields: Any) -> None:
+        if self.task is not None and _display is not None:
+            _display.update(self.task, **fields)
+
 
 @contextlib.contextmanager
 def activity(what: str, total: int = 0) -> Iterator[None]:
     """Something that takes a while, as a person reads it ("loading models/smollm2"); `advance` counts `total` items."""
     current, ended = _Activity(printable(what), total), threading.Event()
-    _show_innermost(False)
+    for outer in _activities[-1:]:
+        outer.show(visible=False)
     _activities.append(current)
     if _display is not None:
         current.task = _display.add_task(current.what, total=total or None, counted="")
@@ -50,7 +55,8 @@ def activity(what: str, total: int = 0) -> Iterator[None]:
         _activities.remove(current)
         if current.task is not None and _display is not None:
             _display.remove_task(current.task)
-        _show_innermost(True)
+        for outer in _activities[-1:]:
+            outer.show(visible=True)
 
 
 def advance(count: int) -> None:
@@ -58,19 +64,13 @@ def advance(count: int) -> None:
     if _activities and _activities[-1].total:
         current = _activities[-1]
         current.done += count
-        if current.task is not None and _display is not None:
-            _display.update(current.task, advance=count, counted=f"{current.done:,} of {current.total:,}")
+        current.show(advance=count, counted=f"{current.done:,} of {current.total:,}")
 
 
 @functools.cache
 def say_once(line: str) -> None:
     """A warning about something that a process meets more than once."""
     log.warning("%s", line)
-
-
-def _show_innermost(visible: bool) -> None:
-    if _activities and _activities[-1].task is not None and _display is not None:
-        _display.update(_activities[-1].task, visible=visible)
 
 
 def _say(current: _Activity, ended: threading.Event) -> None:

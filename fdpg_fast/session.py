@@ -15,7 +15,7 @@ from .contexts import Context, Prompting, load_contexts
 from .divergence import last_divergence
 from .engines import Engine
 from .engines.build import build_engine
-from .errors import UserError, one_line
+from .errors import UserError, is_out_of_memory, one_line
 from .features import check_columns
 from .learner import Learner
 from .measure.estimators import LogPartition
@@ -64,14 +64,14 @@ class Session:
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         base = self._load(config.model)
         base.model.requires_grad_(False)
-        self.room = base.prompt_room(config.engine.max_new_tokens)
-        if self.room < 1:
+        room = base.prompt_room(config.engine.max_new_tokens)
+        if room < 1:
             raise UserError(
                 f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
                 f"in the model's {base.max_length} positions"
             )
         rows, held_out = len(base.model.get_input_embeddings().weight), config.contexts.eval
-        self.prompting = Prompting(self.tokenizer, self.room, rows, base.continues_prompt, config.contexts)
+        self.prompting = Prompting(self.tokenizer, room, rows, base.continues_prompt, config.contexts)
         self.contexts = load_contexts(config.contexts.train, self.prompting)
         self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.prompting)
         self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
@@ -150,6 +150,8 @@ class Session:
         try:
             load_checkpoint(self.checkpoint, self.state, self.round_contexts)
         except Exception as error:  # its files are whole, and of another run or version
+            if is_out_of_memory(error):
+                raise
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"checkpoint {self.checkpoint} does not fit this run: {reason}") from error
         if self.state.exponents is not None:
@@ -203,8 +205,10 @@ def choose_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} is not usable here: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device: {name!r} is not usable here: {one_line(error)[:200]}") from None
+    if torch.device(name).type == "meta":
+        raise UserError("device: 'meta' holds no numbers")
     return name
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import fdpg_fast
+from fdpg_fast import cli
 from support import runs
 
 
@@ -39,6 +40,24 @@ def test_a_reader_that_stops_reading_is_no_error():
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
     done = shell(f"set -o pipefail; {CLI} train --keys | :")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_pipe_that_breaks_is_no_reader(monkeypatch, capfd):
+    def fails(options):
+        raise BrokenPipeError("of the engine")
+
+    monkeypatch.setattr(fails, "__name__", "_doctor")
+    monkeypatch.setattr(cli, "_doctor", fails)
+    with pytest.raises(BrokenPipeError, match="of the engine"):
+        runs.call("doctor")
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "privateuseone", "cuda:99", "nonsense"])
+def test_a_device_that_is_of_no_use(device, tiny_model, tmp_path, capsys):
+    config = runs.write_config(tmp_path, runs.settings(tiny_model, tmp_path / "run"))
+    assert runs.call("train", config, f"--device={device}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fdpg-fast: device: {device!r} ")
 
 
 def test_public_names_stay_where_they_are():

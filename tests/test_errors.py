@@ -18,6 +18,7 @@ class Mute(Exception):
         ("\u202egnp.exe \ud800 \x9b2J", r"\u202egnp.exe \ud800 \x9b2J"),
         ("é 東京 👍", "é 東京 👍"),
         ("x" * 9999, "x" * 500),
+        ("\a" * 500, r"\x07" * 125),
         (Mute(), "without a message"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from fdpg_fast import cli, progress
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import RunError, UserError, is_out_of_memory
+from fdpg_fast.moments import TooFewSamples
 from fdpg_fast.runs.tables import text_table
 from support import runs
 
@@ -38,7 +39,7 @@ def test_a_run_that_was_moved_to_a_nasty_place(tiny_model, tmp_path, capfd):
     assert not re.search("^fdpg-fast: done", output + errors, re.MULTILINE)
 
 
-@pytest.mark.parametrize("error", [UserError, RunError])
+@pytest.mark.parametrize("error", [UserError, TooFewSamples, RunError])
 def test_an_error_that_quotes_somebody_is_one_line(error, monkeypatch, capsys):
     def fails(options):
         noted = error(f"http://server: {NASTY}")
@@ -47,7 +48,7 @@ def test_an_error_that_quotes_somebody_is_one_line(error, monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "_doctor", fails)
     monkeypatch.setattr(fails, "__name__", "_doctor", raising=False)
-    assert runs.call("doctor") == (2 if error is UserError else 1)
+    assert runs.call("doctor") == (1 if error is RunError else 2)
     assert capsys.readouterr() == ("", f"fdpg-fast: http://server: {SHOWN}; {SHOWN}\n")
 
 

@@ -3,9 +3,7 @@
 C prompts and their B completions become one row of tokens, prompts first. Only attention has to know who belongs to
 whom, so it is the one thing replaced, through transformers' attention registry. It asks a layout that the forward pass
 is given; without one it is plain SDPA, so that the model stays an ordinary transformers model. A layout has
-
-* `window`: how many tokens the layers see at a time, which they write there, and
-* `attend(query, key, value, scale)`: [R, H, T, d] each (fewer heads in key and value) → [R, T, H, d].
+`attend(query, key, value, scale)`: [R, H, T, d] each (fewer heads in key and value) → [R, T, H, d].
 """
 
 from __future__ import annotations
@@ -25,12 +23,13 @@ from ..rollouts import Rollouts
 
 IMPLEMENTATION = "fdpg_packed"
 UNLIMITED = 2**31  # tokens
+# keys of configs: windows of layers that are not full attention, and how many tokens others choose from all
+SLIDING, MASKED = ("sliding_window", "sliding_window_size"), ("attention_chunk_size", "index_topk", "keep_window_size")
 
 
 def _attention(module, query, key, value, attention_mask, *, layout=None, scaling=None, **options):
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    layout.window = min(layout.window, options.get("sliding_window") or layout.window)
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise UserError(f"{type(module).__name__}: attention with a soft cap or sinks is not supported")
     return layout.attend(query, key, value, scaling), None
@@ -38,6 +37,16 @@ def _attention(module, query, key, value, attention_mask, *, layout=None, scalin
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def window(config: PretrainedConfig) -> int:
+    """Tokens of the longest text of which every layer sees all that precedes: none needs a mask beside the causal one.
+
+    Models differ in whether they tell attention of a window or only mask what is outside it, so the config is asked.
+    """
+    layers = set(getattr(config, "layer_types", None) or ())
+    keys = MASKED if layers == {"full_attention"} else MASKED + SLIDING
+    return min(getattr(config, key, None) or UNLIMITED for key in keys)
 
 
 def rotary_limits(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
@@ -74,8 +83,6 @@ class PackedBatch:
 
     In the row comes every prompt once, then every completion without its last token, which predicts nothing.
     """
-
-    window = UNLIMITED
 
     def __init__(self, rollouts: Rollouts, device: torch.device, dtype: torch.dtype):
         context_index = rollouts.context_index.cpu()

@@ -44,8 +44,6 @@ class Decoding:
 class ContinuedDecoding(Decoding):
     """Completions that continue their prompts, begun behind the prompts' padding; see `LanguageModel.start`."""
 
-    window = attention.UNLIMITED
-
     def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int):
         self._model = model
         input_ids, is_real = pad_prompts(contexts, model.device)

@@ -71,12 +71,7 @@ class _AnswerDecoding(Decoding):
     """Completions behind start tokens, which see their prompt through the encoder; see `LanguageModel.start`."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        start: list[int],
-        contexts: Sequence[Context],
-        context_index: Tensor,
-        room: int = 0,
+        self, model: PreTrainedModel, start: list[int], contexts: Sequence[Context], index: Tensor, room: int = 0
     ):
         self._decoder = model.get_decoder()
         input_ids, is_real = pad_prompts(contexts, model.device)
@@ -84,7 +79,7 @@ class _AnswerDecoding(Decoding):
         cache = EncoderDecoderCache(roomy_cache(room), DynamicCache())
         super().__init__(cache, encoder_hidden_states=encoded, encoder_attention_mask=is_real)
         starts = torch.tensor(start, device=model.device).expand(len(contexts), -1)  # [C, S]
-        self._begin(self.run(starts)[:, -1], context_index)
+        self._begin(self.run(starts)[:, -1], index)
 
     def run(self, tokens: Tensor) -> Tensor:
         output = self._decoder(input_ids=tokens, past_key_values=self._cache, use_cache=True, **self._rows)

@@ -11,18 +11,10 @@ from ..errors import UserError
 # they say which texts there are at all; dropped, another model would be aligned than the one that `generate` shows
 DECISIVE = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "stop_strings")
 # they choose among texts, and do nothing at these values
-ADVICE: dict[str, Any] = {
-    "temperature": 1,
-    "top_k": 0,
-    "top_p": 1,
-    "min_p": 0,
-    "top_h": 1,
-    "typical_p": 1,
-    "epsilon_cutoff": 0,
-}
-ADVICE |= {"eta_cutoff": 0, "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0}
-ADVICE |= {"encoder_no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1, "min_length": 0, "guidance_scale": 1}
-ADVICE |= {"min_new_tokens": 0, "forced_eos_token_id": None, "exponential_decay_length_penalty": None}
+AT_1 = "temperature top_p top_h typical_p repetition_penalty encoder_repetition_penalty num_beams length_penalty"
+AT_0 = "top_k min_p epsilon_cutoff eta_cutoff no_repeat_ngram_size encoder_no_repeat_ngram_size min_length"
+ADVICE: dict[str, Any] = dict.fromkeys(("forced_eos_token_id", "exponential_decay_length_penalty"))  # at None
+ADVICE |= dict.fromkeys((*AT_1.split(), "guidance_scale"), 1) | dict.fromkeys((*AT_0.split(), "min_new_tokens"), 0)
 
 
 def refuse_decisive(model: PreTrainedModel, continues_prompt: bool) -> None:

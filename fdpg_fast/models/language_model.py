@@ -32,7 +32,7 @@ class LanguageModel:
 
     continues_prompt = True  # prompt and completion are one text; else the completion answers it
     _layout = "on packed rows"
-    _window = attention.UNLIMITED  # tokens that its layers see at a time, known from the first pass
+    _window = attention.UNLIMITED  # tokens that its layers see at a time
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval()
@@ -43,7 +43,7 @@ class LanguageModel:
             raise UserError(f"model: {kind} does not let its attention be chosen: {one_line(error)}") from None
         config = model.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
+        softcap, self._window = getattr(config, "final_logit_softcapping", None), attention.window(config)
         self.head = FusedHead(model.get_output_embeddings(), temperature=float(scaling), softcap=softcap)
         self._check_scoring()
 
@@ -91,7 +91,6 @@ class LanguageModel:
         self.refuse_lengths(rollouts.contexts, int(rollouts.lengths.max()))
         batch = attention.PackedBatch(rollouts, self.device, self.model.dtype)
         states = attention.run(self.model, batch.input_ids, batch.position_ids, batch)
-        self._window = batch.window
         return states[0].index_select(0, batch.target_rows)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
 from fdpg_fast.models.language_model import LanguageModel
 from support import runs
-from support.language import EOS, GROUPED, build, contexts_of, plain_logprobs, rollouts_of
+from support.language import COMMON, EOS, GROUPED, build, contexts_of, plain_logprobs, rollouts_of
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -57,6 +57,41 @@ def test_neighbours_change_nothing_or_are_refused(name, lengths, models):
         else:
             assert longest <= 16 or name == "none" or (name == "longrope" and shortest > 16)
             torch.testing.assert_close(ours, plain_logprobs(plain, rollouts), atol=2e-5, rtol=0)
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {**COMMON, **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "v_head_dim": 8}
+LATENT |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+LATENT |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "index_n_heads": 2, "index_head_dim": 8}
+SLIDING = {**GROUPED, "sliding_window": 16, "use_sliding_window": True}
+UNSAID = {  # windows and choices that come as masks alone, of which attention is not told
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+        **SLIDING, **EXPERTS, num_experts=4, shared_expert_intermediate_size=16, layer_types=["sliding_attention"] * 2
+    ),
+    "phimoe": lambda: hf.PhimoeConfig(**GROUPED, sliding_window=16, num_local_experts=4, num_experts_per_tok=2),
+    "doge": lambda: hf.DogeConfig(**GROUPED, keep_window_size=16),
+    "deepseek_v32": lambda: hf.DeepseekV32Config(**LATENT, index_topk=16),
+    "glm_moe_dsa": lambda: hf.GlmMoeDsaConfig(**LATENT, index_topk=16),
+}
+
+
+@pytest.mark.parametrize("name", UNSAID)
+def test_a_window_is_known_that_only_a_mask_knows(name):
+    language_model = LanguageModel(build(UNSAID[name]()))
+    fits, reaches_past = (rollouts_of(contexts_of(10), [[list(range(length))]]) for length in (6, 7))
+    with torch.no_grad():
+        ours, plain = language_model.token_logprobs(fits, 10**6), plain_logprobs(build(UNSAID[name]()), fits)
+        torch.testing.assert_close(ours, plain, atol=2e-5, rtol=0)
+        with pytest.raises(UserError, match="reach 17 tokens, past the model's window of 16"):
+            language_model.token_logprobs(reaches_past, 10**6)
+
+
+@pytest.mark.parametrize("full", [{"layer_types": ["full_attention"] * 2}, {"use_sliding_window": False}])
+def test_a_window_that_no_layer_has_bounds_nothing(full):
+    language_model = LanguageModel(build(hf.Qwen2Config(**{**SLIDING, **full})))
+    rollouts = rollouts_of(contexts_of(20), [[list(range(20))]])
+    plain = plain_logprobs(build(hf.Qwen2Config(**{**SLIDING, **full})), rollouts)
+    torch.testing.assert_close(language_model.token_logprobs(rollouts, 10**6), plain, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("prompts", "is_allowed"), [((9, 8), True), ((9, 10), False), ((17, 30), True)])
