@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import os
 import select
 import sys
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         known, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(known, argparse.Namespace(overrides=overrides))
         with lines_for_a_person():
+            _import_parts()
             options.run(options)
             sys.stdout.flush()  # where nobody reads any more, here is where it shows
     except BrokenPipeError:
@@ -61,6 +63,16 @@ def prepare_environment() -> None:
     """Set what PyTorch reads when it loads; what somebody has set stays."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _import_parts() -> None:
+    """Import what all commands take: 400,000 objects that stay, and a look for garbage among them takes 0.2 s of CPU."""
+    if "torch" not in sys.modules:
+        gc.disable()
+        from . import session  # noqa: F401
+
+        gc.freeze()
+        gc.enable()
 
 
 class _Parser(argparse.ArgumentParser):

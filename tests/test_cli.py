@@ -35,6 +35,17 @@ def test_help_needs_no_torch(arguments):
     assert "fdpg_fast.cli" in imported and not imported & {"torch", "numpy", "pydantic", "yaml", "rich"}
 
 
+def test_imports_are_not_searched_for_garbage():
+    program = """
+import gc
+from fdpg_fast.cli import main
+gc.callbacks.append(lambda phase, of: print("searched") if (phase, of["generation"]) == ("start", 2) else None)
+print(main(["train", "--keys"]), gc.isenabled(), gc.get_freeze_count() > 10**5)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 True True" and "searched" not in done.stdout.partition("0 True")[0]
+
+
 def test_a_reader_that_stops_reading_is_no_error():
     done = shell(f"set -o pipefail; {CLI} train --keys | head -n 1")
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
