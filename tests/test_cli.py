@@ -43,7 +43,7 @@ gc.callbacks.append(lambda phase, of: print("searched") if (phase, of["generatio
 print(main(["train", "--keys"]), gc.isenabled(), gc.get_freeze_count() > 10**5)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "0 True True" and "searched" not in done.stdout.partition("0 True")[0]
+    assert done.stdout.partition("searched")[0].endswith("0 True True\n")  # at the very end it may be
 
 
 def test_a_reader_that_stops_reading_is_no_error():
