@@ -34,7 +34,7 @@ class Feature:
         timeout: seconds that one call may take.
 
     Raises:
-        UserError: the name is empty or holds what a terminal would obey, or the function cannot be called by name.
+        UserError: the name cannot be shown, the function takes nothing by name, or the timeout is out of range.
     """
 
     name: str
