@@ -172,6 +172,7 @@ def test_train_refuses_the_file(text, complaint, folder, capfd):
         ("train --resume taken --optimizer.learning_rate=1", "^--optimizer.learning_rate: .*only trainer.rounds"),
         ("train --resume taken --trainer.rounds 0", "^trainer.rounds: '?0'?: .*greater than or equal to 1"),
         ("evaluate nowhere", "^'nowhere' is not the folder of a run"),
+        ("evaluate a/checkpoints/round-000002", "config.yaml; give its run, 'a': the newest is taken$"),
         (f"evaluate {256 * 'x'}", "^'x{256}' is not the folder of a run"),
         (f"train --resume {256 * 'x'}", "^'x{256}' is not the folder of a run"),
         ("compare a\0b taken", r"^'a\\x00b' is not the folder of a run"),

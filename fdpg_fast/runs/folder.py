@@ -146,7 +146,9 @@ def read_config(run_dir: str | Path, overrides: dict[str, str] | None = None) ->
 def _config_path(run_dir: str | Path) -> Path:
     path = Path(run_dir) / "config.yaml"
     if not os.path.exists(path):  # which no name makes raise
-        raise UserError(f"{str(run_dir)!r} is not the folder of a run: it has no config.yaml")
+        within = Path(run_dir).parent
+        of = f"; give its run, {str(within.parent)!r}: the newest is taken" if within.name == "checkpoints" else ""
+        raise UserError(f"{str(run_dir)!r} is not the folder of a run: it has no config.yaml{of}")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,18 +75,21 @@ def round_metrics(this: Round, feature_names: list[str]) -> dict[str, float]:
 def progress_line(done: int, rounds: int, metrics: dict[str, float], names: list[str], seconds_left: float) -> str:
     """One line a round: it survives nohup, a pager and a log file."""
 
+    def number(value: float, places: int) -> str:
+        return "–" if math.isnan(value) else f"{round(value, places) + 0.0:.{places}f}"  # no "-0.00"
+
     def known(key: str, places: int) -> str:
-        return f"{metrics[key]:.{places}f} ± {1.96 * metrics[f'{key}_se']:.{places}f}"
+        return f"{number(metrics[key], places)} ± {number(1.96 * metrics[f'{key}_se'], places)}"
 
     minutes, seconds = divmod(round(seconds_left), 60)
     return "  ".join(
         [
             f"round {done:>{len(str(rounds))}}/{rounds}",
-            f"loss {metrics['loss']:+.3f}",
+            f"loss {round(metrics['loss'], 3) + 0.0:+.3f}",
             *(f"E[{name}] {known(f'target/{name}', 3)}" for name in names),
             f"log Z {known('z/log_z', 2)}" + "?" * (metrics["z/ess"] < LEAST_PER_CONTEXT),
             f"ESS {metrics['target/ess']:.0f}",
-            f"KL(π‖a) {metrics['policy/kl_to_base']:.2f}",
+            f"KL(π‖a) {number(metrics['policy/kl_to_base'], 2)}",
             f"{metrics['time/tokens_per_second']:,.0f} tok/s",
             f"{minutes}:{seconds:02d} left",
         ]
