@@ -19,5 +19,5 @@ METRICS = {
 
 def test_nothing_is_minus_zero_or_nan():
     """A feature that applied to no completion of the round has no mean, and a KL of 0 is estimated a little below."""
-    line = progress_line(1, 10, METRICS, ["f"], 61.0)
-    assert line == "round  1/10  loss +0.000  E[f] – ± –  log Z 0.00 ± 0.00  ESS 8  KL(π‖a) 0.00  1,234 tok/s  1:01 left"
+    start = "round  1/10  loss +0.000  E[f] – ± –  log Z 0.00 ± 0.00  ESS 8  KL(π‖a) 0.00  "
+    assert progress_line(1, 10, METRICS, ["f"], 61.0) == start + "1,234 tok/s  1:01 left"
