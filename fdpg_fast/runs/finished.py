@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chats import ContextsConfig
+from ..chats import ContextsConfig, is_chat
 from ..clock import Clock
 from ..config.schema import TrainConfig
 from ..contexts import Context, make_contexts
@@ -24,6 +26,8 @@ from ..rollouts import Rollouts
 from ..session import Session
 from .checkpoint import checkpoints
 from .folder import read_config
+
+log = logging.getLogger(__name__)
 
 
 def read_finished(run_dir: str | Path) -> TrainConfig:
@@ -85,7 +89,13 @@ def quasi_rejection_sample(
 def _contexts_to_continue(session: Session, prompt: str | None, count: int) -> list[Context]:
     session.restore()
     if prompt is not None:
-        plain = replace(session.prompting, settings=ContextsConfig())
         row = {**dict.fromkeys(session.contexts[0].columns), "prompt": prompt}  # features may ask for any column
-        session.eval_contexts = make_contexts([("--prompt", row)], plain)
+        prompting = session.prompting
+        with contextlib.suppress(ValueError, RecursionError):  # it is no JSON
+            row["prompt"] = messages if is_chat(messages := json.loads(prompt)) else prompt
+        if row["prompt"] is prompt:
+            prompting = replace(prompting, settings=ContextsConfig())
+            if session.contexts[0].messages is not None:
+                log.info("--prompt is continued as it stands, without the chat template; a chat is a list of messages")
+        session.eval_contexts = make_contexts([("--prompt", row)], prompting)
     return session.eval_contexts[:count]

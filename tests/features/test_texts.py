@@ -195,7 +195,7 @@ def own(prompts, completions, prompt_texts, completion_texts, **columns):
 """
 
 
-def test_a_reward_for_chats_of_trl_works_as_it_is(tiny_model, tmp_path):
+def test_a_reward_for_chats_of_trl_works_as_it_is(tiny_model, tmp_path, capsys):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text(TEMPLATE)
     (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "hi"}]}) + "\n")
@@ -204,6 +204,12 @@ def test_a_reward_for_chats_of_trl_works_as_it_is(tiny_model, tmp_path):
     run_dir = runs.train(model, tmp_path, target=[term], contexts={"train": f"{tmp_path}/chats.jsonl"})
     for row in runs.rows(run_dir / "samples.jsonl"):
         assert row["prompt"] == "<user>hi>" and row["features"]["own"] == len(row["completion"])
+    capsys.readouterr()
+    message = json.dumps([{"role": "user", "content": "hi"}])
+    assert runs.call("sample", run_dir, "--count=1", "--prompt", message) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "<user>hi>"
+    runs.call("sample", run_dir, "--count=1", "--prompt=ho")  # which this feature cannot read
+    assert "--prompt is continued as it stands, without the chat template" in capsys.readouterr().err
 
 
 def test_the_tokenizer_is_for_whoever_asks_by_name():
