@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command(_sample, "print completions of a run's newest checkpoint as JSON lines")
     add("run_dir", metavar="RUN")
-    add("--prompt", help="continue this text, or chat, a JSON list of messages (default: the run's evaluation contexts)")
+    add("--prompt", help="continue this text, or chat: messages in JSON (default: the run's evaluation contexts)")
     add("--count", type=_positive, default=8, help="how many completions")
     add("--seed", type=int, default=0)
     beta = "keep a draw with probability min(1, p/(B·policy)): nearer to the target p the larger B is, and fewer; also "

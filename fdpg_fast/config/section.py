@@ -10,6 +10,8 @@ def _user_path(path: str) -> str:
     expanded, longest = os.path.expanduser(path), max(len(part.encode()) for part in path.split("/"))
     if not path or not path.isprintable() or expanded.startswith("~") or longest > 255:
         raise ValueError("no file can have this name")
+    if path.startswith("$") or "${" in path:  # of the environment, or of Hydra, which would become a folder "$HOME"
+        raise ValueError("variables are not put in here; write the path out, or let the shell do it: --key=$NAME/…")
     return expanded
 
 

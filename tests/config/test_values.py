@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 
 import pytest
 import yaml
@@ -161,6 +162,10 @@ def test_every_path_may_begin_with_the_home_folder(key, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no file can have this name") as refusal:
             parse_config(changed(data, {key: text}))
         assert str(refusal.value).startswith(f"{key}: ")
+    for text in ("$HOME/x", "${SCRATCH}/x", "runs/${oc.env:USER}"):
+        with pytest.raises(UserError, match=rf"^{re.escape(key)}: .*variables are not put in here"):
+            parse_config(changed(data, {key: text}))
+    assert get(parse_config(changed(data, {key: "x/a$b"})), key) == "x/a$b"
 
 
 def test_a_divergence_of_a_file_in_the_home_folder(monkeypatch, tmp_path):
