@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
-import functools
 import gc
 import os
 import select
@@ -15,13 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .arguments import positive, positive_number, split_overrides
 from .errors import RunError, UserError, is_out_of_memory, one_line, printable
 from .progress import lines_for_a_person
 
 # threads that wait for the next loop spin for some 20 µs: for longer, as OpenMP's do by themselves, and a busy machine
 # runs small models many times slower
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-TRAIN_OPTIONS = ("--resume", "--dry-run", "--keys", "--help")
 MAX_DRAWS = 4096
 LESS_MEMORY = (
     "lower trainer.micro_batch_tokens, engine.max_sequences or trainer.samples_per_context, "
@@ -33,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 failed while running, 2 bad input."""
     prepare_environment()
     try:
-        known, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
+        known, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         options = _parser().parse_args(known, argparse.Namespace(overrides=overrides))
         with lines_for_a_person():
             _import_parts()
@@ -105,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command(_evaluate, "measure a run's newest checkpoint on a fresh sample")
     add("run_dir", metavar="RUN")
-    add("--samples", type=_positive, help="completions per context (default: the run's)")
+    add("--samples", type=positive, help="completions per context (default: the run's)")
     add("--seed", type=int, default=1, help="of the fresh sample")
 
     add = command(
@@ -116,18 +114,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("run_dirs", nargs="+", metavar="RUN")
     add("--output", default="comparison.html", help="HTML file to write")
-    add("--samples", type=_positive, default=32, help="completions per context of each run")
-    add("--base-samples", type=_positive, default=256, help="completions per context of the base")
+    add("--samples", type=positive, default=32, help="completions per context of each run")
+    add("--base-samples", type=positive, default=256, help="completions per context of the base")
     add("--seed", type=int, default=1, help="of the samples")
 
     add = command(_sample, "print completions of a run's newest checkpoint as JSON lines")
     add("run_dir", metavar="RUN")
     add("--prompt", help="continue this text, or chat: messages in JSON (default: the run's evaluation contexts)")
-    add("--count", type=_positive, default=8, help="how many completions")
+    add("--count", type=positive, default=8, help="how many completions")
     add("--seed", type=int, default=0)
     beta = "keep a draw with probability min(1, p/(B·policy)): nearer to the target p the larger B is, and fewer; also "
-    add("--quasi-rejection-beta", type=_positive_number, metavar="B", help=f"{beta}prints what other values would do")
-    add("--max-draws", type=_positive, help=f"with the former: give up after so many (default: {MAX_DRAWS})")
+    add("--quasi-rejection-beta", type=positive_number, metavar="B", help=f"{beta}prints what other values would do")
+    add("--max-draws", type=positive, help=f"with the former: give up after so many (default: {MAX_DRAWS})")
 
     add = command(
         _experiment,
@@ -138,9 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     add("name", metavar="NAME")
     add("--budget", default="quick", help="quick (default), full, or another one of the experiment")
     add("--divergences", help="only these, separated by commas")
-    add("--seeds", type=_positive, help="how many (default: the budget's)")
+    add("--seeds", type=positive, help="how many (default: the budget's)")
     add("--output", help="folder for runs and results (default: runs/experiments/NAME/BUDGET)")
-    add("--jobs", type=_positive, default=1, help="runs side by side on the CPU")
+    add("--jobs", type=positive, default=1, help="runs side by side on the CPU")
 
     add = command(
         _doctor,
@@ -247,35 +245,6 @@ def _doctor(options: argparse.Namespace) -> None:
         raise UserError(f"doctor: --{next(iter(options.overrides))} changes a config; give a CONFIG.yaml")
     for line in report(options.config and load_config(options.config, options.overrides)):
         print(line, flush=True)
-
-
-def _split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Take --a.b=c and --a.b c out of the arguments of a command that has a config; argparse knows no such."""
-    if arguments[:1] not in (["train"], ["doctor"]):
-        return arguments, {}
-    known, overrides = [], {}
-    waiting = iter(arguments)
-    for argument in waiting:
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--") or name in TRAIN_OPTIONS:
-            known.append(argument)
-            if argument == "--resume":
-                known += [value for value in [next(waiting, None)] if value is not None]
-            continue
-        if not equals and (value := next(waiting, "--")).startswith("--"):
-            raise UserError(f"{name}: a value is missing; write {name}=VALUE")
-        overrides[name[2:]] = value
-    return known, overrides
-
-
-def _positive(text: str, kind: Any = int) -> Any:
-    with contextlib.suppress(ValueError):
-        if 0 < (number := kind(text)) < float("inf"):
-            return number
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive {'whole ' if kind is int else ''}number")
-
-
-_positive_number = functools.partial(_positive, kind=float)
 
 
 if __name__ == "__main__":
