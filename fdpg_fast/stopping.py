@@ -16,12 +16,13 @@ _DEFAULTS: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGUSR1: signal.SIG_DFL,  # what job managers send a while before the end of a job
 }
 _received: list[int] = []
 
 
 class Stopped(SystemExit):
-    """SIGTERM or SIGHUP has ended a run; the exit status is the one of a process that dies of it."""
+    """SIGTERM, SIGHUP or SIGUSR1 has ended a run; the exit status is the one of a process that dies of it."""
 
 
 @contextlib.contextmanager

@@ -176,8 +176,8 @@ class VLLMServerEngine:
         if not live:
             reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
             raise RunError(
-                f"no vLLM server is left to sample with ({reasons}). See what their logs say, start them again with "
-                "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out, and continue with --resume"
+                f"no vLLM server is left to sample with ({reasons}). See what their logs say; start them again with "
+                "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --enable-scale-out"
             )
         return live
 

@@ -74,6 +74,9 @@ def complaints(metrics: Mapping[str, float]) -> dict[str, str]:
             "bias it, and the pseudo-rewards with it; take more samples per context, fewer contexts, or "
             "partition.per_context: false"
         )
+    errors = (key for key in metrics if key.startswith("target/") and key.endswith("_se"))
+    if idle := [key[len("target/") : -3] for key in errors if math.isnan(metrics.get(key[:-3], 0.0))]:
+        sentences["idle"] = f"{', '.join(idle)}: None for every completion, which the target asks nothing of then"
     kl, length, log_z = (metrics.get(key, math.nan) for key in ("policy/kl_to_base", "policy/length", "z/log_z"))
     if (kl + min(0.0, log_z)) / length > MAX_KL:
         sentences["away"] = (

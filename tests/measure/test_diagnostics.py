@@ -58,6 +58,7 @@ def test_weights_without_a_tail_have_no_k(log_weights):
 def test_a_round_that_goes_well_is_not_complained_about():
     assert complaints(FINE) == {}
     assert complaints(FINE | {"target/pareto_k": math.nan, "z/log_z_se": math.nan}) == {}
+    assert complaints(FINE | {"target/judge_se": 0.4, "target/judge_se_se": 0.1}) == {}  # of a feature called judge_se
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_a_round_that_goes_well_is_not_complained_about():
         ({"target/pareto_k": 0.95}, "pareto_k", "k 0.95"),
         ({"z/log_z_se": 1.0}, "log_z", "± 2.0"),
         ({"z/ess": 2.1}, "log_z", "2.1 effective samples of a context"),
+        ({"target/judge": math.nan, "target/judge_se": math.nan}, "idle", "judge: None for every completion"),
     ],
 )
 def test_each_complaint_says_what_to_change(changed, kind, advice):

@@ -34,6 +34,7 @@ FAILURES = {
     "wrong length": "drawn = drawn[1:]",
     "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
     "SIGHUP": "os.kill(os.getpid(), signal.SIGHUP)",
+    "SIGUSR1": "os.kill(os.getpid(), signal.SIGUSR1)",
     "SIGINT": "os.kill(os.getpid(), signal.SIGINT)",
     "swallowed": """
         try:
@@ -48,7 +49,7 @@ FAILURES = {
         except BaseException as error:
             raise ValueError("stopped?") from error""",
 }
-STATUS = {"SIGTERM": 143, "SIGHUP": 129, "SIGINT": 130, "swallowed": 143, "turned into another": 129}
+STATUS = {"SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 138, "SIGINT": 130, "swallowed": 143, "turned into another": 129}
 KINDS = {
     "in turns": {"loss": {"baseline": "running"}},
     "two ahead": {"trainer": {"pipeline_depth": 2}},
