@@ -159,15 +159,15 @@ def _hit(case: Case, parent: Path, number: int, moment: float) -> tuple[Path, ru
 def _disturbed(folder: Path, arguments: list[object], number: int, delay: float) -> runs.Ended:
     running = runs.start(folder, *arguments)
     _wait_for(folder / "run" if "--resume" not in arguments else folder, running)
-    running.process.join(delay)
+    running.has_ended(within=delay)
     with suppress(ProcessLookupError):
         os.kill(running.process.pid, number)
     return running.wait()
 
 
 def _wait_for(path: Path, running: runs.Running) -> None:
-    while not path.exists() and running.process.exitcode is None:
-        running.process.join(0.02)
+    while not (path.exists() or running.has_ended(within=0.02)):
+        pass
 
 
 def comparable(run_dir: Path) -> dict[str, Any]:

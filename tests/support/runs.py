@@ -9,6 +9,8 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["fdpg_fast.trainer", "transformers.models.llama.modeling_llama", "matplotlib.backends.backend_svg"]
 )
+
+ONE_AT_A_TIME = threading.Lock()  # a start asks how all others are, and of two who ask at once one gets no status
 
 PROMPTS = ("a", "tea ", "def f(")
 LETTERS = {"kind": "pointwise", "feature": {"kind": "regex", "name": "letters", "pattern": "[a-zA-Z]"}}
@@ -157,9 +161,19 @@ class Running:
     process: Any
     outputs: list[Path]
 
+    def has_ended(self, within: float = 0.0) -> bool:
+        """Whether it has, after so many seconds at most."""
+        last = time.monotonic() + within
+        while True:
+            with ONE_AT_A_TIME:
+                if self.process.exitcode is not None:
+                    return True
+            if time.monotonic() >= last:
+                return False
+            time.sleep(0.01)
+
     def wait(self, seconds: float = 120) -> Ended:
-        self.process.join(seconds)
-        if self.process.exitcode is None:
+        if not self.has_ended(seconds):
             self.process.kill()
             raise AssertionError(f"still running after {seconds:g} s: {self.outputs[1].read_text()}")
         return Ended(self.process.exitcode, *(path.read_text(errors="replace") for path in self.outputs))
@@ -192,7 +206,8 @@ def start(folder: Path, *arguments: object, happens: tuple[Any, ...] = (None, No
     process = PROCESSES.Process(
         target=_command, args=([str(argument) for argument in arguments], folder, outputs, *happens)
     )
-    process.start()
+    with ONE_AT_A_TIME:
+        process.start()
     return Running(process, outputs)
 
 
