@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,7 +69,7 @@ def make_contexts(rows: list[Row], prompting: Prompting) -> list[Context]:
     """
     for where, row in rows:
         if not isinstance(row, dict) or "prompt" not in row:
-            found = repr([*row] if isinstance(row, dict) else row)[:60]
+            found = reprlib.repr([*row] if isinstance(row, dict) else row)
             raise UserError(f'{where} needs an object with "prompt", a string or a list of messages, not {found}')
     names = [name for name in dict.fromkeys(name for _, row in rows for name in row) if name != "prompt"]
     one_of_each = list(range(prompting.embedding_rows))  # or every token of the data would be an object of its own

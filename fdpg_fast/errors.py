@@ -39,7 +39,7 @@ def disk_errors(what: str) -> Iterator[None]:
 def one_line(said: object) -> str:
     """What an exception, a server or a name says, in one line of up to 500 letters that a terminal may show."""
     try:
-        return printable(" ".join(str(said).split())[:500])[:500]
+        return printable(" ".join(str(said).split())[:500])[:500].rstrip()
     except Exception:  # of somebody's own class
         return "without a message"
 

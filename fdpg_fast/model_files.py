@@ -36,6 +36,7 @@ def reading(path: str, what: str | None = None, key: str = "model") -> Iterator[
     Raises:
         UserError: in place of any exception but for want of memory.
     """
+    transformers.utils.logging.disable_progress_bar()  # a bar for every load drowns the lines that matter
     logger, said = logging.getLogger("transformers"), logging.handlers.BufferingHandler(10**6)
     handlers, logger.handlers = logger.handlers, [said]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -69,11 +70,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_config(data: Mapping[str, Any]) -> TrainConfig:
     """Validate plain data; raises as `load_config`."""
     try:
-        return TrainConfig.model_validate(data)
+        config = TrainConfig.model_validate(data)
+        json.dumps(config.model_dump(), ensure_ascii=False).encode()
+        return config
     except ValidationError as error:
         # a mistyped key comes first: what is missing may be what it was meant to be
         complaints = sorted(error.errors(), key=lambda e: e["type"] not in ("extra_forbidden", "invalid_key"))
         raise UserError(one_line(_explain(complaints[0]))) from None
+    except ValueError:  # of what encodes
+        raise UserError("config: a text holds half a character (a lone surrogate), which no file can hold") from None
 
 
 def dump_config(config: TrainConfig) -> str:

@@ -26,7 +26,6 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
     Raises:
         UserError: whatever is wrong with its files, named.
     """
-    transformers.utils.logging.disable_progress_bar()  # a bar for every load drowns the lines that matter
     with reading(path):
         settings, _ = transformers.PreTrainedConfig.get_config_dict(path)
         _refuse_settings(path, settings, trust_remote_code)

@@ -253,3 +253,11 @@ def test_seeds_are_what_every_generator_takes():
     assert parse_config(changed(SMALLEST, {"trainer.seed": 2**32 - 1})).trainer.seed == 2**32 - 1
     with pytest.raises(UserError, match="^trainer.seed: .*less than 4294967296"):
         parse_config(changed(SMALLEST, {"trainer.seed": 2**32}))
+
+
+@pytest.mark.parametrize("key", ["divergence", "contexts.system_prompt", "contexts.chat_template_kwargs.mode"])
+def test_half_a_character_is_refused_for_no_file_can_hold_it(key):
+    data = {"model": "m", "run_dir": "r", "target": [{"kind": "import", "path": "a:b"}]}
+    set_key(data, key, "\ud800")
+    with pytest.raises(UserError):
+        parse_config(data)
