@@ -1,6 +1,6 @@
 # make demo   install into .venv, align the shipped tiny model, print before/after and the path of report.html
 # make test   install the test extras, check style, types and layers, run the tests
-# make faults kills, signals, bad input, bad servers and made-up examples, all of them (a quarter of an hour)
+# make faults kills, signals, bad input, bad servers and made-up examples, all of them (five minutes)
 # make bench  the benchmarks beside a plain PyTorch pipeline (minutes)
 
 PYTHON ?= python3

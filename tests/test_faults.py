@@ -1,4 +1,4 @@
-"""A part of `make faults`, of each kind of fault; the whole is a command because it takes a quarter of an hour."""
+"""A part of `make faults`, of each kind of fault; the whole is a command because it takes minutes."""
 
 from faults import fuzz, inputs, kills, servers
 
