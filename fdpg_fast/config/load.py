@@ -71,7 +71,7 @@ def parse_config(data: Mapping[str, Any]) -> TrainConfig:
     """Validate plain data; raises as `load_config`."""
     try:
         config = TrainConfig.model_validate(data)
-        json.dumps(config.model_dump(), ensure_ascii=False).encode()
+        json.dumps(config.model_dump(), ensure_ascii=False, default=str).encode()
         return config
     except ValidationError as error:
         # a mistyped key comes first: what is missing may be what it was meant to be
