@@ -13,7 +13,7 @@ from torch import Tensor
 from .measure.estimators import Estimate
 from .moments import REMEDY, TooFewSamples
 from .progress import activity
-from .runs.tables import DOUBT, text_of, with_error
+from .runs.tables import DOUBT, doubtful, text_of, with_error
 from .session import Session
 from .targets import Target
 
@@ -50,9 +50,11 @@ def prepare(session: Session) -> None:
         values, context_index = draw(range(total), ORACLE_SAMPLES, "measuring Z")
         state.estimates.partition.update(scorer.target.log_phi(values), context_index)  # P/q is φ
         found = state.estimates.partition.summary()
-        log_z = text_of(Estimate(found["log_z"], found["log_z_se"], math.nan, found["ess"]))
-        log.info(f"oracle: log Z = {log_z} on average, from {ORACLE_SAMPLES} samples of the base for each context")
-        if log_z.endswith("?"):
+        log_z = Estimate(found["log_z"], found["log_z_se"], math.nan, found["ess"])
+        log.info(
+            f"oracle: log Z = {text_of(log_z)} on average, from {ORACLE_SAMPLES} samples of the base for each context"
+        )
+        if doubtful(log_z):
             log.warning("oracle: log Z: %s", DOUBT)
         if found["contexts_at_zero"]:
             at_zero = f"in {found['contexts_at_zero']:,.0f} of {total:,} contexts none of these meets the target"
