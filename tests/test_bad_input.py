@@ -132,10 +132,10 @@ def folder(tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_train_refuses(override, folder, capfd):
-    before = contents(folder)
+    before = runs.contents(folder)
     assert runs.call("train", "config.yaml", override) == 2
     assert re.search(OVERRIDES[override], the_line(capfd))
-    assert contents(folder) == before
+    assert runs.contents(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_train_refuses(override, folder, capfd):
 def test_train_refuses_the_file(text, complaint, folder, capfd):
     if text is not None:
         Path("given.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    before = contents(folder)
+    before = runs.contents(folder)
     assert runs.call("train", "given.yaml") == 2
     assert re.search(complaint, the_line(capfd))
-    assert contents(folder) == before
+    assert runs.contents(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ def test_train_refuses_the_file(text, complaint, folder, capfd):
     ],
 )
 def test_command_refuses(arguments, complaint, folder, capfd):
-    before = contents(folder)
+    before = runs.contents(folder)
     assert runs.call(*arguments.split()) == 2
     assert re.search(complaint, the_line(capfd))
-    assert contents(folder) == before
+    assert runs.contents(folder) == before
 
 
 def test_resume_of_a_run_in_use_is_refused(folder, capfd):
@@ -213,9 +213,9 @@ def test_nothing_else_is_printed_in_a_process_of_its_own(override, folder):
 def test_a_damaged_line_of_a_run_is_bad_input_that_a_resumed_run_finds_before_its_first_round(tiny_model, tmp_path):
     metrics = runs.train(tiny_model, tmp_path) / "metrics.jsonl"
     metrics.write_text("{]\n" + metrics.read_text())
-    before = contents(tmp_path)
+    before = runs.contents(tmp_path)
     assert runs.call("train", "--resume", metrics.parent, "--trainer.rounds=3") == 2
-    assert contents(tmp_path) == before
+    assert runs.contents(tmp_path) == before
 
 
 def the_line(capfd: pytest.CaptureFixture) -> str:
@@ -224,10 +224,6 @@ def the_line(capfd: pytest.CaptureFixture) -> str:
     assert output == "" and errors.count("\n") == 1 and errors.endswith("\n"), output + errors
     assert errors.startswith("fdpg-fast: ")
     return errors.removeprefix("fdpg-fast: ")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 # the bodies of a feature from its fourth call on, in the third round, and what is said of it

@@ -18,7 +18,7 @@ from fdpg_fast.engines import vllm_patches
 from fdpg_fast.engines.vllm import VLLMEngine, _make_llm, _own_generators
 from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.models.load import load_model
-from support.vllm_cases import CONFIG_EOS, CONTEXTS, EOS, TOLERANCE, VOCABULARY, gap, perturb, save_model
+from support.vllm_cases import CONFIG_EOS, CONTEXTS, EOS, TOLERANCE, VOCABULARY, gap, perturb, save_model, vllm_engine
 
 MAX_NEW_TOKENS = 12
 
@@ -31,17 +31,8 @@ def folders(tmp_path_factory):
 
 def make_engine(folder, *, dtype="float32", max_length=256, policy=None, beside_learner=False):
     policy = policy or load_model(str(folder), dtype, "cpu", trust_remote_code=False)
-    engine = VLLMEngine(
-        policy,
-        str(folder),
-        EOS,
-        max_new_tokens=MAX_NEW_TOKENS,
-        max_length=max_length,
-        max_sequences=32,
-        kv_cache_bytes=2**26,
-        sleeps=False,  # a CPU build cannot
-        beside_learner=beside_learner,
-        trust_remote_code=False,
+    engine = vllm_engine(
+        policy, folder, max_new_tokens=MAX_NEW_TOKENS, max_length=max_length, beside_learner=beside_learner
     )
     return policy, engine
 

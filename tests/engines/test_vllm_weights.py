@@ -10,12 +10,11 @@ import torch
 
 from fdpg_fast.config.schema import LoRAConfig
 from fdpg_fast.contexts import Context
-from fdpg_fast.engines.vllm import VLLMEngine
 from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
 from support import runs
 from support.architectures import save_architecture
-from support.vllm_cases import TOLERANCE, gap, perturb
+from support.vllm_cases import TOLERANCE, gap, perturb, vllm_engine
 
 CONTEXTS = tuple(Context(i, "", prompt) for i, prompt in enumerate([(3,), (40, 33, 7, 6, 12), tuple(range(10, 60))]))
 ROW = (40, 33, 7, 6, 12)
@@ -36,18 +35,7 @@ def load(folder):
 def test_log_probs_are_the_learners_after_every_sync_and_only_then(name, lora, tmp_path):
     folder = save_architecture(name, tmp_path / "model")
     policy = load(folder) if lora is None else LoRAPolicy(load(folder), lora, seed=1)
-    engine = VLLMEngine(
-        policy,
-        str(folder),
-        (7, 11),
-        max_new_tokens=12,
-        max_length=100,
-        max_sequences=32,
-        kv_cache_bytes=2**26,
-        sleeps=False,
-        beside_learner=False,
-        trust_remote_code=False,
-    )
+    engine = vllm_engine(policy, folder, (7, 11), max_length=100)
     engine.sync_weights(policy, 0)
     assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
     for version in (1, 2):

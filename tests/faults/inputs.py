@@ -580,7 +580,7 @@ def _refusal(bad: Input, template: Path, parent: Path) -> list[str]:
     folder = Path(tempfile.mkdtemp(dir=parent))
     shutil.copytree(template, folder, dirs_exist_ok=True)
     bad.damage(folder)
-    before = _contents(folder)
+    before = runs.contents(folder)
     try:
         ended = runs.start(folder, *bad.arguments).wait(30)
     except AssertionError as error:
@@ -595,14 +595,9 @@ def _refusal(bad: Input, template: Path, parent: Path) -> list[str]:
         faults.append(f"a line of {len(lines[0])} characters")
     if ended.stdout:
         faults.append(f"printed {ended.stdout[:100]!r}")
-    if (after := _contents(folder)) != before:
+    if (after := runs.contents(folder)) != before:
         faults.append(
             f"changed {sorted(name for name in {*before, *after} if before.get(name) != after.get(name))[:5]}"
         )
     shutil.rmtree(folder)
     return faults
-
-
-def _contents(folder: Path) -> dict[str, bytes | None]:
-    paths = [path for path in folder.rglob("*") if path not in (folder / "stdout", folder / "stderr")]
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}

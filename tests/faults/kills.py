@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -20,15 +20,6 @@ from support import runs
 
 from . import Tally, tried
 
-# it draws from the generators of Python, NumPy and torch, which a resumed run has to find where they were
-DRAWING = """
-import random, time
-import numpy, torch
-
-def noisy(completions):
-    time.sleep(0.02)
-    return [random.random() / 2 + numpy.random.rand() / 4 + float(torch.rand(())) / 4 for _ in completions]
-"""
 VLLM = {"engine": {"kind": "vllm", "max_sequences": 16}}
 LORA = {"lora": {"rank": 2}}
 DEPTH = {"trainer": {"pipeline_depth": 1}}
@@ -59,35 +50,19 @@ class Case:
     seconds: float  # from the appearance of the run's folder to the end of the process
 
     def write(self, folder: Path) -> Path:
-        return write(folder, self.model, self.sections)
-
-
-def write(folder: Path, model: Path, sections: dict[str, Any]) -> Path:
-    """The config of a run with λ, a running baseline, a schedule and a feature that draws."""
-    (folder / "drawing.py").write_text(DRAWING)
-    noisy = {"kind": "import", "path": f"{folder / 'drawing.py'}:noisy"}
-    settings: dict[str, Any] = {
-        "target": [runs.LETTERS, {"kind": "distributional", "features": [noisy], "moments": [0.55]}],
-        "target_fit_samples": 240,
-        "contexts": {"train": str(runs.write_contexts(folder, "a", "tea ", "def f(", "the end"))},
-        "loss": {"baseline": "running"},
-        "optimizer": {"warmup_rounds": 2, "schedule": "cosine"},
-    }
-    config = runs.settings(model, "run", **settings)
-    for name, section in sections.items():
-        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
-    return runs.write_config(folder, config)
+        return runs.write_config(folder, runs.drawing(self.model, folder, "run", **self.sections))
 
 
 def undisturbed(name: str, model: Path, sections: dict[str, Any], folder: Path) -> Case:
     """The case of a setting, run once."""
     folder.mkdir()
-    running = runs.start(folder, "train", write(folder, model, sections))
+    case = Case(name, model, sections, {}, 0.0)
+    running = runs.start(folder, "train", case.write(folder))
     _wait_for(folder / "run", running)
     started = time.monotonic()
     ended = running.wait()
     assert ended.status == 0, f"{name}: {ended.stderr}"
-    return Case(name, model, sections, comparable(folder / "run"), time.monotonic() - started)
+    return replace(case, expected=comparable(folder / "run"), seconds=time.monotonic() - started)
 
 
 def kills(models: dict[str, Path], share: float, seed: int) -> Iterator[Tally]:

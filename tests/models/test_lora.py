@@ -12,7 +12,6 @@ from fdpg_fast import Trainer
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import LoRAConfig
 from fdpg_fast.engines.embedded import TransformersEngine
-from fdpg_fast.engines.vllm import VLLMEngine
 from fdpg_fast.engines.vllm_replica import weight_source, weights_folder
 from fdpg_fast.errors import UserError
 from fdpg_fast.experiments.compare import frozen_base_sample
@@ -22,7 +21,7 @@ from fdpg_fast.runs.finished import evaluate_checkpoint
 from fdpg_fast.session import Session
 from support import runs
 from support.runs import Moment
-from support.vllm_cases import CONTEXTS, EOS, TOLERANCE, gap, save_model
+from support.vllm_cases import CONTEXTS, EOS, TOLERANCE, gap, save_model, vllm_engine
 
 LORA = {"rank": 4, "alpha": 8.0}
 
@@ -135,18 +134,7 @@ def test_adapter_of_a_bfloat16_model_is_float32(folders, tmp_path):
 
 def test_vllm_samples_from_the_merged_weights_after_a_sync_and_only_then(folders):
     policy = LoRAPolicy(load(folders[True]), LoRAConfig(**LORA), seed=1)
-    engine = VLLMEngine(
-        policy,
-        str(folders[True]),
-        EOS,
-        max_new_tokens=12,
-        max_length=256,
-        max_sequences=32,
-        kv_cache_bytes=2**26,
-        sleeps=False,
-        beside_learner=False,
-        trust_remote_code=False,
-    )
+    engine = vllm_engine(policy, folders[True])
     engine.sync_weights(policy, 0)
     assert gap(policy, engine.sample(CONTEXTS, 8, seed=1)).max() < TOLERANCE
     for version, layer in enumerate(("q_proj.lora_B", "gate_proj.lora_B", "down_proj.lora_B"), start=1):

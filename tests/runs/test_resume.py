@@ -8,32 +8,9 @@ import pytest
 from support import runs
 from support.runs import Moment
 
-# a feature with a state outside of the trainer, the generators of Python, NumPy and torch; it announces every call
-DRAWING = """
-import random, sys
-import numpy, torch
-random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
-
-def noisy(completions):
-    sys.audit("feature")
-    return [random.random() / 2 + numpy.random.rand() / 4 + float(torch.rand(())) / 4 for _ in completions]
-"""
-
 
 def config(model: Path, folder: Path, run_dir: str) -> dict:
-    """λ, a running baseline, a running Z, AdamW's moments and a schedule: all that a checkpoint has to carry."""
-    (folder / "drawing.py").write_text(DRAWING)
-    noisy = {"kind": "import", "path": f"{folder / 'drawing.py'}:noisy"}
-    return runs.settings(
-        model,
-        folder / run_dir,
-        target=[runs.LETTERS, {"kind": "distributional", "features": [noisy], "moments": [0.55]}],
-        target_fit_samples=240,
-        contexts={"train": str(runs.write_contexts(folder, "a", "tea ", "def f(", "the end"))},
-        loss={"baseline": "running"},
-        optimizer={"warmup_rounds": 2, "schedule": "cosine"},
-        trainer={"rounds": 8, "checkpoint_every": 2},
-    )
+    return runs.drawing(model, folder, folder / run_dir, trainer={"rounds": 8, "checkpoint_every": 2})
 
 
 @pytest.fixture(scope="module")

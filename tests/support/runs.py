@@ -49,9 +49,15 @@ def settings(model: Path, run_dir: Path | str, **sections: Any) -> dict[str, Any
         },
         "evaluation": {"contexts": 3, "samples_per_context": 3},
     }
+    return merged(config, sections)
+
+
+def merged(config: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """A config with keys replaced, or merged into a section."""
+    mixed = dict(config)
     for name, value in sections.items():
-        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
-    return config
+        mixed[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
+    return mixed
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> Path:
@@ -105,6 +111,43 @@ def strict(text: str) -> Any:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All that is in a folder by its name there, but for what `run` keeps of output; None for folders."""
+    paths = [path for path in folder.rglob("*") if path not in (folder / "stdout", folder / "stderr")]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+# it draws from the generators of Python, NumPy and torch, which a resumed run has to find where they were
+DRAWING = """
+import random, sys
+import numpy, torch
+random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
+
+def noisy(completions):
+    sys.audit("feature")
+    return [random.random() / 2 + numpy.random.rand() / 4 + float(torch.rand(())) / 4 for _ in completions]
+"""
+
+
+def drawing(model: Path, folder: Path, run_dir: Path | str, **sections: Any) -> dict[str, Any]:
+    """The config of a run with all that a checkpoint has to carry, and a feature that draws and announces its calls.
+
+    λ, a running baseline, a running Z, AdamW's moments and a schedule.
+    """
+    (folder / "drawing.py").write_text(DRAWING)
+    noisy = {"kind": "import", "path": f"{folder / 'drawing.py'}:noisy"}
+    config = settings(
+        model,
+        run_dir,
+        target=[LETTERS, {"kind": "distributional", "features": [noisy], "moments": [0.55]}],
+        target_fit_samples=240,
+        contexts={"train": str(write_contexts(folder, "a", "tea ", "def f(", "the end"))},
+        loss={"baseline": "running"},
+        optimizer={"warmup_rounds": 2, "schedule": "cosine"},
+    )
+    return merged(config, sections)
 
 
 def record(run_dir: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fdpg_fast.contexts import Context
+from fdpg_fast.engines.vllm import VLLMEngine
 from fdpg_fast.models.language_model import LanguageModel
 from fdpg_fast.rollouts import Rollouts
 
@@ -50,6 +51,30 @@ def save_model(folder: Path, *, tied: bool = True) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def vllm_engine(
+    policy: LanguageModel,
+    folder: Path,
+    eos: tuple[int, ...] = EOS,
+    *,
+    max_new_tokens: int = 12,
+    max_length: int = 256,
+    beside_learner: bool = False,
+) -> VLLMEngine:
+    """The real vLLM in this process, on a CPU, without weights yet."""
+    return VLLMEngine(
+        policy,
+        str(folder),
+        eos,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        max_sequences=32,
+        kv_cache_bytes=2**26,
+        sleeps=False,  # a CPU build cannot
+        beside_learner=beside_learner,
+        trust_remote_code=False,
+    )
 
 
 def perturb(policy: LanguageModel, seed: int) -> None:
