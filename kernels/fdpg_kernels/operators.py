@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,9 @@ SEQUENCES = "Tensor cu_seqlens, Tensor behavior_logprob, Tensor target_log_score
 OPTIONS = "str divergence, Tensor? baseline, str ratio, float? ratio_cap, float? reward_cap"
 EXACT = ("ieee", "none")  # settings of float32 products that are no TF32 or bfloat16
 KERNELS: dict[str, Callable] = {}  # what runs inside each operator
-_LIBRARY = torch.library.Library("fdpg_kernels", "DEF")
+# of the name that this package was imported under: Hugging Face's hub loads several versions in one process
+NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __package__)
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def choose_impl(impl: str, tensor: Tensor, *, multiplies: bool = False) -> str:
@@ -95,9 +98,9 @@ def _operator(schema: str, fake: Callable, *tags: torch.Tag) -> Callable[[Callab
 
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fdpg_kernels::{name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         KERNELS[name] = run
-        return getattr(torch.ops.fdpg_kernels, name).default
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register
 
