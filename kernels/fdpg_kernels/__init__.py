@@ -7,18 +7,28 @@
     sum_by_sequence(token_values, cu_seqlens)                    -> float64 sums [B]
     divergences.get("jensen_shannon")                            -> Divergence
 
-Needs torch, and Triton for `impl="triton"`; knows nothing of the trainer.
+Needs torch, and Triton for `impl="triton"`; knows nothing of a trainer.
 """
 
-from . import divergences as divergences
-from .divergences import Divergence as Divergence
-from .reference import SequenceWeights as SequenceWeights
-from .sequence_weights import sum_by_sequence as sum_by_sequence
+from . import divergences
+from .divergences import Divergence
+from .reference import SequenceWeights
+from .sequence_weights import sum_by_sequence
 
 # isort: split
 # after the module of the same name, which would take its place
-from .ops import FDPGLoss as FDPGLoss
-from .ops import fdpg_loss as fdpg_loss
-from .ops import linear_logprob as linear_logprob
-from .ops import sequence_weights as sequence_weights
-from .tensor_parallel import sharded_linear_logprob as sharded_linear_logprob
+from .ops import FDPGLoss, fdpg_loss, linear_logprob, sequence_weights
+from .tensor_parallel import sharded_linear_logprob
+
+__version__ = "0.1.0"
+__all__ = [
+    "Divergence",
+    "FDPGLoss",
+    "SequenceWeights",
+    "divergences",
+    "fdpg_loss",
+    "linear_logprob",
+    "sequence_weights",
+    "sharded_linear_logprob",
+    "sum_by_sequence",
+]
