@@ -49,7 +49,7 @@ def poisoned(monkeypatch):
 def loads(request, monkeypatch):
     choose = configs.choose
     if request.param == "pointers":
-        monkeypatch.setattr(configs, "choose", lambda *a, aligned, plain: choose(*a, aligned=False, plain=plain))
+        monkeypatch.setattr(configs, "choose", lambda *a, **k: choose(*a, **k | {"aligned": False}))
     return request.param
 
 
@@ -335,22 +335,24 @@ def test_results_do_not_depend_on_the_run():
 @pytest.mark.parametrize(
     ("width", "aligned", "plain", "chip", "expected"),
     [
-        (4096, True, True, 90, configs.HOPPER_WIDE),
-        (576, True, True, 90, configs.HOPPER_SMALL),
-        (4096, True, False, 90, configs.HOPPER_SMALL),
-        (4096, False, True, 90, configs.POINTERS),
-        (4096, False, False, 90, configs.POINTERS_SMALL),
+        (4096, True, True, 90, configs.WIDE),
+        (576, True, True, 90, configs.PAIR),
+        (4096, True, False, 90, configs.SQUARE),
+        (4096, False, True, 90, configs.UNALIGNED),
         (4096, True, True, 80, configs.POINTERS),
-        (4096, True, False, 80, configs.POINTERS_SMALL),
-        (576, True, False, 100, configs.BLACKWELL),
-        (4096, True, True, 100, configs.BLACKWELL),
+        (4096, True, False, 89, configs.POINTERS),
+        (4104, True, True, 89, configs.UNALIGNED),
+        (576, True, True, 100, configs.PAIR),
+        (576, True, False, 103, configs.SQUARE),
+        (4096, True, True, 110, configs.WIDE),
         (4096, True, True, 120, configs.POINTERS),
     ],
 )
 def test_the_choice_of_a_tile(width, aligned, plain, chip, expected):
-    chosen = configs.choose(chip, width, aligned=aligned, plain=plain)
+    chosen = configs.choose(chip, width, aligned=aligned, plain=plain, l2_bytes=50 * 2**20)
     assert configs.replace(chosen, group_rows=expected.group_rows) == expected
     assert 8 <= chosen.group_rows <= 64
+    assert expected in configs.candidates(chip, aligned=aligned)
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):

@@ -1,23 +1,21 @@
-"""Compile every kernel in every shipped configuration for GPUs that are not here, and list what it costs.
+"""Compile every kernel in every shipped configuration for GPUs that are not here, and check what comes out.
 
-    PYTHONPATH=kernels:tests python -m support.ahead_of_time            # prints the table as it grows
-    PYTHONPATH=kernels:tests python -m support.ahead_of_time --write    # and writes docs/kernels-compiled.md
+    PYTHONPATH=kernels:tests python -m support.ahead_of_time FILE.json   # all chips, with the Triton that is installed
+    PYTHONPATH=kernels:tests python -m support.compiled_table NEWEST.json OLDEST.json   # docs/kernels-compiled.md
 
 Triton's compiler and NVIDIA's assembler run without a GPU; registers, stack, shared memory and instructions are read
-off the machine code. `tests/kernels/test_compiled.py` asserts what must hold.
+off the machine code (`machine_code`). `tests/kernels/test_compiled.py` compiles a part of it.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +23,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdpg_kernels.triton import gemm, rows
-from fdpg_kernels.triton import tiles as configs
+from fdpg_kernels.triton import gemm, rows, tiles
 from fdpg_kernels.triton import weigh as weights
 from fdpg_kernels.triton.tiles import Config
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TABLE = Path(__file__).resolve().parents[2] / "docs/kernels-compiled.md"
-PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")  # tensor-core instructions of the three generations
-CHIPS = {80: "A100", 90: "H100/H200", 100: "B200"}
+from . import machine_code
+
+OWN_PRODUCT = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
+REGISTERS = 65_536  # of an SM
 GIVEN = "a pointer"
+CROWDED = dict(RAGGED=True, HAS_BIAS=True, HAS_SOFTCAP=True, temperature_ptr=GIVEN)
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "ragged V": dict(RAGGED=True),
-    "ragged, guarded": dict(RAGGED=True, GUARDED=True, EVEN_D=False),
-    "bias, soft cap": dict(RAGGED=True, HAS_BIAS=True, HAS_SOFTCAP=True),
-    "bias, soft cap, row temperatures, ragged, guarded": dict(
-        RAGGED=True, GUARDED=True, EVEN_D=False, HAS_BIAS=True, HAS_SOFTCAP=True, temperature_ptr=GIVEN
-    ),
+    "ragged, guarded": dict(RAGGED=True, GUARDED=True),
+    "soft cap": dict(RAGGED=True, HAS_SOFTCAP=True),
+    "bias, soft cap, row temperatures, ragged, guarded": dict(GUARDED=True, **CROWDED),
 }
 
 
@@ -59,31 +55,14 @@ class Case:
     config: Config | None = None
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the machine code says of itself."""
-
-    registers: int
-    stack: int
-    local: int
-    shared: int
-    barrier_before_ticket: bool | None  # None: it draws none
-    instructions: Counter
-
-    def per_logit(self, case: Case) -> float:
-        """Instructions of the whole kernel for each logit of a tile and thread: how lean the epilogue is."""
-        assert case.config is not None
-        return sum(self.instructions.values()) / (case.config.BM * case.config.BV / (32 * case.config.num_warps))
-
-
 def cases() -> Iterator[Case]:
-    """Everything that `configs.choose` and the launcher can ask for, on every chip."""
-    for chip, shipped in configs.SHIPPED.items():
-        for config in shipped:
-            for anchored in (False, True):
-                for feature, constants in FEATURES.items():
-                    if "HAS_BIAS" in constants and config in configs.PLAIN_ONLY:
-                        continue
+    """Everything that `tiles.choose` and the launcher can ask for on every chip, and the candidates."""
+    for chip in tiles.SHIPPED:
+        for config in tiles.candidates(chip, aligned=True):
+            plain_only = config in tiles.PLAIN_ONLY + tiles.CANDIDATES
+            for anchored, (feature, constants) in product((False, True), FEATURES.items()):
+                crowded = "HAS_SOFTCAP" in constants
+                if not plain_only if crowded else config != tiles.SQUARE:
                     yield _gemm(chip, config, anchored, feature, constants)
         yield from _row_kernels(chip)
 
@@ -92,7 +71,8 @@ def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: di
     def matrix(height: int, width: int) -> str:
         return f"tensordesc<bf16[{height}, {width}]>" if config.tma else "*bf16"
 
-    flags: dict[str, Any] = dict(HAS_BIAS=False, HAS_SOFTCAP=False, RAGGED=False, GUARDED=False, EVEN_D=True)
+    flags: dict[str, Any] = dict(HAS_BIAS=False, HAS_SOFTCAP=False, RAGGED=False, GUARDED=False)
+    flags["EVEN_D"] = config != tiles.UNALIGNED
     flags |= {"temperature_ptr": None} | constants
     flags = {name: value for name, value in flags.items() if value != GIVEN}
     types = {"x": matrix(config.BM, config.BD), "w": matrix(config.BV, config.BD), "e": matrix(config.BM, config.BV)}
@@ -140,7 +120,8 @@ def _row_kernels(chip: int) -> Iterator[Case]:
         yield Case(kernel.__name__, chip, kernel, types, constants, dict(num_warps=4))
 
 
-def build(case: Case) -> Compiled:
+def build(case: Case) -> dict[str, Any]:
+    """What the machine code says of itself, a record of plain numbers."""
     place = {name: i for i, name in enumerate(case.kernel.arg_names)}
 
     def kind(name: str) -> str:
@@ -158,62 +139,57 @@ def build(case: Case) -> Compiled:
         attrs={(place[name],): [["tt.divisibility", 16]] for name in multiple},
     )
     binary = triton.compile(source, target=GPUTarget("cuda", case.chip, 32), options=case.options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(binary.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", str(cubin))
-        code = _run("nvdisasm", "-c", str(cubin))
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found, usage
-    instructions = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", code, re.M)
-    ordered = _has_barrier_before_ticket(binary.asm["ptx"])
-    return Compiled(*map(int, found.groups()), binary.metadata.shared, ordered, Counter(instructions))
+    code = machine_code.read(binary.asm["cubin"])
+    made = dict(chip=case.chip, name=case.name, warps=case.options["num_warps"], registers=code.registers)
+    made |= dict(stack=code.stack + code.local, shared=binary.metadata.shared, programs_per_sm=1)
+    made |= dict(barrier_before_ticket=_has_barrier_before_ticket(binary.asm["ptx"]))
+    made |= dict(instructions=sum(code.instructions.values()))
+    made |= {name: code.instructions[name] for name in ("STL", "LDL", "UTMALDG", *machine_code.PRODUCTS)}
+    if (config := case.config) is not None:
+        logits = config.BM * config.BV / (32 * config.num_warps)  # of a thread
+        made |= dict(stages=config.num_stages, tma=config.tma, programs_per_sm=config.programs_per_sm)
+        made |= dict(instructions_per_logit=round(made["instructions"] / logits, 2))
+        made |= dict(epilogue_per_logit=round(code.epilogue / logits, 2))
+    return made
 
 
 def _has_barrier_before_ticket(ptx: str) -> bool | None:
-    """Whether all warps' stores are waited for before one thread draws a ticket for them."""
+    """Whether all warps' stores are waited for before one thread draws a ticket for them; None: it draws none."""
     before, ticket, _ = ptx.partition("atom.global.gpu.acq_rel")
     return "bar.sync" in before[before.rindex("st.global") :] if ticket else None
 
 
-def build_all() -> Iterator[tuple[Case, Compiled]]:
-    """Every case, two compilers at a time."""
+def faults(made: dict[str, Any]) -> list[str]:
+    """What must not be, of a record of `build`."""
+    programs, limit = made["programs_per_sm"], tiles.SHARED_MEMORY[made["chip"]]
+    is_product = "epilogue_per_logit" in made
+    wrong = {
+        "spills": made["stack"] or made["STL"] or made["LDL"],
+        "too much shared memory": programs * (made["shared"] + 1024) > limit + 1024,  # 1 KiB of each is the system's
+        "too many registers for its programs": programs * made["warps"] * 32 * made["registers"] > REGISTERS,
+        "not on tensor cores": is_product and not made[OWN_PRODUCT[made["chip"]]],
+        "no bulk loads": is_product and made["tma"] and not made["UTMALDG"],
+        "no barrier before a ticket": made["barrier_before_ticket"] is False,
+    }
+    return [f"sm_{made['chip']} {made['name']}: {what}" for what, is_so in wrong.items() if is_so]
+
+
+def build_all(chosen: list[Case]) -> Iterator[dict[str, Any]]:
+    """Records of these cases, compiled two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        yield from zip(list(cases()), pool.map(build, cases()), strict=True)
+        yield from pool.map(build, chosen)
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def table() -> str:
-    lines = [
-        f"Compiled ahead of time with Triton {triton.__version__} by `python -m support.ahead_of_time --write`.",
-        "",
-        "| chip | kernel | warps, stages | registers | stack + local | shared memory | tensor-core instructions | "
-        "bulk loads | instructions / logit |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case, made in build_all():
-        products = {name: made.instructions[name] for name in PRODUCTS if made.instructions[name]}
-        cells = (
-            f"sm_{case.chip} {CHIPS[case.chip]}",
-            case.name,
-            f"{case.options['num_warps']}, {case.options.get('num_stages', 3)}",
-            str(made.registers),
-            str(made.stack + made.local),
-            f"{made.shared:,}",
-            ", ".join(f"{count} {name}" for name, count in products.items()) or "–",
-            str(made.instructions["UTMALDG"] or "–"),
-            f"{made.per_logit(case):.1f}" if case.config else "–",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], file=sys.stderr, flush=True)
-    return "\n".join(lines) + "\n"
+def main(path: str) -> None:
+    kernels = []
+    for made in build_all(list(cases())):
+        kernels.append(made)
+        print(made, file=sys.stderr, flush=True)
+    text = ",\n".join(json.dumps(made, ensure_ascii=False) for made in kernels)
+    Path(path).write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{text}\n]}}\n')
+    if wrong := [line for made in kernels for line in faults(made)]:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":
-    text = table()
-    if "--write" in sys.argv[1:]:
-        TABLE.write_text("# What the kernels compile to\n\n" + text)
-        print(f"wrote {TABLE}")
+    main(sys.argv[1])

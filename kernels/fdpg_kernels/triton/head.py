@@ -46,13 +46,13 @@ class Products:
         item = hidden.element_size()
         self.pitch = -(-self.vocabulary * item // 16) * 16 // item  # of a row of E: TMA wants multiples of 16 bytes
         aligned = self.width * item % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (self.hidden, self.weight))
-        capability, self.processors = 0, 1
+        capability, self.processors, l2_bytes = 0, 1, 0
         if not INTERPRETED:
             properties = torch.cuda.get_device_properties(hidden.device)
             capability = 10 * properties.major + properties.minor
-            self.processors = properties.multi_processor_count
+            self.processors, l2_bytes = properties.multi_processor_count, properties.L2_cache_size
         plain = self.bias is None and head.softcap is None and self.temperature is None
-        self.config = tiles.choose(capability, self.width, aligned=aligned, plain=plain)
+        self.config = tiles.choose(capability, self.width, aligned=aligned, plain=plain, l2_bytes=l2_bytes)
         limit = max(1, CHUNK_BYTES // (self.pitch * item))
         self.chunk_rows = min(CHUNK_ROWS, max(self.config.BM, limit // self.config.BM * self.config.BM))
         self.columns = triton.cdiv(self.vocabulary, self.config.BV)

@@ -1,11 +1,14 @@
-"""Tiles of the matrix product: a handful a chip, compiled and checked ahead of time, chosen by a written rule.
+"""Tiles of the matrix product: a handful, compiled and checked ahead of time, chosen by a written rule.
 
 The rule, from counts of bytes and instructions (docs/kernels.md):
-* a wide hidden state (D ≥ 1024) spends its time in the product: the widest tile that does not spill;
-* a narrow one spends it in the epilogue: a tile small enough for two programs a multiprocessor, so that the epilogue
-  of one runs beside the product of the other;
-* bias and soft cap cost registers: a small tile again;
-* TMA needs rows that start at multiples of 16 bytes, pointers do not;
+* a tile of 128×256 asks L2 for a byte every 85 operations, one of 128×128 every 64. The wide one holds an SM alone,
+  so its epilogue has nothing beside it: the price of 128×256 exponentials, whatever D is. Two square ones hide each
+  other's. By estimate the wide one is faster from D ≈ 600 on a Hopper and from D ≈ 950 on a Blackwell;
+* a bias, a soft cap or row temperatures need registers: a square tile, alone, with its loads four deep instead;
+* chips that multiply from registers (Ampere, Ada, consumer Blackwells) load square tiles through pointers: by TMA they
+  spill with Triton 3.6;
+* TMA needs rows that start at multiples of 16 bytes, wide loads through pointers a D that ends with a tile. What has
+  neither (no model that we know) takes a tile small enough for the addresses that it then needs;
 * row tiles that share a slice of the head: as many as keep their hidden states in a third of L2.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-WIDE = 1024  # D from which the product outweighs the epilogue
+WIDE_FROM = 768  # D
 
 
 @dataclass(frozen=True)
@@ -30,44 +33,60 @@ class Config:
     group_rows: int = 16
 
 
-HOPPER_WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, tma=True, programs_per_sm=1)
-HOPPER_SMALL = Config(128, 128, 64, num_warps=8, num_stages=2, tma=True, programs_per_sm=2)
-BLACKWELL = Config(128, 128, 64, num_warps=8, num_stages=3, tma=True, programs_per_sm=1)
-POINTERS = Config(128, 128, 32, num_warps=8, num_stages=3, tma=False, programs_per_sm=2)
-POINTERS_SMALL = Config(128, 64, 32, num_warps=8, num_stages=3, tma=False, programs_per_sm=2)
+WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, tma=True, programs_per_sm=1)
+PAIR = Config(128, 128, 64, num_warps=8, num_stages=2, tma=True, programs_per_sm=2)
+SQUARE = Config(128, 128, 64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1)
+POINTERS = Config(128, 128, 32, num_warps=8, num_stages=3, tma=False, programs_per_sm=1)
+UNALIGNED = Config(128, 64, 32, num_warps=8, num_stages=3, tma=False, programs_per_sm=1)
 INTERPRETED = Config(16, 32, 16, num_warps=4, num_stages=1, tma=True, programs_per_sm=1, group_rows=2)
 
+PLAIN_ONLY = (WIDE, PAIR)  # with a bias or a soft cap they spill, or leave no registers for the second program
 SHIPPED = {
-    80: (POINTERS, POINTERS_SMALL),
-    90: (HOPPER_WIDE, HOPPER_SMALL, POINTERS, POINTERS_SMALL),
-    100: (BLACKWELL, POINTERS, POINTERS_SMALL),
+    80: (POINTERS, UNALIGNED),
+    89: (POINTERS, UNALIGNED),
+    90: (WIDE, PAIR, SQUARE, UNALIGNED),
+    100: (WIDE, PAIR, SQUARE, UNALIGNED),
+    103: (WIDE, PAIR, SQUARE, UNALIGNED),
+    120: (POINTERS, UNALIGNED),
 }
-PLAIN_ONLY = (HOPPER_WIDE, POINTERS)  # with a bias or a soft cap they would spill
-SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may have; the compiler does not check it
+# compiled like the others but chosen by nothing: for a GPU to time beside them
+CANDIDATES = (
+    Config(128, 128, 64, num_warps=4, num_stages=2, tma=True, programs_per_sm=2),  # a warpgroup each
+    Config(128, 128, 32, num_warps=8, num_stages=4, tma=True, programs_per_sm=2),  # more, smaller loads on their way
+)
+# bytes that a program may have; the compiler does not check it
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
 
 
 def candidates(capability: int, *, aligned: bool) -> list[Config]:
-    """Shipped tiles that a chip of this compute capability can run (90 is a Hopper; 0 Triton's interpreter)."""
+    """The tiles that a chip of this compute capability can run, those that `choose` never takes among them."""
     if capability == 0:
         return [replace(INTERPRETED, tma=tma) for tma in (True, False) if aligned or not tma]
-    # consumer Blackwell has no room for the others
-    generation = 80 if capability >= 120 else max(chip for chip in SHIPPED if chip <= capability)
-    return [config for config in SHIPPED[generation] if aligned or not config.tma]
+    chip = max(chip for chip in SHIPPED if chip <= capability)
+    extra = CANDIDATES if WIDE in SHIPPED[chip] else ()
+    return [config for config in SHIPPED[chip] + extra if aligned or not config.tma]
 
 
-def choose(capability: int, width: int, *, aligned: bool, plain: bool, l2_bytes: int = 50 * 2**20) -> Config:
-    """The tile that the rule gives; see `candidates` for the capability.
+def choose(capability: int, width: int, *, aligned: bool, plain: bool, l2_bytes: int) -> Config:
+    """The tile that the rule gives.
 
     Args:
+        capability: 90 is a Hopper; 0 Triton's interpreter.
         width: D.
         aligned: every row of hidden, head and E starts at a multiple of 16 bytes.
-        plain: neither bias nor soft cap.
+        plain: neither bias nor soft cap nor row temperatures.
+        l2_bytes: size of the chip's L2.
     """
-    possible = candidates(capability, aligned=aligned)
     if capability == 0:
-        return possible[0]
-    if not plain:
-        possible = [config for config in possible if config not in PLAIN_ONLY]
-    config = HOPPER_SMALL if HOPPER_SMALL in possible and width < WIDE else possible[0]
+        return replace(INTERPRETED, tma=aligned)
+    from_registers = capability < 90 or capability >= 120
+    if not aligned or (from_registers and width % POINTERS.BD):
+        config = UNALIGNED
+    elif from_registers:
+        config = POINTERS
+    elif not plain:
+        config = SQUARE
+    else:
+        config = WIDE if width >= WIDE_FROM else PAIR
     rows = l2_bytes // 3 // (2 * width * config.BM)
     return replace(config, group_rows=max(8, min(64, rows)))
