@@ -5,6 +5,7 @@ A peer's builder imports it, and raises where it is absent; all of them take bfl
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -41,12 +42,8 @@ def checkpointed_logprob(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> 
 EAGER = Method("PyTorch eager", plain_logprob)
 
 
-def own_methods(device: torch.device) -> list[Method]:
-    if device.type == "cpu":
-        return [EAGER, ours("chunked"), ours("reference"), Method("PyTorch checkpointed", checkpointed_logprob)]
-    compiled = torch.compile(plain_logprob, dynamic=False)
-    plain = [Method("PyTorch compiled", compiled), Method("PyTorch checkpointed", checkpointed_logprob)]
-    return [EAGER, ours("triton"), ours("chunked"), *plain]
+def compiled() -> Method:
+    return Method("PyTorch compiled", torch.compile(plain_logprob, dynamic=False))
 
 
 def torch_linear_cross_entropy() -> Method:
@@ -62,7 +59,7 @@ def liger() -> Method:
 
     # float32 accumulation of the weight gradient, as ours does; Liger's default is the weight's dtype
     loss = LigerFusedLinearCrossEntropyLoss(reduction="none", accum_dtype=torch.float32)
-    return Method("Liger fused linear CE", lambda hidden, weight, target_ids: -loss(weight, hidden, target_ids))
+    return Method("Liger fused linear CE", lambda x, w, y: -loss(w, x, y))
 
 
 def liger_scaled() -> Method:
@@ -98,11 +95,41 @@ def quack() -> Method:
     )
 
 
-PEERS: dict[str, Callable[[], Method]] = {
-    "torch linear_cross_entropy": torch_linear_cross_entropy,
-    "Liger fused linear CE": liger,
+# the most telling first: what has to be left out is left out from the end
+METHODS: dict[str, Callable[[], Method]] = {
+    "ours (triton)": lambda: ours("triton"),
+    "PyTorch eager": lambda: EAGER,
     "Liger scaled CE": liger_scaled,
     "CCE exact": cut_cross_entropy,
-    "TRL chunked": trl,
     "quack chunked, sum only": quack,
+    "Liger fused linear CE": liger,
+    "ours (chunked)": lambda: ours("chunked"),
+    "PyTorch checkpointed": lambda: Method("PyTorch checkpointed", checkpointed_logprob),
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "TRL chunked": trl,
+    "PyTorch compiled": compiled,
 }
+NEEDS = {"Liger": "liger_kernel", "CCE": "cut_cross_entropy", "quack": "quack", "TRL": "trl"}  # by a name's first word
+FIRST = 5  # so many at every shape before the others at any
+
+
+def obstacle(name: str, device: str) -> str | None:
+    """Why this method cannot be had here, as far as that can be seen without importing it."""
+    package = NEEDS.get(name.split()[0])
+    if package and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if device == "cpu" and name in ("ours (triton)", "PyTorch compiled"):
+        return "slow on a CPU"
+    return None
+
+
+def implementation(output: Tensor) -> list[str]:
+    """The autograd functions behind a result, those of libraries only: which of its implementations a peer chose."""
+    names, waiting = [], [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and len(names) < 5:
+            if not type(node).__name__[-1].isdigit() and type(node).__name__ != "AccumulateGrad":
+                names.append(type(node).__name__)
+            waiting += [function for function, _ in node.next_functions]
+    return list(dict.fromkeys(names))

@@ -36,7 +36,7 @@ def result_path(folder: Path, machine: dict[str, Any], prefix: str = "") -> Path
     """Of the JSON, in a folder that exists from now on."""
     folder.mkdir(parents=True, exist_ok=True)
     chip = re.sub(r"[^a-z0-9]+", "-", machine["chip"].lower()).strip("-")
-    return folder / f"{prefix}{chip}-{machine['date'][:10]}.json"
+    return folder / f"{prefix}{chip}-{machine['date'][:19].replace(':', '')}.json"
 
 
 def write(result: dict[str, Any], markdown: Iterable[str], path: Path) -> None:

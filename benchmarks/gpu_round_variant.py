@@ -1,4 +1,4 @@
-"""One model with one engine in a process of its own: gpu_round.py's child.
+"""One model with one engine in a process of its own: gpu_round_runs.py's child.
 
 Each thing measured is saved at once, so that what a process had found when it died is not lost.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import time
 import traceback
@@ -44,10 +43,7 @@ class Job:
 
 
 def run(job: Job) -> None:
-    """What the child process does: everything printed goes to job.log, everything found to job.result."""
-    with open(job.log, "wb", buffering=0) as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
+    """What the child process does: everything found goes to job.result."""
     record: Record = {"variant": job.variant.name, "status": "failed", "reason": "it did not get to its end"}
 
     def save(**found: Any) -> None:
@@ -64,9 +60,6 @@ def run(job: Job) -> None:
         traceback.print_exc()
         status = "wrong" if isinstance(error, engine_turns.WrongError) else "failed"
         save(status=status, reason=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # all is saved; an engine that failed may never let its process end by itself
 
 
 def measure(job: Job, save: Callable[..., None]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 BROKEN = """
 import sys
-from benchmarks import gpu_round
+from benchmarks import gpu_round, gpu_round_runs
 from benchmarks.gpu_round_cases import Variant
-gpu_round.VARIANTS += Variant("too long", {"kind": "transformers", "max_new_tokens": 4000}),
-gpu_round.VARIANTS += Variant("absent", {"kind": "vllm"}, needs="no_such_package"),
+gpu_round_runs.VARIANTS += Variant("too long", {"kind": "transformers", "max_new_tokens": 4000}),
+gpu_round_runs.VARIANTS += Variant("absent", {"kind": "vllm"}, needs="no_such_package"),
 sys.exit(gpu_round.main(sys.argv[1:]))
 """
 VLLM = ("vLLM", "vLLM, one round ahead")
@@ -118,13 +119,41 @@ def test_table_and_figure(written):
     ids=["hangs", "dies"],
 )
 def test_process_that_does_not_come_back(gpu_round, monkeypatch, tmp_path, deed, reason):
-    monkeypatch.setattr(gpu_round, "PROCESSES", multiprocessing.get_context("fork"))
-    monkeypatch.setattr(gpu_round, "run", deed)
-    job = gpu_round.Job(gpu_round.SMOKE_CASES[0], gpu_round.VARIANTS[0], "", tmp_path, "cpu", 1)
+    runs = importlib.import_module("benchmarks.gpu_round_runs")
+    monkeypatch.setattr(importlib.import_module("benchmarks.gpu_process"), "PROCESSES", get_context("fork"))
+    monkeypatch.setattr(runs, "run", deed)
+    job = runs.Job(runs.SMOKE_CASES[0], runs.VARIANTS[0], "", tmp_path, "cpu", 1)
     job.result.write_text(json.dumps({"variant": "Transformers", "status": "failed", "start_seconds": 2.5}))
-    record = gpu_round.measure(job, 1)
+    noted = []
+    record = runs.measure(job, 1, noted.append)
     assert (record["status"], record["reason"]) == ("failed", reason)
-    assert record["start_seconds"] == 2.5  # what it had found before
+    assert record["start_seconds"] == 2.5 and noted[0]["start_seconds"] == 2.5  # what it had found before
+
+
+def test_says_what_to_carry_before_anything_else(gpu_round, monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    absent = lambda name, *rest: None if name in ("pydantic", "yaml") else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    assert gpu_round.main(["--device", "cpu", "--smoke", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "not installed here: pydantic>=2.10, pyyaml." in said and "pip download" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path):
+    options = ["--device", "cpu", "--smoke", "--repeats", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu_round", *options], cwd=REPOSITORY, stdout=subprocess.DEVNULL
+    )
+    deadline, found = time.monotonic() + 120, {}
+    while "gaps" not in found:  # the first of its measurements; no engine is through
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+        for path in tmp_path.glob("round-*.json"):
+            ((found, *_),) = (case["results"] or [{}] for case in json.loads(path.read_text())["cases"])
+    process.kill()
+    process.wait()
+    assert json.loads(path.read_text())["cases"][0]["results"][0]["gaps"]["fresh"] < 0.05
 
 
 def test_time_budget_names_what_it_left_out(gpu_round, tmp_path, monkeypatch):

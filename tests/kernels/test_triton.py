@@ -13,10 +13,8 @@ Stated errors (logits of standard deviation 1 to 2 unless a test says otherwise)
 
 import math
 
-import numpy as np
 import pytest
 import torch
-import triton.runtime.interpreter as interpreter
 
 from fdpg_kernels import Divergence, divergences, fdpg_loss, linear_logprob, sequence_weights
 from fdpg_kernels.arguments import Head
@@ -24,6 +22,7 @@ from fdpg_kernels.triton import head as head_module
 from fdpg_kernels.triton import launch
 from fdpg_kernels.triton import tiles as configs
 from support.kernel_cases import ALLOW_ZEROS, NAMES, batch, head_batch
+from support.kernel_checks import rounds_as_a_gpu
 
 LENGTHS = [3, 0, 20, 9, 2, 0, 40, 4]  # with chunks of 32 rows: groups, empty sequences, one that spans chunks
 LEAVES = ("hidden", "weight", "bias")
@@ -54,19 +53,9 @@ def loads(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch):
-    """The interpreter truncates float32 to bfloat16, a GPU rounds to nearest even: make it do the same."""
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def round_first(self, source, target):
-        if source.dtype.scalar.is_fp32() and target.scalar.is_bf16():
-            bits = source.data.view(np.uint32)
-            rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
-            finite = np.isfinite(source.data)
-            source = interpreter.TensorHandle(np.where(finite, rounded, bits).view(np.float32), source.dtype.scalar)
-        return cast(self, source, target)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", round_first)
+def rounding():
+    with rounds_as_a_gpu():
+        yield
 
 
 def head(n, d, v, dtype, seed=0):

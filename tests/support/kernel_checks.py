@@ -1,0 +1,321 @@
+"""Checks of every path of the Triton kernels: small under the interpreter, larger on a GPU, from one list.
+
+A check compares with the float64 definition and yields what it compared, the error and the bound. bfloat16 and float16
+gradients may be twice as far off as those of PyTorch's own path in that dtype. Fresh memory holds NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+
+from fdpg_kernels import Divergence, fdpg_loss, linear_logprob, sequence_weights
+from fdpg_kernels.triton import head as head_module
+
+from .kernel_cases import ALLOW_ZEROS, IGNORED, NAMES, batch, packing
+
+DRIFT = 0.1  # nats between sampler and learner on a token
+
+
+class Finding(NamedTuple):
+    what: str
+    error: float
+    bound: float
+
+
+class Place(NamedTuple):
+    """Where the checks run, and how large: sequences, hidden units, vocabulary."""
+
+    device: str
+    lengths: list[int]
+    width: int
+    vocabulary: int
+    chunk_rows: int
+    nats: float  # bound of a token's log-prob
+    relative: float  # bound of a float32 gradient
+    block: int  # tokens of a sequence beyond which several programs share it
+    repeats: int  # runs compared bit by bit
+    sequences: int  # in each of them
+
+
+INTERPRETER = Place("cpu", [3, 0, 2, 20, 6], 24, 45, 16, 5e-6, 1e-5, 16, 2, 3)
+GPU = Place("cuda", [300, 0, 129, 40, 1, 700, 128, 0, 250], 320, 3000, 512, 1e-4, 1e-4, 128, 200, 4096)
+
+
+class Inputs(NamedTuple):
+    """On the CPU in float64, rounded to the dtype of the check already."""
+
+    leaves: dict[str, Tensor]  # hidden, weight and perhaps bias
+    target_ids: Tensor
+    options: dict[str, Any]  # of the head
+    sequences: dict[str, Tensor]  # further arguments of fdpg_loss
+
+    def on(self, place: Place, dtype: torch.dtype, transposed: bool = False) -> tuple[dict[str, Tensor], dict]:
+        """Leaves that want gradients, and the other arguments of the head."""
+        leaves = {name: x.to(place.device, dtype) for name, x in self.leaves.items()}
+        if transposed:
+            leaves["weight"] = leaves["weight"].T.contiguous().T
+        options = {k: x.to(place.device) if isinstance(x, Tensor) else x for k, x in self.options.items()}
+        leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+        return leaves, {"target_ids": self.target_ids.to(place.device), **options}
+
+
+def make(
+    place: Place, dtype: torch.dtype, *, odd: bool = False, even: bool = False, bias: bool = False,
+    rows: bool = False, ignored: bool = False, **options: Any,
+) -> Inputs:  # fmt: skip
+    """odd: widths that only pointers take; even: whole tiles; rows: a temperature of each; ignored: they hold NaN."""
+    rng = torch.Generator().manual_seed(0)
+    num_tokens, width = sum(place.lengths), place.width + odd
+    vocabulary = place.vocabulary + odd if not even else -(-place.vocabulary // 256) * 256
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    leaves = {"hidden": randn(num_tokens, width), "weight": randn(vocabulary, width) * 1.5 * width**-0.5}
+    if bias:
+        leaves["bias"] = randn(vocabulary)
+    leaves = {name: x.to(dtype).double() for name, x in leaves.items()}
+    target_ids = torch.randint(vocabulary, (num_tokens,), generator=rng)
+    if rows:
+        options["temperature"] = 0.5 + torch.rand(num_tokens, generator=rng)
+    if ignored:
+        target_ids[2::3] = IGNORED
+        leaves["hidden"][2::3] = torch.tensor([math.nan, math.inf, 3e38]).repeat(num_tokens)[: num_tokens // 3, None]
+    exact = linear_logprob(**leaves, target_ids=target_ids, **options, impl="reference")
+    ends = packing(place.lengths)
+    log_pi = torch.stack([exact[a:b].sum() for a, b in pairwise(ends.tolist())])
+    sequences = {
+        "behavior_logprob": (exact + DRIFT * randn(num_tokens)).masked_fill(target_ids == IGNORED, math.nan).float(),
+        "target_log_score": (log_pi - 1 + randn(len(log_pi))).float(),
+    }
+    return Inputs(leaves, target_ids, options, sequences)
+
+
+@contextlib.contextmanager
+def poisoned(chunk_rows: int) -> Iterator[None]:
+    """Fresh memory holds NaN, and chunks are small, so that there are several."""
+    before, head_module.CHUNK_ROWS = head_module.CHUNK_ROWS, chunk_rows
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch then fills what it allocates
+    try:
+        yield
+    finally:
+        head_module.CHUNK_ROWS = before
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def rounds_as_a_gpu() -> Iterator[None]:
+    """The interpreter truncates float32 to bfloat16, a GPU rounds to nearest even: make it do the same."""
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def round_first(self, source, target):
+        if source.dtype.scalar.is_fp32() and target.scalar.is_bf16():
+            bits = source.data.view(np.uint32)
+            rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
+            finite = np.isfinite(source.data)
+            source = interpreter.TensorHandle(np.where(finite, rounded, bits).view(np.float32), source.dtype.scalar)
+        return cast(self, source, target)
+
+    interpreter.InterpreterBuilder.cast_impl = round_first
+    try:
+        yield
+    finally:
+        interpreter.InterpreterBuilder.cast_impl = cast
+
+
+def plain_logprob(leaves: dict[str, Tensor], target_ids: Tensor, temperature: Any = 1.0, softcap: Any = None) -> Tensor:
+    """What people write in PyTorch: logits in the dtype of the head, log_softmax in float32."""
+    ignored = target_ids == IGNORED
+    hidden = leaves["hidden"].masked_fill(ignored[:, None], 0.0)
+    logits = torch.nn.functional.linear(hidden, leaves["weight"], leaves.get("bias"))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    rows = temperature[:, None] if isinstance(temperature, Tensor) and temperature.ndim else temperature
+    logprob = (logits.float() / rows).log_softmax(-1).gather(1, target_ids.masked_fill(ignored, 0)[:, None])[:, 0]
+    return logprob.masked_fill(ignored, 0.0)
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.detach().cpu().double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def gradient_findings(
+    place: Place, dtype: torch.dtype, found: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor]
+) -> Iterator[Finding]:
+    for name, gradient in found.items():
+        twice = 2 * relative(plain[name], exact[name]) if dtype != torch.float32 else 0.0
+        yield Finding(f"gradient of {name}", relative(gradient, exact[name]), max(twice, place.relative))
+
+
+def gradients(objective: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))
+
+
+def check_logprob(place: Place, dtype: torch.dtype, transposed: bool = False, **variant: Any) -> Iterator[Finding]:
+    inputs = make(place, dtype, **variant)
+    upstream = torch.randn(len(inputs.target_ids), generator=torch.Generator().manual_seed(1))
+    leaves, arguments = inputs.on(place, dtype, transposed)
+    with poisoned(place.chunk_rows):
+        logprob = linear_logprob(**leaves, **arguments, impl="triton")
+        found = gradients((logprob * upstream.to(place.device)).sum(), leaves)
+    exact_leaves = {name: x.clone().requires_grad_() for name, x in inputs.leaves.items()}
+    expected = linear_logprob(**exact_leaves, target_ids=inputs.target_ids, **inputs.options, impl="reference")
+    yield Finding("log-probs, nats", float((logprob.cpu() - expected).detach().abs().max()), place.nats)
+    plain = gradients((plain_logprob(leaves, **arguments) * upstream.to(place.device)).sum(), leaves)
+    yield from gradient_findings(place, dtype, found, gradients((expected * upstream).sum(), exact_leaves), plain)
+
+
+def check_loss(
+    place: Place, dtype: torch.dtype, *, frozen: bool = False, accumulated: bool = False, guarded: bool = False,
+    chunk_rows: int | None = None, divergence: Any = "jensen_shannon", **variant: Any,
+) -> Iterator[Finding]:  # fmt: skip
+    """guarded: rows whose sums leave the range of float32; accumulated: the head's gradient into weight_grad_out."""
+    inputs = make(place, dtype, **variant)
+    settings: dict[str, Any] = dict(divergence=divergence, log_z=0.3, cu_seqlens=packing(place.lengths))
+    if guarded:
+        inputs.sequences["behavior_logprob"][[1, 20, 21]] = -150.0
+        inputs.sequences["behavior_logprob"][26] = 200.0
+        settings["ratio"] = "none"
+    leaves, arguments = inputs.on(place, dtype)
+    sequences = {name: x.to(place.device) for name, x in inputs.sequences.items()}
+    wanted = {name: x for name, x in leaves.items() if not (frozen and name != "hidden")}
+    for name in leaves.keys() - wanted.keys():
+        leaves[name].requires_grad_(False)
+    into = torch.ones(leaves["weight"].shape, device=place.device) if accumulated else None
+    with poisoned(chunk_rows or place.chunk_rows):
+        out = fdpg_loss(**leaves, **arguments, **sequences, **settings, weight_grad_out=into, impl="triton")
+        if into is None:
+            found = gradients(out.loss, wanted)
+        else:
+            out.loss.backward()
+            found = {"hidden": leaves["hidden"].grad, "weight": into - 1}
+    exact_leaves = {name: x.clone().requires_grad_() for name, x in inputs.leaves.items()}
+    expected = fdpg_loss(
+        **exact_leaves, target_ids=inputs.target_ids, **inputs.options, **inputs.sequences, **settings, impl="reference"
+    )
+    lengths = torch.tensor(place.lengths).clamp(min=1)
+    off = (out.weights.policy_logprob.cpu().double() - expected.weights.policy_logprob).abs() / lengths
+    yield Finding("log-probs, nats a token", float(off.max()), place.nats)
+    bound = 8 * place.nats * max(place.lengths) ** 0.5  # errors of a sequence's tokens add up before the exponential
+    weight = out.weights.weight.cpu().double()
+    yield Finding("weights, relative", relative(weight, expected.weights.weight), bound)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(place.lengths))
+    by_token = (expected.weights.weight / len(lengths)).float()[owner].to(place.device)
+    plain = gradients(-(plain_logprob(leaves, **arguments) * by_token).sum(), wanted)
+    exact = gradients(expected.loss, {name: exact_leaves[name] for name in wanted})
+    for finding in gradient_findings(place, dtype, found, exact, plain):
+        yield finding._replace(bound=finding.bound + bound)
+
+
+def check_weights(place: Place) -> Iterator[Finding]:
+    lengths = [3, 0, 2 * place.block + 1, 1, 40, place.block]
+    for name in NAMES:
+        arguments = batch(lengths, zeros=name in ALLOW_ZEROS)
+        expected = sequence_weights(**arguments, divergence=name, ratio_cap=1.5, reward_cap=2.0, impl="reference")
+        moved = {key: x.to(place.device) for key, x in arguments.items()}
+        found = sequence_weights(**moved, divergence=name, ratio_cap=1.5, reward_cap=2.0, impl="triton")
+        error = (found.weight.cpu() - expected.weight).abs().max()
+        yield Finding(name, float(error / expected.weight.abs().max()), 1e-10)
+
+
+def check_repeated(place: Place) -> Iterator[Finding]:
+    """Many runs with sequences that several programs share, bit by bit: whoever is last makes the weight."""
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.randint(place.block + 1, 3 * place.block, (place.sequences,), generator=rng).tolist()
+    inputs = make(place._replace(lengths=lengths, width=64, vocabulary=32), torch.bfloat16)
+    leaves, arguments = inputs.on(place, torch.bfloat16)
+    sequences = {name: x.to(place.device) for name, x in inputs.sequences.items()}
+    first, different = None, 0
+    for _ in range(place.repeats):
+        out = fdpg_loss(**leaves, **arguments, **sequences, cu_seqlens=packing(lengths), log_z=0.3, impl="triton")
+        found = [*out.weights, *gradients(out.loss, leaves).values()]
+        first = first or [x.clone() for x in found]
+        different += not all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+    yield Finding("runs that differ from the first", different, 0)
+
+
+def check_compiled(place: Place) -> Iterator[Finding]:
+    inputs = make(place, torch.bfloat16, bias=True)
+    leaves, arguments = inputs.on(place, torch.bfloat16)
+    sequences = {name: x.to(place.device) for name, x in inputs.sequences.items()}
+    sequences |= {"cu_seqlens": packing(place.lengths), "log_z": torch.tensor(0.3, device=place.device)}
+
+    def step(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        head = dict(hidden=hidden * 1.0, weight=weight, bias=bias, **arguments)
+        return fdpg_loss(**head, **sequences, impl="triton").loss + linear_logprob(**head, impl="triton").mean()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="inductor" if place.device == "cuda" else "aot_eager")
+    expected, found = (gradients(call(**leaves), leaves) for call in (step, compiled))
+    for name, gradient in found.items():
+        yield Finding(f"gradient of {name}", relative(gradient, expected[name].cpu().double()), 0.01)
+
+
+def check_captured(place: Place) -> Iterator[Finding]:
+    """A CUDA graph of linear_logprob, replayed on other hidden states."""
+    if place.device != "cuda":
+        return
+    leaves, arguments = make(place, torch.bfloat16).on(place, torch.bfloat16)
+    leaves = {name: x.detach() for name, x in leaves.items()}
+    linear_logprob(**leaves, **arguments, impl="triton")  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = linear_logprob(**leaves, **arguments, impl="triton")
+    leaves["hidden"].copy_(leaves["hidden"].flip(0))
+    graph.replay()
+    found = captured.clone()
+    expected = linear_logprob(**leaves, **arguments, impl="triton")
+    yield Finding("log-probs that differ", float((found != expected).sum()), 0)
+
+
+ODD = "bias, soft cap, odd widths"
+CAPPED = dict(bias=True, softcap=2.5, temperature=0.6)
+MINE = Divergence("mine", lambda t: (t - 1) ** 2 / (t + 1), f_prime_at_infinity=1.0)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "whole tiles": dict(even=True),
+    "odd widths": dict(odd=True),
+    "bias": dict(bias=True),
+    "bias, soft cap, temperature": CAPPED,
+    ODD: dict(odd=True, **CAPPED),
+    "temperature of each row": dict(rows=True),
+    "ignored rows hold NaN": dict(ignored=True),
+}
+LOSSES: dict[str, dict[str, Any]] = VARIANTS | {
+    "rows out of range": dict(guarded=True),
+    "rows out of range, capped": dict(guarded=True, **CAPPED),
+    "one chunk": dict(chunk_rows=4096),
+    "one chunk, ignored rows": dict(chunk_rows=4096, ignored=True),
+    "frozen head": dict(frozen=True),
+    "accumulated": dict(accumulated=True),
+    "a user's divergence": dict(divergence=MINE),
+    "total variation": dict(divergence="total_variation"),
+    "forward KL": dict(divergence="forward_kl"),
+}
+OTHER_DTYPES = ("plain", ODD, "ignored rows hold NaN", "temperature of each row", "accumulated")
+Check = Callable[[Place], Iterator[Finding]]
+CHECKS: dict[str, Check] = {
+    **{f"log-probs, {name}": partial(check_logprob, dtype=torch.bfloat16, **v) for name, v in VARIANTS.items()},
+    "log-probs, head stored transposed": partial(check_logprob, dtype=torch.bfloat16, transposed=True),
+    **{f"loss, {name}": partial(check_loss, dtype=torch.bfloat16, **v) for name, v in LOSSES.items()},
+    "sequence weights": check_weights,
+    "same from run to run": check_repeated,
+    "torch.compile": check_compiled,
+    "CUDA graph": check_captured,
+}
+for _dtype in (torch.float16, torch.float32):
+    for _name in OTHER_DTYPES:
+        for _op, _check, _variants in (("log-probs", check_logprob, VARIANTS), ("loss", check_loss, LOSSES)):
+            if _name in _variants:
+                CHECKS[f"{str(_dtype)[6:]} {_op}, {_name}"] = partial(_check, dtype=_dtype, **_variants[_name])
