@@ -38,8 +38,9 @@ def main(argv: list[str] | None = None, change: Callable[[list], list] = lambda 
     if reason := why_not(options):
         print(reason, file=sys.stderr)
         return 2
-    if options.device == "cpu":  # before anything imports triton, and before a fork inherits a thread pool
-        os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the server: a fork must not inherit a thread pool
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     from benchmarks.gpu_plan import make_plan
 
     PROCESSES.set_forkserver_preload(PRELOAD)

@@ -68,7 +68,7 @@ def measure(shape: Shape, mode: str, name: str, device: str, repeats: int) -> It
         method = method_of(name)
         call = partial(gpu_cases.run, case, method, mode)
         yield verdict(case, method, mode, call(), device)
-        if mode == "trained" and device != "cpu":
+        if mode == "trained":
             leaves = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
             yield {"implementation": implementation(method.logprob(*leaves, case.target_ids))}
         yield {"extra_bytes": timing.extra_bytes(call)}

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
 from fdpg_kernels import Divergence, fdpg_loss, linear_logprob, sequence_weights
@@ -116,6 +115,8 @@ def poisoned(chunk_rows: int) -> Iterator[None]:
 @contextlib.contextmanager
 def rounds_as_a_gpu() -> Iterator[None]:
     """The interpreter truncates float32 to bfloat16, a GPU rounds to nearest even: make it do the same."""
+    from triton.runtime import interpreter
+
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def round_first(self, source, target):
@@ -200,21 +201,22 @@ def check_loss(
             out.loss.backward()
             found = {"hidden": leaves["hidden"].grad, "weight": into - 1}
     exact_leaves = {name: x.clone().requires_grad_() for name, x in inputs.leaves.items()}
-    expected = fdpg_loss(
-        **exact_leaves, target_ids=inputs.target_ids, **inputs.options, **inputs.sequences, **settings, impl="reference"
-    )
+    exact_arguments = inputs.options | inputs.sequences | settings
+    expected = fdpg_loss(**exact_leaves, target_ids=inputs.target_ids, **exact_arguments, impl="reference")
+    yield Finding("loss", abs(float(out.loss - expected.loss)), 16 * place.nats * max(1.0, abs(float(expected.loss))))
     lengths = torch.tensor(place.lengths).clamp(min=1)
     off = (out.weights.policy_logprob.cpu().double() - expected.weights.policy_logprob).abs() / lengths
     yield Finding("log-probs, nats a token", float(off.max()), place.nats)
     bound = 8 * place.nats * max(place.lengths) ** 0.5  # errors of a sequence's tokens add up before the exponential
     weight = out.weights.weight.cpu().double()
     yield Finding("weights, relative", relative(weight, expected.weights.weight), bound)
+    # the gradient that these very weights make: what is wrong with them has been said
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(place.lengths))
-    by_token = (expected.weights.weight / len(lengths)).float()[owner].to(place.device)
-    plain = gradients(-(plain_logprob(leaves, **arguments) * by_token).sum(), wanted)
-    exact = gradients(expected.loss, {name: exact_leaves[name] for name in wanted})
-    for finding in gradient_findings(place, dtype, found, exact, plain):
-        yield finding._replace(bound=finding.bound + bound)
+    by_token = -weight[owner] / len(lengths)
+    exact_logprob = linear_logprob(**exact_leaves, target_ids=inputs.target_ids, **inputs.options, impl="reference")
+    exact = gradients((exact_logprob * by_token).sum(), {name: exact_leaves[name] for name in wanted})
+    plain = gradients((plain_logprob(leaves, **arguments) * by_token.float().to(place.device)).sum(), wanted)
+    yield from gradient_findings(place, dtype, found, exact, plain)
 
 
 def check_weights(place: Place) -> Iterator[Finding]:
