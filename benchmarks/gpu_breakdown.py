@@ -17,7 +17,7 @@ from benchmarks.gpu_process import Record
 from benchmarks.gpu_timer import timer
 from fdpg_kernels.triton import tiles
 
-CHUNK = 4096  # rows of the products, as many as a chunk of the ops has at most
+CHUNK = 4096  # rows of the products: a chunk of the ops; the whole shape is a chunk, too, if memory allows it
 CHECKED = 64  # rows of each product
 TILE_MODES = ("forward", "loss frozen")  # the online softmax; the anchored product and one gradient's
 
@@ -28,10 +28,10 @@ class Product(NamedTuple):
     b: Tensor
 
 
-def products(shape: Shape, device: str) -> dict[str, Product]:
-    """The matrix products of a chunk in every form that an implementation may choose."""
+def products(shape: Shape, rows: int, device: str) -> dict[str, Product]:
+    """The matrix products of so many rows in every form that an implementation may choose."""
     case = gpu_cases.make_case(shape, device)
-    x, w, p = case.hidden[:CHUNK], case.weight, gpu_cases.probabilities(shape, device)[:CHUNK]
+    x, w, p = case.hidden[:rows], case.weight, gpu_cases.probabilities(shape, device)[:rows]
     logits = torch.mm(x, w.T)
     pairs = {"logits": (x, w.T), "hidden gradient": (p, w), "head gradient": (p.T, x)}
     pairs["head gradient of logits, not probabilities"] = (logits.T, x)
@@ -58,9 +58,9 @@ PRODUCTS = (
 )
 
 
-def product(shape: Shape, name: str, device: str, repeats: int) -> Iterator[Record]:
+def product(shape: Shape, rows: int, name: str, device: str, repeats: int) -> Iterator[Record]:
     """One product, a sample of it compared with float32."""
-    made = products(shape, device)[name]
+    made = products(shape, rows, device)[name]
     yield {"shape": shape.title, "flops": 2.0 * len(made.a) * made.a.shape[1] * made.b.shape[1]}
     found, exact = made.call()[:CHECKED].float(), made.a[:CHECKED].float() @ made.b.float()
     error = float((found - exact).norm() / exact.norm())

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from benchmarks import gpu_breakdown, gpu_cases, gpu_checks, gpu_shapes, gpu_timer
-from benchmarks.gpu_breakdown import PRODUCTS, TILE_MODES
+from benchmarks.gpu_breakdown import CHUNK, PRODUCTS, TILE_MODES
 from benchmarks.gpu_cases import Shape
 from benchmarks.gpu_methods import FIRST, METHODS, obstacle
 from benchmarks.gpu_process import Record, Step
@@ -87,9 +87,10 @@ def _compiling(
 
 
 def _breakdown(shape: Shape, configs: dict[str, Config], device: str, repeats: int) -> Iterator[Step]:
-    for name in PRODUCTS:
-        if device == "cuda" or "float32" not in name:
-            yield Step("breakdown", f"{shape.name}, {name}", gpu_breakdown.product, (shape, name, device, repeats))
+    for rows in sorted({min(CHUNK, shape.tokens), shape.tokens}):
+        for name in (name for name in PRODUCTS if device == "cuda" or "float32" not in name):
+            arguments = (shape, rows, name, device, repeats)
+            yield Step("breakdown", f"{shape.name}, {rows} rows, {name}", gpu_breakdown.product, arguments)
     yield Step("breakdown", f"{shape.name}, cast", gpu_breakdown.cast, (shape, device, repeats))
     shipped = (shape, "loss trained", "ours (triton)", device, repeats)
     yield Step("breakdown", f"{shape.name}, loss trained, as shipped", gpu_shapes.measure, shipped)
