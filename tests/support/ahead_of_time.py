@@ -89,7 +89,7 @@ def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: di
         types,
         flags
         | dict(ANCHORED=anchored, TMA=config.tma, UPCAST=False)
-        | dict(BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=16),
+        | dict(BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=16, FLAG_ROWS=32),
         dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True),
         config,
     )
@@ -107,13 +107,12 @@ def _row_kernels(chip: int) -> Iterator[Case]:
     for family, exponent in (("power", -0.5), ("jensen_shannon", 0.0), ("reverse_kl", 0.0), ("total_variation", 0.0)):
         at_infinity = math.inf if family == "reverse_kl" else 1.0
         law = dict(FAMILY=family, EXPONENT=exponent, FACTOR=-1.0, AT_INFINITY=at_infinity, BT=128) | caps
-        tail = law | dict(HAS_SUMS=True, BS=32)
-        for kernel, constants in ((weights.weigh_sequences, law), (rows.finish_sequences, tail)):
-            yield Case(f"{kernel.__name__} {family}", chip, kernel, types, constants, dict(num_warps=4))
+        for kernel in (weights.weigh_sequences, rows.finish_sequences):
+            yield Case(f"{kernel.__name__} {family}", chip, kernel, types, law, dict(num_warps=4))
     for kernel, constants in (
         (rows.target_logits, both | dict(ANCHORED=True, BT=16, BD=128)),
-        (rows.find_unsafe_rows, dict(BT=128, BS=32)),
-        (rows.finish_statistics, dict(GUARDED=True, BT=128, BS=32)),
+        (rows.sum_rows, dict(BT=32, BS=128)),
+        (rows.finish_statistics, dict(GUARDED=True, BT=32, BS=128)),
         (rows.prepare_gradients, dict(HAS_SOFTCAP=True, PER_SEQUENCE=True, BT=32, BD=128)),
         (rows.prepare_gradients, dict(HAS_SOFTCAP=False, temperature_ptr=None, PER_SEQUENCE=False, BT=32, BD=128)),
     ):

@@ -37,6 +37,16 @@ def tile_of(item, num_rows, num_columns, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def any_flag(flag_ptr, count, BLOCK: tl.constexpr):
+    """1 where one of so many flags is set, else 0."""
+    found = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, count, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        found |= tl.load(flag_ptr + at, mask=at < count, other=0)
+    return tl.max(found, 0)
+
+
+@triton.jit
 def matrix_product(
     x, w, row, column, N, D, V, stride_x, stride_w,
     TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
@@ -124,19 +134,23 @@ def head_gemm(
     N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
     ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
     GUARDED: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
-    BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP_M: tl.constexpr,
+    BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP_M: tl.constexpr, FLAG_ROWS: tl.constexpr,
 ):  # fmt: skip
     """x [N, D] and w [V, D] (descriptors where TMA, else pointers) → partials [V/BV, N] float32, and e [N, V].
 
     scale2 is log₂e / temperature, log₂e where each row has its own; anchors are in log₂ units.
-    GUARDED: only row tiles whose flag is set.
+    GUARDED: only row tiles with a flag set, of which there is one for FLAG_ROWS rows; mostly none is, seen at a glance.
     """
     num_rows, num_columns = tl.cdiv(N, BM), tl.cdiv(V, BV)
-    for item in tl.range(tl.program_id(0), num_rows * num_columns, tl.num_programs(0), flatten=False):
+    items = num_rows * num_columns
+    if GUARDED:
+        items *= any_flag(flag_ptr, tl.cdiv(N, FLAG_ROWS), 256)
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=False):
         tile_row, tile_column = tile_of(item, num_rows, num_columns, GROUP_M)
         run = True
         if GUARDED:
-            run = tl.load(flag_ptr + tile_row) != 0
+            flags = tile_row * (BM // FLAG_ROWS) + tl.arange(0, BM // FLAG_ROWS)
+            run = tl.max(tl.load(flag_ptr + flags, mask=flags < tl.cdiv(N, FLAG_ROWS), other=0), 0) != 0
         if run:
             one_tile(
                 x, w, e, bias_ptr, temperature_ptr, anchor_ptr, maximum_ptr, sum_ptr,

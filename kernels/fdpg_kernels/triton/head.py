@@ -19,7 +19,8 @@ LOG2_E = 1 / math.log(2)
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 2**30  # of E [chunk, V]; 4,096 rows of a 131,072-entry vocabulary in bfloat16
 STATISTICS_BYTES = 2**26  # of the partials of an online softmax
-SLICE = 16 if INTERPRETED else 32  # partials that a program adds at a time
+ROWS = 8 if INTERPRETED else 32  # that a program adds the partials of
+SLICE = 16 if INTERPRETED else 128  # partials of a row that it adds at a time
 DEPTH = 32 if INTERPRETED else 128  # hidden units that a program of a row kernel takes at a time
 
 
@@ -95,23 +96,23 @@ class Products:
             self._multiply(chunk, partials, anchored=False)
             self._finish_statistics(chunk, partials)
 
-    def anchored(self, chunk: slice, *, guard: bool) -> Tensor:
-        """E = exp(z + a) of these rows into the chunk's buffer; returns the partial row sums [V/BV, C].
+    def anchored(self, chunk: slice, *, guard: bool) -> None:
+        """E = exp(z + a) of these rows into the chunk's buffer.
 
-        guard: rows whose sum leaves the range of float32 are done again around their own maximum, all on the device.
+        guard: their `total` is found, and rows where it leaves the range of float32 are done again around their own
+        maximum, all on the device.
         """
         partials = self._partials(chunk)
         self._multiply(chunk, partials, anchored=True)
         if guard:
             height = chunk.stop - chunk.start
-            flag = torch.empty(triton.cdiv(height, self.config.BM), dtype=torch.int32, device=self.hidden.device)
-            rows.find_unsafe_rows[(len(flag),)](
-                partials[1], self.target_ids, flag, chunk.start, height, self.columns, BT=self.config.BM, BS=SLICE
+            flag = torch.empty(triton.cdiv(height, ROWS), dtype=torch.int32, device=self.hidden.device)
+            rows.sum_rows[(len(flag),)](
+                partials[1], self.target_ids, self.total, flag, chunk.start, height, self.columns, BT=ROWS, BS=SLICE
             )
             self._multiply(chunk, partials, anchored=False, flag=flag)
             self._finish_statistics(chunk, partials, flag)
             self._multiply(chunk, partials, anchored=True, flag=flag)
-        return partials[1]
 
     def add_gradients(
         self, chunk: slice, gradient: Tensor, sequence_index: Tensor | None = None, divisor: float = 1.0
@@ -172,16 +173,16 @@ class Products:
             LOG2_E / self.head.temperature, self.cap,
             ANCHORED=anchored, RAGGED=self.vocabulary % config.BV != 0, GUARDED=flag is not None, TMA=config.tma,
             EVEN_D=self.width % config.BD == 0, UPCAST=INTERPRETED, **self.flags,
-            BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=config.group_rows,
+            BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=config.group_rows, FLAG_ROWS=ROWS,
             num_warps=config.num_warps, num_stages=config.num_stages,
             enable_fp_fusion=True,  # one FFMA for scale and shift of a logit; later Tritons leave it off
         )  # fmt: skip
 
     def _finish_statistics(self, chunk: slice, partials: Tensor, flag: Tensor | None = None) -> None:
         height = chunk.stop - chunk.start
-        rows.finish_statistics[(triton.cdiv(height, self.config.BM),)](
-            partials[0], partials[1], self.target_ids, self.target, self.anchor, self.top, flag,
-            chunk.start, height, self.columns, GUARDED=flag is not None, BT=self.config.BM, BS=SLICE,
+        rows.finish_statistics[(triton.cdiv(height, ROWS),)](
+            partials[0], partials[1], self.target_ids, self.target, self.anchor, self.top, self.total, flag,
+            chunk.start, height, self.columns, GUARDED=flag is not None, BT=ROWS, BS=SLICE,
         )  # fmt: skip
 
 

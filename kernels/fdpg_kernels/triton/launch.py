@@ -75,13 +75,12 @@ def fdpg_loss(
         for first, last in sequence_groups(ends, products.chunk_rows):
             span = slice(ends[first], ends[last])
             fits = training and span.stop - span.start <= products.chunk_rows
-            sums = None
             if fits and span.stop > span.start:
-                sums = products.anchored(span, guard=True)
+                products.anchored(span, guard=True)
             elif span.stop > span.start:
                 products.statistics(span)
             recomputed += [training and not fits] * (last - first)
-            finish(products, weighing, blocks, (first, last), span, sums)
+            finish(products, weighing, blocks, (first, last))
             if by_pytorch:
                 weighing.weigh_by_pytorch(slice(first, last), options)
             for chunk in products.chunks(span.start, span.stop) if training else ():

@@ -54,36 +54,33 @@ def target_logits(
         tl.store(top_ptr + rows, behavior, mask=inside)
 
 
-@triton.jit
-def row_sums(sum_ptr, rows, inside, height, num_columns, BT: tl.constexpr, BS: tl.constexpr):
-    """Sum the partials [num_columns, height] of these rows in a fixed order, [BT]."""
+@triton.jit(do_not_specialize=["offset", "height"], do_not_specialize_on_alignment=["sum_ptr"])
+def sum_rows(
+    sum_ptr, target_ids_ptr, total_ptr, flag_ptr, offset, height, num_columns, BT: tl.constexpr, BS: tl.constexpr
+):  # fmt: skip
+    """s of BT rows from the partials [num_columns, height], added in a fixed order; 1 for an ignored row.
+
+    The program's flag is 1 where one of them lies outside [2^-100, 2^100] or is no number.
+    """
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = rows < height
     total = tl.zeros((BT,), tl.float32)
     for first in range(0, num_columns, BS):
         columns = first + tl.arange(0, BS)
         mask = (columns < num_columns)[:, None] & inside[None, :]
         total += tl.sum(tl.load(sum_ptr + columns[:, None] * height + rows[None, :], mask=mask, other=0.0), 0)
-    return total
-
-
-@triton.jit(do_not_specialize=["offset", "height"], do_not_specialize_on_alignment=["sum_ptr"])
-def find_unsafe_rows(
-    sum_ptr, target_ids_ptr, flag_ptr, offset, height, num_columns, BT: tl.constexpr, BS: tl.constexpr
-):
-    """flag[tile] = 1 where an anchored row sum lies outside [2^-100, 2^100] or is no number; a tile has BT rows."""
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
-    inside = rows < height
-    total = row_sums(sum_ptr, rows, inside, height, num_columns, BT, BS)
     live = inside & (tl.load(target_ids_ptr + offset + rows, mask=inside, other=-100) != IGNORED)
+    tl.store(total_ptr + offset + rows, tl.where(live, total, 1.0), mask=inside)
     safe = (total > 1 / SAFE) & (total < SAFE)
     tl.store(flag_ptr + tl.program_id(0), tl.max((live & (safe == 0)).to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["offset", "height"], do_not_specialize_on_alignment=["maximum_ptr", "sum_ptr"])
 def finish_statistics(
-    maximum_ptr, sum_ptr, target_ids_ptr, target_ptr, anchor_ptr, top_ptr, flag_ptr,
+    maximum_ptr, sum_ptr, target_ids_ptr, target_ptr, anchor_ptr, top_ptr, total_ptr, flag_ptr,
     offset, height, num_columns, GUARDED: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """anchor = −lse (log₂ units) and top = log π from the partials of an online softmax; ignored rows: −inf and 0."""
+    """anchor = −lse (log₂ units), top = log π and s = 1 from the partials of an online softmax; ignored: −inf, 0, 1."""
     run = True
     if GUARDED:
         run = tl.load(flag_ptr + tl.program_id(0)) != 0
@@ -110,6 +107,7 @@ def finish_statistics(
         target = tl.load(target_ptr + tokens, mask=inside, other=0.0)
         tl.store(anchor_ptr + tokens, tl.where(live, -lse2, float("-inf")), mask=inside)
         tl.store(top_ptr + tokens, tl.where(live, target - lse2 * LN_2, 0.0), mask=inside)
+        tl.store(total_ptr + tokens, tl.full((BT,), 1.0, tl.float32), mask=inside)
 
 
 @triton.jit
@@ -120,17 +118,15 @@ def rows_of_block(block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, block, BT
     return sequence, start, tl.load(cu_seqlens_ptr + sequence + 1)
 
 
-@triton.jit(
-    do_not_specialize=["first_block", "offset", "height", "num_sequences"], do_not_specialize_on_alignment=["sum_ptr"]
-)
+@triton.jit(do_not_specialize=["first_block", "num_sequences"])
 def finish_sequences(
-    sum_ptr, top_ptr, target_ids_ptr, behavior_ptr, logprob_ptr, total_ptr,
+    top_ptr, total_ptr, target_ids_ptr, behavior_ptr, logprob_ptr,
     block_sequence_ptr, first_block_ptr, cu_seqlens_ptr, counter_ptr,
     score_ptr, log_z_ptr, baseline_ptr, result_ptr, clipped_ptr,
-    first_block, offset, height, num_columns, num_sequences, stride_log_z, stride_baseline,
+    first_block, num_sequences, stride_log_z, stride_baseline,
     FAMILY: tl.constexpr, EXPONENT: tl.constexpr, FACTOR: tl.constexpr, AT_INFINITY: tl.constexpr,
     HAS_RATIO: tl.constexpr, LOG_RATIO_CAP: tl.constexpr, REWARD_CAP: tl.constexpr,
-    HAS_BASELINE: tl.constexpr, HAS_SUMS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    HAS_BASELINE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Row sums → log π of every token; whoever finishes a sequence last makes its weight of it, in the same launch.
 
@@ -144,12 +140,9 @@ def finish_sequences(
     tokens = start + tl.arange(0, BT)
     inside = tokens < end
     live = inside & (tl.load(target_ids_ptr + tokens, mask=inside, other=-100) != IGNORED)
-    total = tl.full((BT,), 1.0, tl.float32)
-    if HAS_SUMS:
-        total = tl.where(live, row_sums(sum_ptr, tokens - offset, inside, height, num_columns, BT, BS), 1.0)
+    total = tl.load(total_ptr + tokens, mask=live, other=1.0)
     top = tl.load(top_ptr + tokens, mask=live, other=0.0)
-    tl.store(logprob_ptr + tokens, tl.where(live, top - tl.log(total), 0.0), mask=inside)
-    tl.store(total_ptr + tokens, total, mask=inside)
+    tl.store(logprob_ptr + tokens, top - tl.log(total), mask=inside)
 
     blocks = tl.load(first_block_ptr + sequence + 1) - tl.load(first_block_ptr + sequence)
     tl.debug_barrier()

@@ -12,7 +12,7 @@ from ..arguments import Options, Sequences
 from ..reference import SequenceWeights
 from ..sequence_weights import weights_from_sums
 from . import rows
-from .head import INTERPRETED, SLICE, Products
+from .head import INTERPRETED, Products
 
 BLOCK = 16 if INTERPRETED else 128  # tokens that a program takes
 
@@ -109,17 +109,11 @@ def make_blocks(ends: list[int], device: torch.device) -> Blocks:
     return Blocks(block_sequence, first, cu_seqlens, counter, sequence_index, first_block)
 
 
-def finish(
-    products: Products, weighing: Weighing, blocks: Blocks, group: tuple[int, int], span: slice, sums: Tensor | None
-) -> None:
-    """log π of every token of `span`, which sequences first:last = group own, and their weights.
-
-    sums: partial row sums of E; without them they are 1 (top = log π).
-    """
+def finish(products: Products, weighing: Weighing, blocks: Blocks, group: tuple[int, int]) -> None:
+    """log π of every token of sequences first:last = group, whose `top` and `total` are known, and their weights."""
     begin, end = (blocks.first_block_on_host[i] for i in group)
     rows.finish_sequences[(end - begin,)](
-        sums, products.top, products.target_ids, weighing.behavior, products.logprob, products.total,
+        products.top, products.total, products.target_ids, weighing.behavior, products.logprob,
         *blocks[:4], *weighing.per_sequence,
-        begin, span.start, span.stop - span.start, products.columns, len(weighing.score), *weighing.strides,
-        HAS_SUMS=sums is not None, BT=BLOCK, BS=SLICE, **weighing.constants,
+        begin, len(weighing.score), *weighing.strides, BT=BLOCK, **weighing.constants,
     )  # fmt: skip
