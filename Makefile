@@ -2,6 +2,7 @@
 # make test   install the test extras, check style, types and layers, run the tests
 # make faults kills, signals, bad input, bad servers and made-up examples, all of them (five minutes)
 # make bench  the benchmarks beside a plain PyTorch pipeline (minutes)
+# make hub    what Hugging Face's kernel-builder takes, in build/hub or HUB=FOLDER
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,8 +12,9 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 UNFIT := torchvision torchaudio torchcodec
 RUN := runs/quickstart
 METADATA := pyproject.toml kernels/pyproject.toml
+HUB ?= build/hub
 
-.PHONY: demo test faults bench
+.PHONY: demo test faults bench hub
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -31,6 +33,13 @@ faults: .venv/installed-test
 
 bench: .venv/installed-test
 	$(BIN)/pytest benchmarks --benchmark-columns=median,min,max,rounds --benchmark-group-by=group
+
+# copies, not links: kernel-builder takes files that end in .py and leaves links to folders out
+hub:
+	mkdir -p $(HUB)/torch-ext
+	cp kernels/hub/* $(HUB)
+	rm -rf $(HUB)/torch-ext/fdpg_kernels
+	cp -r kernels/fdpg_kernels $(HUB)/torch-ext
 
 # without an NVIDIA GPU the CPU build of torch: from pip's own sources, and only if that fails from PyTorch's index
 .venv/torch:
