@@ -3,7 +3,7 @@
     linear_logprob(hidden, weight, target_ids)                  -> log-probs [N], differentiable
     sharded_linear_logprob(hidden, weight_shard, ...)            -> the same, a head split over processes
     sequence_weights(policy, behavior, cu_seqlens, log_P, log_Z) -> SequenceWeights, one row a sequence
-    fdpg_loss(hidden, weight, target_ids, cu_seqlens, ...)       -> FDPGLoss(loss, weights, recomputed)
+    fdpg_loss(hidden, weight, target_ids, cu_seqlens, ...)       -> FDPGLoss(loss, weights)
     sum_by_sequence(token_values, cu_seqlens)                    -> float64 sums [B]
     divergences.get("jensen_shannon")                            -> Divergence
 

@@ -35,6 +35,7 @@ class Head(NamedTuple):
     softcap: float | None
     row_temperature: Tensor | None = None  # [N]: of each row; temperature is then 1
     weight_grad_dtype: torch.dtype | None = None  # of the gradient of weight, if another than weight's
+    chunk_bytes: int | None = None  # of a block of logits; None: what suits the device
 
     def of_rows(self, rows: Any) -> Head:
         """The head of some rows of the hidden states."""
@@ -64,6 +65,13 @@ class Options(NamedTuple):
     ratio: str  # one of RATIOS
     ratio_cap: float | None
     reward_cap: float | None
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def result_dtype(tensor: Tensor) -> torch.dtype:
@@ -106,15 +114,18 @@ def make_head(
         )
     if not temperature.ndim and _may_look(temperature):
         return hidden, Head(weight, bias, float(temperature), softcap)
-    _check_devices("hidden, target_ids and temperature", hidden, target_ids, temperature)
-    rows = temperature.to(result_dtype(hidden)).expand_as(target_ids).masked_fill(target_ids == IGNORED, 1.0)
+    _check_devices("hidden and temperature", hidden, temperature)
+    ignored = to_device(target_ids == IGNORED, hidden.device)
+    rows = temperature.to(result_dtype(hidden)).expand_as(ignored).masked_fill(ignored, 1.0)
     positive = (rows > 0) & (rows < math.inf)
     if _may_look(rows) and not bool(positive.all()):
         raise ValueError(f"temperature holds {float(rows[~positive][0])}; each must be a positive number")
     return hidden, Head(weight, bias, 1.0, softcap, rows.masked_fill(~positive, math.nan))
 
 
-def check_head(hidden: Tensor, target_ids: Tensor, head: Head, into: Tensor | None = None) -> None:
+def check_head(
+    hidden: Tensor, target_ids: Tensor, head: Head, into: Tensor | None = None, *, ids_on_cpu: bool = False
+) -> None:
     """Refuse what is no head of these hidden states, with a ValueError that names the argument and what would fit."""
     weight, bias = head.weight, head.bias  # into: weight_grad_out
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -129,8 +140,12 @@ def check_head(hidden: Tensor, target_ids: Tensor, head: Head, into: Tensor | No
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V]=[{len(weight)}]; got {tuple(bias.shape)}")
-    _check_devices("hidden, weight, target_ids and bias", hidden, weight, target_ids, bias)
+    _check_devices("hidden, weight and bias", hidden, weight, bias)
+    if not (ids_on_cpu and target_ids.device.type == "cpu"):
+        _check_devices("hidden and target_ids", hidden, target_ids)
     _check_positive("it must be a positive number", math.inf, temperature=head.temperature, softcap=head.softcap)
+    if head.chunk_bytes is not None and (not isinstance(head.chunk_bytes, int) or head.chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes={head.chunk_bytes!r}; it must be a positive whole number, or None")
     if _may_look(target_ids) and len(target_ids):
         largest, smallest = int(target_ids.max()), int(target_ids.min())
         if largest >= len(weight) or (smallest < 0 and bool(((target_ids < 0) & (target_ids != IGNORED)).any())):

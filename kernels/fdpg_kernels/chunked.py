@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .arguments import IGNORED, Gradients, Head, Logprobs, Number, Options, Sequences, Wants, result_dtype
+from .chunks import CHUNK_ROWS, Sums, card_bytes, even_chunks, plan
 from .reference import SequenceWeights
-from .sequence_weights import sequence_groups
 from .sequence_weights import sequence_weights as sequence_weights
 
-BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block
+BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block on a CPU
 BLOCK_ROWS = 1024  # at most; a small vocabulary needs no more
 TILE_BYTES = 8 * 2**20  # of the one [C, V'] tile; smaller and larger ones were slower
 
@@ -42,23 +42,29 @@ class _Block:
 class _Products:
     """The LM head in the dtype that is computed with, and the gradients that accumulate while chunks pass by."""
 
-    def __init__(self, head: Head, wants_weight: bool = False, wants_bias: bool = False):
+    def __init__(self, head: Head, wants_weight: bool = False, wants_bias: bool = False, hidden: Tensor | None = None):
         compute = result_dtype(head.weight)
         self.head = head
         self.weight = head.weight.detach().to(compute)  # [V, D]
         self.bias = None if head.bias is None else head.bias.detach().to(compute)  # [V]
-        # accumulated in float32 over chunks: a bfloat16 sum of many chunks drifts
-        self.weight_grad = torch.empty_like(self.weight) if wants_weight else None  # [V, D]
-        self.bias_grad = torch.zeros_like(self.bias) if wants_bias and self.bias is not None else None  # [V]
-        self.is_first = True  # the first rows write weight_grad instead of adding to it: a pass over [V, D] less
+        self.sums = Sums(  # accumulated in float32 over chunks: a bfloat16 sum of many chunks drifts
+            None if hidden is None else torch.empty_like(hidden),
+            torch.empty_like(self.weight) if wants_weight else None,
+            torch.zeros_like(self.bias) if wants_bias and self.bias is not None else None,
+        )
 
     @property
     def chunk_rows(self) -> int:
-        return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (self.weight.element_size() * max(1, len(self.weight)))))
+        row_bytes, chunk_bytes = self.weight.element_size() * max(1, len(self.weight)), self.head.chunk_bytes
+        if chunk_bytes is not None:
+            return max(1, chunk_bytes // row_bytes)
+        if self.weight.device.type == "cpu":
+            return max(1, min(BLOCK_ROWS, BLOCK_BYTES // row_bytes))
+        return max(1, min(CHUNK_ROWS, card_bytes(self.weight.device) // row_bytes))
 
     def tiles(self, num_rows: int) -> list[slice]:
         """Ranges of the vocabulary whose logits of so many rows make a tile."""
-        return _chunks(0, len(self.weight), max(1, TILE_BYTES // (self.weight.element_size() * num_rows)))
+        return even_chunks(0, len(self.weight), max(1, TILE_BYTES // (self.weight.element_size() * num_rows)))
 
     def take(self, hidden: Tensor, target_ids: Tensor, rows: Any) -> tuple[Tensor, Tensor, Number]:
         """Hidden states [C, D], targets [C] and temperature, one or [C, 1], of these rows."""
@@ -94,28 +100,30 @@ class _Products:
         total = exponentials.sum(dim=1)
         return target_logit - largest[:, 0] - total.log(), _Block(x, targets, exponentials, total, slope, temperature)
 
-    def backward(self, block: _Block, gradient: Tensor, wants_hidden: bool) -> Tensor | None:
-        """Add the head's gradient of Σ gradient·log π, return that of hidden [C, D]; overwrites the block."""
+    def backward(self, block: _Block, gradient: Tensor, rows: slice, into: Sums) -> None:
+        """Add the gradients of Σ gradient·log π of these rows; overwrites the block."""
         scale = -(gradient / block.total)[:, None] / block.temperature  # [C, 1]
         minus_one_hot = block.exponentials
         minus_one_hot.scatter_add_(1, block.targets[:, None], -block.total[:, None])
         if block.slope is not None:
             minus_one_hot.mul_(block.slope)
-        self.accumulate(minus_one_hot, block.x * scale, scale)
-        self.is_first = False
-        return torch.mm(minus_one_hot, self.weight).mul_(scale) if wants_hidden else None
-
-    def accumulate(self, minus_one_hot: Tensor, scaled: Tensor, scale: Tensor, columns: slice = slice(None)) -> None:
-        """Add what these rows [C, V'], with scale·hidden [C, D], are to the head's gradient."""
-        if self.weight_grad is not None:
-            self.weight_grad[columns].addmm_(minus_one_hot.T, scaled, beta=0 if self.is_first else 1)
-        if self.bias_grad is not None:
-            self.bias_grad[columns].addmv_(minus_one_hot.T, scale[:, 0])
+        accumulate(into, minus_one_hot, block.x * scale, scale)
+        into.is_first = False
+        if into.hidden is not None:
+            into.rows(rows).copy_(torch.mm(minus_one_hot, self.weight).mul_(scale))
 
     def gradients(self, hidden_grad: Tensor | None) -> Gradients:
-        if self.weight_grad is not None and self.is_first:  # no rows came
-            self.weight_grad.zero_()
-        return self.head.gradients(hidden_grad, self.weight_grad, self.bias_grad)
+        if self.sums.weight is not None and self.sums.is_first:  # no rows came
+            self.sums.weight.zero_()
+        return self.head.gradients(hidden_grad, self.sums.weight, self.sums.bias)
+
+
+def accumulate(into: Sums, minus_one_hot: Tensor, scaled: Tensor, scale: Tensor, columns: slice = slice(None)) -> None:
+    """Add what these rows [C, V'], with scale·hidden [C, D], are to the head's gradient."""
+    if into.weight is not None:
+        into.weight[columns].addmm_(minus_one_hot.T, scaled, beta=0 if into.is_first else 1)
+    if into.bias is not None:
+        into.bias[columns].addmv_(minus_one_hot.T, scale[:, 0])
 
 
 def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
@@ -157,11 +165,11 @@ def linear_logprob_backward(
             minus_one_hot.scatter_add_(1, local, (-total * inside)[:, None])
             if slope is not None:
                 minus_one_hot.mul_(slope)
-            products.accumulate(minus_one_hot, scaled, scale, columns)
+            accumulate(products.sums, minus_one_hot, scaled, scale, columns)
             if hidden_grad is not None:
                 x_grad.addmm_(minus_one_hot, products.weight[columns])
             del logits, minus_one_hot, slope  # or they would live beside the next ones
-        products.is_first = False
+        products.sums.is_first = False
         if hidden_grad is not None:
             hidden_grad[rows] = x_grad.mul_(scale).to(hidden.dtype)
     return products.gradients(hidden_grad)
@@ -169,65 +177,48 @@ def linear_logprob_backward(
 
 def fdpg_loss(
     hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options, wants: Wants
-) -> tuple[Tensor, SequenceWeights, Tensor, Gradients]:
-    """loss, weights (float64), recomputed [B], and the gradients of hidden, weight and bias.
+) -> tuple[Tensor, SequenceWeights, Gradients]:
+    """loss, weights (float64), and the gradients of hidden, weight and bias.
 
-    Forward and backward in one pass over the rows: the upstream gradient of a loss is one scalar.
+    Forward and backward in one pass over the rows, none of them ignored: the upstream gradient of a loss is one scalar.
     """
     cu_seqlens, behavior, score, log_z, total = sequences
-    (live,) = (target_ids != IGNORED).nonzero(as_tuple=True)
-    if len(live) < len(hidden):  # ignored rows are packed out, not computed and masked
-        live_before = torch.nn.functional.pad((target_ids != IGNORED).cumsum(0), (1, 0))
-        packed = sequences._replace(
-            cu_seqlens=live_before[cu_seqlens.to(hidden.device).long()], behavior_logprob=behavior[live]
-        )
-        loss, weights, recomputed, gradients = fdpg_loss(
-            hidden[live], target_ids[live], head.of_rows(live), packed, options, wants
-        )
-        hidden_grad = gradients[0]
-        if hidden_grad is not None:
-            hidden_grad = torch.zeros_like(hidden).index_copy_(0, live, hidden_grad)
-        return loss, weights, recomputed, (hidden_grad, *gradients[1:])
-
     if not any(wants):
         logprob, _ = linear_logprob(hidden, target_ids, head)
         weights = sequence_weights(logprob, sequences, options)
-        return _loss(weights, total, logprob.dtype), weights, torch.zeros_like(weights.clipped), (None, None, None)
+        return _loss(weights, total, logprob.dtype), weights, (None, None, None)
 
-    products = _Products(head, *wants[1:])
-    hidden_grad = torch.empty_like(hidden) if wants[0] else None
+    products = _Products(head, *wants[1:], hidden=hidden if wants[0] else None)
+    sums, dtype = products.sums, products.weight.dtype
     ends, num_sequences = cu_seqlens.tolist(), len(cu_seqlens) - 1
     log_z = log_z.to(hidden.device).expand(num_sequences)
     baseline = torch.zeros(()) if options.baseline is None else options.baseline
     baseline = baseline.to(hidden.device).expand(num_sequences)
 
-    block: _Block | None = None
-    groups, recomputed = [], torch.zeros(num_sequences, dtype=torch.bool, device=hidden.device)
-    for first, last in sequence_groups(ends, products.chunk_rows):
-        group, span = slice(ends[first], ends[last]), slice(first, last)
-        own_ends = cu_seqlens[first : last + 1].to(hidden.device) - group.start
-        chunks, token_logprob = _chunks(group.start, group.stop, products.chunk_rows), [hidden.new_empty(0)]
-        for rows in chunks:
-            block = None  # or the last one would live beside this one
+    found = []
+    for group in plan(ends, products.chunk_rows):
+        span, token_logprob = slice(group.first, group.last), [hidden.new_empty(0)]
+        unit = sums.apart(group.rows) if len(group.chunks) > 1 else None
+        for rows in group.chunks:
             logprob, block = products.forward(hidden, target_ids, rows)
             token_logprob.append(logprob)
-        own = Sequences(own_ends, behavior[group], score[span], log_z[span])
+            if unit is not None:  # its weight is not known yet: 1
+                products.backward(block, torch.ones_like(logprob), rows, unit)
+                del block  # or it would live beside the next one
+        own_ends = cu_seqlens[group.first : group.last + 1].to(hidden.device) - group.rows.start
+        own = Sequences(own_ends, behavior[group.rows], score[span], log_z[span])
         weights = sequence_weights(torch.cat(token_logprob), own, options._replace(baseline=baseline[span]))
-        groups.append(weights)
-        recomputed[span] = len(chunks) > 1
-        # d loss / d log π
-        row_gradient = (-weights.weight / total).to(products.weight.dtype).repeat_interleave(own_ends.diff())
-        for rows in chunks:
-            if block is None or len(chunks) > 1:  # longer than a chunk: its weight came after its first logits went
-                block = None
-                _, block = products.forward(hidden, target_ids, rows)
-            gradient = row_gradient[rows.start - group.start : rows.stop - group.start]
-            x_grad = products.backward(block, gradient, wants[0])
-            if hidden_grad is not None and x_grad is not None:
-                hidden_grad[rows] = x_grad.to(hidden.dtype)
+        found.append((group.first, weights))
+        factor = (-weights.weight / total).to(dtype)  # d loss / d log π
+        if unit is not None:
+            sums.add(unit, factor[0])
+        elif group.chunks:
+            products.backward(block, factor.repeat_interleave(own_ends.diff()), group.rows, sums)
+            del block
 
-    weights = SequenceWeights(*(torch.cat(column) for column in zip(*groups, strict=True)))
-    return _loss(weights, total, products.weight.dtype), weights, recomputed, products.gradients(hidden_grad)
+    in_order = (weights for _, weights in sorted(found, key=lambda pair: pair[0]))
+    weights = SequenceWeights(*(torch.cat(column) for column in zip(*in_order, strict=True)))
+    return _loss(weights, total, dtype), weights, products.gradients(sums.hidden)
 
 
 def _loss(weights: SequenceWeights, total: int, dtype: torch.dtype) -> Tensor:
@@ -240,13 +231,9 @@ def _local(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return local[:, None], (targets >= columns.start) & (targets < columns.stop)
 
 
-def _chunks(start: int, stop: int, rows: int) -> list[slice]:
-    return [slice(i, min(i + rows, stop)) for i in range(start, stop, rows)]
-
-
 def _live_chunks(target_ids: Tensor, rows: int) -> list[Any]:
     """Index expressions of at most `rows` rows each that together name every row not ignored."""
     live = target_ids != IGNORED
     if bool(live.all()):
-        return _chunks(0, len(target_ids), rows)
+        return even_chunks(0, len(target_ids), rows)
     return list(live.nonzero(as_tuple=True)[0].split(rows)) if bool(live.any()) else []

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import divergences
 from .arguments import Gradients, Head, Logprobs, Options, Sequences, Wants, result_dtype
+from .chunks import pack
 from .reference import SequenceWeights
 
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
@@ -71,12 +72,10 @@ def sequence_weights(policy: Tensor, sequences: Sequences, options: Options, imp
 
 def fdpg_loss(
     hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options, wants: Wants, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Gradients]:
-    """The loss [], the six float columns of `SequenceWeights` [6, B] and its flags, `recomputed` [B], gradients."""
-    loss, columns, clipped, recomputed, *made = _fdpg_loss(
-        hidden, target_ids, *head, *sequences, *_as_schema(options), wants, impl
-    )
-    return loss, columns, clipped, recomputed, _only_wanted(made, wants)
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """The loss [], the six float columns of `SequenceWeights` [6, B] and its flags [B], gradients."""
+    loss, columns, clipped, *made = _fdpg_loss(hidden, target_ids, *head, *sequences, *_as_schema(options), wants, impl)
+    return loss, columns, clipped, _only_wanted(made, wants)
 
 
 def _operator(schema: str, fake: Callable, *tags: torch.Tag) -> Callable[[Callable], Callable]:
@@ -150,26 +149,32 @@ def _sequence_weights(policy, *rest):
 
 
 def _fake_loss(hidden, target_ids, weight, bias, *rest):
-    weight_grad_dtype, score, wants, num_sequences = rest[3], rest[6], rest[-2], len(rest[6])
-    flags = [hidden.new_empty(num_sequences, dtype=torch.bool) for _ in range(2)]
+    weight_grad_dtype, score, wants, num_sequences = rest[3], rest[7], rest[-2], len(rest[7])
     of_hidden, of_weight, of_bias = _fake_gradients(hidden, weight, bias, wants)
     gradients = of_hidden, of_weight.to(weight_grad_dtype if wants[1] else hidden.dtype), of_bias
     columns = score.new_empty(6, num_sequences, dtype=torch.float64)
-    return hidden.new_empty((), dtype=result_dtype(hidden)), columns, *flags, *gradients
+    clipped = hidden.new_empty(num_sequences, dtype=torch.bool)
+    return hidden.new_empty((), dtype=result_dtype(hidden)), columns, clipped, *gradients
 
 
 # unsafe in a CUDA graph: chunks are cut on the values of cu_seqlens, and small tables are copied from the host
 @_operator(
-    f"fdpg_loss(Tensor hidden, Tensor target_ids, {HEAD}, ScalarType? weight_grad_dtype, {SEQUENCES}, SymInt total, "
-    f"{OPTIONS}, bool[] wants, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"fdpg_loss(Tensor hidden, Tensor target_ids, {HEAD}, ScalarType? weight_grad_dtype, SymInt? chunk_bytes, "
+    f"{SEQUENCES}, SymInt total, {OPTIONS}, bool[] wants, str impl) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_loss,
     torch.Tag.cudagraph_unsafe,
 )
 def _fdpg_loss(hidden, target_ids, *rest):
-    head, sequences, options = Head(*rest[:6]), Sequences(*rest[6:11]), _from_schema(rest[11:16])
-    wants, impl = rest[16:]
-    loss, weights, recomputed, made = _load(impl).fdpg_loss(hidden, target_ids, head, sequences, options, tuple(wants))
-    return loss, torch.stack(weights[:6]), weights.clipped, recomputed, *_all_tensors(made, hidden)
+    head, sequences, options = Head(*rest[:7]), Sequences(*rest[7:12]), _from_schema(rest[12:17])
+    wants, impl = rest[17:]
+    live, rows = None, hidden
+    if impl == "chunked" or target_ids.device.type == "cpu":  # else the GPU would be waited for
+        rows, target_ids, head, sequences, live = pack(hidden, target_ids, head, sequences)
+    loss, weights, made = _load(impl).fdpg_loss(rows, target_ids, head, sequences, options, tuple(wants))
+    if live is not None and made[0] is not None:
+        made = torch.zeros_like(hidden).index_copy_(0, live, made[0]), *made[1:]
+    return loss, torch.stack(weights[:6]), weights.clipped, *_all_tensors(made, hidden)
 
 
 def _as_schema(options: Options) -> tuple[Any, ...]:

@@ -22,12 +22,10 @@ class FDPGLoss(NamedTuple):
     Attributes:
         loss: mean over sequences of −weight·log π, [].
         weights: of each sequence, detached.
-        recomputed: whether a sequence's logits were formed twice, because it is longer than a chunk, [B] bool.
     """
 
     loss: Tensor
     weights: SequenceWeights
-    recomputed: Tensor
 
 
 def linear_logprob(
@@ -133,6 +131,7 @@ def fdpg_loss(
     softcap: float | None = None,
     total_sequences: int | None = None,
     weight_grad_out: Tensor | None = None,
+    chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> FDPGLoss:
     """A loss whose gradient is the f-DPG estimate of ∇D_f(π‖p) (Go et al. 2023, theorem 1).
@@ -145,16 +144,19 @@ def fdpg_loss(
         hidden, weight, target_ids, bias, temperature, softcap: as in `linear_logprob`.
         cu_seqlens, target_log_score, log_z, divergence, baseline, ratio, ratio_cap, reward_cap:
             as in `sequence_weights`; chunks are cut on cu_seqlens, so leave it on the CPU: a GPU would be waited for.
+            target_ids may stay there as well: ignored rows are then left out of all products, which Triton otherwise
+            does on CPU tensors only.
         behavior_logprob: log q of each token under its sampler, [N]; not read where target_ids is -100.
         total_sequences: of the batch that this one is a part of: what the sum over sequences is divided by, B
             where it is None. Losses of parts then add up to the loss of the whole.
         weight_grad_out: `backward` adds the gradient in weight to it, [V, D] in float32 (float64 for float64 inputs)
             or weight's dtype; weight itself then gets none.
-        impl: "auto" | "triton" | "chunked" | "reference". Triton multiplies three times where it can, and four times
-            for a sequence longer than 4,096 tokens (fewer for a vocabulary above 131,072), see `recomputed`.
+        chunk_bytes: of the block [chunk, V] of logits or their exponentials, more or less by a sequence, and one row at
+            least; None for 32 MiB on a CPU, and on a GPU a fiftieth of its memory, at least 1 GiB.
+        impl: "auto" | "triton" | "chunked" | "reference".
 
     Returns:
-        FDPGLoss(loss [] float32, weights, recomputed), float64 for float64 inputs and from the reference; the loss is
+        FDPGLoss(loss [] float32, weights), float64 for float64 inputs and from the reference; the loss is
         differentiable once in hidden, weight and bias.
 
     Raises:
@@ -162,11 +164,12 @@ def fdpg_loss(
     """
     hidden, head = make_head(hidden, target_ids, weight, bias, temperature, softcap)
     into = as_local("weight_grad_out", weight_grad_out)
-    check_head(hidden, target_ids, head, into)
+    head = head._replace(chunk_bytes=chunk_bytes)
+    check_head(hidden, target_ids, head, into, ids_on_cpu=True)
     total = len(cu_seqlens) - 1 if total_sequences is None else total_sequences
     sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z, total)
     options = Options(divergences.get(divergence), as_tensor(baseline, hidden.device), ratio, ratio_cap, reward_cap)
-    check_sequences(target_ids, sequences, options)
+    check_sequences(hidden.detach()[:, 0], sequences, options)
     impl = choose_impl(impl, hidden, multiplies=True)
     if into is not None:  # the gradient is wanted even if weight itself wants none
         wanting = head.weight if head.weight.requires_grad else head.weight.detach().requires_grad_()
@@ -176,12 +179,12 @@ def fdpg_loss(
             head = head._replace(weight=head.weight.detach().double().requires_grad_())
             head.weight.register_hook(lambda gradient: (into.add_(gradient), gradient)[1])
         loss, weights = reference.fdpg_loss(hidden, target_ids, head, sequences, options)
-        return FDPGLoss(loss, weights, torch.zeros_like(weights.clipped))
-    loss, columns, clipped, recomputed = _FDPGLoss.apply(
+        return FDPGLoss(loss, weights)
+    loss, columns, clipped = _FDPGLoss.apply(
         hidden, head.weight, head.bias, target_ids, head[2:], into, sequences, options, impl, torch.is_grad_enabled()
     )
     columns = columns.to(result_dtype(hidden))
-    return FDPGLoss(loss, SequenceWeights(*columns.unbind(), clipped), recomputed)  # type: ignore[call-arg]
+    return FDPGLoss(loss, SequenceWeights(*columns.unbind(), clipped))  # type: ignore[call-arg]
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -210,7 +213,7 @@ class _FDPGLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target_ids, settings, into, sequences, options, impl, with_grad):
         head = Head(weight, bias, *settings)
         wants = ctx.needs_input_grad[:3] if with_grad else (False, False, False)
-        loss, columns, clipped, recomputed, gradients = operators.fdpg_loss(
+        loss, columns, clipped, gradients = operators.fdpg_loss(
             hidden, target_ids, head, sequences, options, wants, impl
         )
         ctx.into = into
@@ -218,8 +221,8 @@ class _FDPGLoss(torch.autograd.Function):
             ctx.save_for_backward(*gradients)
         else:
             ctx.gradients = gradients
-        ctx.mark_non_differentiable(columns, clipped, recomputed)
-        return loss, columns, clipped, recomputed
+        ctx.mark_non_differentiable(columns, clipped)
+        return loss, columns, clipped
 
     @staticmethod
     @once_differentiable

@@ -7,7 +7,6 @@ Go et al. 2023, theorem 1 with the importance ratio of an off-policy sampler:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -58,12 +57,3 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     sequence_index = torch.searchsorted(cu_seqlens[1:].to(positions), positions, right=True)
     totals = torch.zeros(len(cu_seqlens) - 1, dtype=torch.float64, device=values.device)
     return totals.index_add_(0, sequence_index, values.double())
-
-
-def sequence_groups(ends: list[int], rows: int) -> Iterator[tuple[int, int]]:
-    """Consecutive sequences that fit `rows` together; a longer sequence is a group of its own."""
-    first = 0
-    for i in range(1, len(ends)):
-        if i == len(ends) - 1 or ends[i + 1] - ends[first] > rows:
-            yield first, i
-            first = i

@@ -1,11 +1,11 @@
-"""No [N, V] tensor is ever formed, and none twice: storages and matrix products are watched while an op runs."""
+"""No [N, V] tensor is ever formed: storages are watched while an op runs."""
 
 import pytest
 import torch
 
 from fdpg_kernels import chunked, fdpg_loss, linear_logprob
 from support.kernel_cases import packing
-from support.storages import Storages, Watch
+from support.storages import Storages
 
 N, D, V = 2048, 8, 4096
 ROWS = 64
@@ -47,13 +47,14 @@ def test_linear_logprob(inputs, softcap):
     assert seen.peak() <= (1 if softcap is None else 3) * BLOCK + HEAD + 3 * HIDDEN + 100 * N
 
 
-@pytest.mark.parametrize("length", [ROWS // 2, N // 2], ids=["short sequences", "sequences of many chunks"])
+@pytest.mark.parametrize("length", [ROWS // 2, N, N // 4], ids=["short sequences", "a long one", "four long ones"])
 def test_fdpg_loss(inputs, length):
     others = sequences(length)
     with Storages(*inputs, *others) as seen:
         loss = fdpg_loss(*inputs, *others, impl="chunked").loss
     assert max(seen.sizes) == BLOCK
-    assert seen.peak() <= 2 * BLOCK + HEAD + HIDDEN + 100 * N
+    # from the second long sequence on, its share of the head's gradient lies apart until its weight is known
+    assert seen.peak() <= BLOCK + (3 if length == N // 4 else 2) * HEAD + HIDDEN + 100 * N
     assert seen.alive <= HEAD + HIDDEN + 100 * N  # the gradients, waiting for backward to scale them
     loss.backward()
     assert inputs[0].grad.shape == (N, D) and inputs[1].grad.shape == (V, D)
@@ -68,22 +69,3 @@ def test_no_gradient_is_formed_under_no_grad(inputs):
         learning = fdpg_loss(*inputs, *others, impl="chunked").loss
     assert learning.requires_grad and {HEAD, HIDDEN} <= {*seen.sizes}
     torch.testing.assert_close(quiet, learning.detach())
-
-
-class MultiplyAdds(Watch):
-    """Multiply-adds of the matrix products run under it."""
-
-    count = 0
-
-    def see(self, func, args, result):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
-            left, right = args[-2:]
-            self.count += left.numel() * right.shape[1]
-
-
-@pytest.mark.parametrize(("length", "products"), [(ROWS // 2, 3), (N // 2, 4)], ids=["short", "many chunks"])
-def test_logits_are_formed_twice_only_for_sequences_that_span_chunks(inputs, length, products):
-    # a weight is known once its whole sequence has passed: logits, ∇hidden and ∇weight, and logits again if gone
-    with MultiplyAdds() as seen:
-        fdpg_loss(*inputs, *sequences(length), impl="chunked").loss.backward()
-    assert seen.count == products * N * D * V

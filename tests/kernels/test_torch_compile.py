@@ -132,7 +132,7 @@ def test_operators_are_what_they_say(impl, layout, lengths, dtype):
     wants, ops = (True, True, False), torch.ops.fdpg_kernels
     temperatures = place(torch.ones(sum(lengths)))
     for head_and_rows, weight_grad_dtype in (((*head, None), None), ((*head, temperatures), torch.float32)):
-        checked = (*head_and_rows, weight_grad_dtype, *sequences, 4, *options, wants, impl)
+        checked = (*head_and_rows, weight_grad_dtype, 1000, *sequences, 4, *options, wants, impl)
         torch.library.opcheck(ops.fdpg_loss.default, checked)
         torch.library.opcheck(ops.linear_logprob.default, (*head_and_rows, impl))
         results = ops.linear_logprob(*head_and_rows, impl)

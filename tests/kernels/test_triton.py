@@ -199,8 +199,7 @@ def test_loss_of_every_divergence(name, zeros, caps):
     power = divergences.get(name).power
     options["weight_rtol"] = 2e-5 * max(1.0, abs(power[0]) if power else 1.0)
     for log_z, baseline in ((arguments["log_z"], None), (spread.masked_fill(spread > 0, -math.inf), spread)):
-        out = assert_meets_the_definition(arguments | {"log_z": log_z}, baseline=baseline, **options)
-    assert out.recomputed.tolist() == [n > 32 for n in LENGTHS]
+        assert_meets_the_definition(arguments | {"log_z": log_z}, baseline=baseline, **options)
 
 
 @pytest.mark.parametrize("options", HEADS, ids=str)
@@ -223,7 +222,7 @@ def test_the_anchor_may_be_off_by_20_nats_a_token(drift):
 
 def test_rows_out_of_range_are_done_again_around_their_own_maximum():
     arguments = single(head_batch(LENGTHS, vocab=70, width=24))
-    arguments["behavior_logprob"][[1, 30, 31]] = -150.0  # π/q of e^150: e^-150 is no float32
+    arguments["behavior_logprob"][[1, 30, 31, 70]] = -150.0  # π/q of e^150: e^-150 is no float32
     arguments["behavior_logprob"][33] = 200.0  # nonsense that must not hurt anyone else
     out = assert_meets_the_definition(arguments, ratio="none")
     assert bool(out.weights.policy_logprob.isfinite().all())
@@ -237,8 +236,8 @@ def test_ignored_tokens_and_no_gradient():
     out = assert_meets_the_definition(arguments)
     with torch.no_grad():
         quiet = fdpg_loss(**arguments, impl="triton")
-    torch.testing.assert_close(quiet.loss, out.loss.detach())
-    assert not quiet.loss.requires_grad and not bool(quiet.recomputed.any())
+    torch.testing.assert_close(quiet.loss, out.loss.detach(), rtol=2e-5, atol=2e-5)  # an online softmax, not anchored
+    assert not quiet.loss.requires_grad
 
 
 def test_a_frozen_head_and_an_accumulated_one():

@@ -73,6 +73,17 @@ class Storages(Watch):
         return peak
 
 
+class MultiplyAdds(Watch):
+    """Multiply-adds of the matrix products run under it."""
+
+    count = 0
+
+    def see(self, func, args, result):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.matmul, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.count += left.numel() * right.shape[1]
+
+
 def extra_memory(step: Callable[[], tuple[torch.Tensor, ...]], inputs: list[torch.Tensor]) -> dict[str, int]:
     """Peak bytes beyond the inputs and what the step returns, and the bytes of the largest single tensor."""
     with Storages(*inputs) as seen:

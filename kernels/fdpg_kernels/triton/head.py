@@ -12,12 +12,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..arguments import IGNORED, Gradients, Head, Wants
+from ..chunks import CHUNK_ROWS, Sums, card_bytes, even_chunks, plan
 from . import gemm, rows, tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = 1 / math.log(2)
-CHUNK_ROWS = 4096
-CHUNK_BYTES = 2**30  # of E [chunk, V]; 4,096 rows of a 131,072-entry vocabulary in bfloat16
 STATISTICS_BYTES = 2**26  # of the partials of an online softmax
 ROWS = 8 if INTERPRETED else 32  # that a program adds the partials of
 SLICE = 16 if INTERPRETED else 128  # partials of a row that it adds at a time
@@ -27,6 +26,8 @@ DEPTH = 32 if INTERPRETED else 128  # hidden units that a program of a row kerne
 class Products:
     """The products of one call: hidden states [N, D], an LM head [V, D] and targets [N].
 
+    ends: of sequences that chunks are cut between.
+
     Attributes, all [N] float32, written as the kernels of `rows` get to them:
         target: z_y, the logit of the target.
         anchor: a in E = exp(z + a), in log₂ units.
@@ -35,7 +36,14 @@ class Products:
         logprob: log π(y) = top − log s.
     """
 
-    def __init__(self, hidden: Tensor, target_ids: Tensor, head: Head, wants: Wants = (False, False, False)):
+    def __init__(
+        self,
+        hidden: Tensor,
+        target_ids: Tensor,
+        head: Head,
+        wants: Wants = (False, False, False),
+        ends: list[int] | None = None,
+    ):
         self.head = head
         # an ignored row may hold anything, and both gradients' products would take 0·NaN for NaN
         self.hidden = hidden.masked_fill((target_ids == IGNORED)[:, None], 0.0).contiguous()
@@ -54,28 +62,32 @@ class Products:
             self.processors, l2_bytes = properties.multi_processor_count, properties.L2_cache_size
         plain = self.bias is None and head.softcap is None and self.temperature is None
         self.config = tiles.choose(capability, self.width, aligned=aligned, plain=plain, l2_bytes=l2_bytes)
-        limit = max(1, CHUNK_BYTES // (self.pitch * item))
-        self.chunk_rows = min(CHUNK_ROWS, max(self.config.BM, limit // self.config.BM * self.config.BM))
+        limit = (head.chunk_bytes or card_bytes(hidden.device)) // (self.pitch * item)
+        if head.chunk_bytes is None:
+            limit = min(limit, CHUNK_ROWS)
+        self.chunk_rows = max(self.config.BM, limit // self.config.BM * self.config.BM)
+        self.groups = plan(ends or [0, self.num_tokens], self.chunk_rows, self.config.BM)
+        heights = [chunk.stop - chunk.start for group in self.groups for chunk in group.chunks]
+        self.height = max(heights, default=0)  # of the buffer of E
         self.columns = triton.cdiv(self.vocabulary, self.config.BV)
         self.flags: dict[str, Any] = dict(HAS_BIAS=self.bias is not None, HAS_SOFTCAP=head.softcap is not None)
         self.cap = 1.0 if head.softcap is None else head.softcap
         self.target, self.anchor, self.top, self.total, self.logprob = (self._floats(self.num_tokens) for _ in range(5))
         self._e: Tensor | None = None
-        self.hidden_grad = torch.empty_like(hidden) if wants[0] else None
-        self.weight_grad: Tensor | None = None  # [V, D] float32, accumulated
-        self.is_first = True  # the first chunk writes weight_grad instead of adding to it
-        if wants[1]:
-            self.weight_grad = self._floats(*head.weight.shape)
-            if not self.num_tokens:  # no chunk comes
-                self.weight_grad.zero_()
-        self.bias_grad = None  # [V] float32, accumulated
-        if wants[2] and self.bias is not None:
-            self.bias_grad = torch.zeros(self.vocabulary, dtype=torch.float32, device=hidden.device)
+        # a single chunk's share of the head's gradient is all of it: no detour by a float32 sum
+        dtype = head.weight_grad_dtype or head.weight.dtype if len(heights) == 1 else torch.float32
+        device = hidden.device
+        self.sums = Sums(
+            torch.empty_like(hidden) if wants[0] else None,
+            torch.empty(head.weight.shape, dtype=dtype, device=device) if wants[1] else None,
+            torch.zeros(self.vocabulary, dtype=torch.float32, device=device)
+            if wants[2] and self.bias is not None
+            else None,
+        )
 
-    def chunks(self, start: int, stop: int, height: int = 0) -> list[slice]:
-        """Rows start:stop in pieces of this height, or as high as E is."""
-        height = height or self.chunk_rows
-        return [slice(i, min(i + height, stop)) for i in range(start, stop, height)]
+    def chunks(self, start: int, stop: int) -> list[slice]:
+        """Rows start:stop in chunks of one height."""
+        return even_chunks(start, stop, self.chunk_rows, self.config.BM)
 
     def find_targets(self, behavior: Tensor | None = None) -> None:
         """Write `target`, and with the log q [N] of a sampler its anchors and tops."""
@@ -91,7 +103,7 @@ class Products:
     def statistics(self, span: slice) -> None:
         """Online softmax of these rows: anchor = −lse, top = log π; no logits in memory."""
         height = max(self.config.BM, STATISTICS_BYTES // (8 * self.columns) // self.config.BM * self.config.BM)
-        for chunk in self.chunks(span.start, span.stop, height):
+        for chunk in even_chunks(span.start, span.stop, height, self.config.BM):
             partials = self._partials(chunk)
             self._multiply(chunk, partials, anchored=False)
             self._finish_statistics(chunk, partials)
@@ -115,12 +127,18 @@ class Products:
             self._multiply(chunk, partials, anchored=True, flag=flag)
 
     def add_gradients(
-        self, chunk: slice, gradient: Tensor, sequence_index: Tensor | None = None, divisor: float = 1.0
+        self,
+        chunk: slice,
+        gradient: Tensor,
+        sequence_index: Tensor | None = None,
+        divisor: float = 1.0,
+        into: Sums | None = None,
     ) -> None:
         """∇hidden of these rows, and their share of ∇head, out of the E of `anchored`; see `prepare_gradients`.
 
         gradient: of the loss in each log-prob [N]; with sequence_index [N] the weight of each sequence [B].
         """
+        into = into or self.sums
         height = chunk.stop - chunk.start
         e, scale = self._buffer(height), self._floats(height)
         scaled = torch.empty(height, self.width, dtype=self.hidden.dtype, device=self.hidden.device)
@@ -131,24 +149,25 @@ class Products:
             HAS_SOFTCAP=self.head.softcap is not None, PER_SEQUENCE=sequence_index is not None, BT=32, BD=DEPTH,
         )  # fmt: skip
         f = e[:, : self.vocabulary]
-        if self.hidden_grad is not None:
-            torch.mul(_product(f, self.weight), scale[:, None], out=self.hidden_grad[chunk])
-        if self.weight_grad is not None:
-            _accumulate(self.weight_grad, f.T, scaled, first=self.is_first)
-            self.is_first = False
-        if self.bias_grad is not None:
-            self.bias_grad += _product(scale.to(f.dtype)[None], f)[0]
+        if into.hidden is not None:
+            torch.mul(_product(f, self.weight), scale[:, None], out=into.rows(chunk))
+        if into.weight is not None:
+            _accumulate(into.weight, f.T, scaled, first=into.is_first)
+        if into.bias is not None:
+            into.bias += _product(scale.to(f.dtype)[None], f)[0]
+        into.is_first = False
 
     def gradients(self) -> Gradients:
-        return self.head.gradients(self.hidden_grad, self.weight_grad, self.bias_grad)
+        if self.sums.weight is not None and self.sums.is_first:  # no rows came
+            self.sums.weight.zero_()
+        return self.head.gradients(self.sums.hidden, self.sums.weight, self.sums.bias)
 
     def _floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
 
     def _buffer(self, height: int) -> Tensor:
-        if self._e is None:  # at once as high as a chunk can be: one that grows lies beside the one before
-            rows = min(self.chunk_rows, self.num_tokens)
-            self._e = torch.empty(rows, self.pitch, dtype=self.hidden.dtype, device=self.hidden.device)
+        if self._e is None:  # at once as high as any chunk: one that grows lies beside the one before
+            self._e = torch.empty(self.height, self.pitch, dtype=self.hidden.dtype, device=self.hidden.device)
         return self._e[:height]
 
     def _partials(self, chunk: slice) -> Tensor:
@@ -194,10 +213,19 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _accumulate(into: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """into += a·b in float32; the first one writes."""
+    """into += a·b, accumulated in float32; the first one writes."""
     if not (a.is_cuda and a.dtype != torch.float32):
         product = _product(a, b)
         into.copy_(product) if first else into.add_(product)
+    elif first and into.dtype == a.dtype:
+        matmul = torch.backends.cuda.matmul
+        setting = f"allow_{'bf16' if a.dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
+        before = getattr(matmul, setting)
+        setattr(matmul, setting, False)  # what a product is split into is summed in float32, too
+        try:
+            torch.mm(a, b, out=into)
+        finally:
+            setattr(matmul, setting, before)
     elif first:
         torch.mm(a, b, out_dtype=torch.float32, out=into)
     else:

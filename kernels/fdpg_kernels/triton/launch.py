@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import Gradients, Head, Logprobs, Options, Sequences, Wants
+from ..chunks import Group
 from ..reference import SequenceWeights
-from ..sequence_weights import sequence_groups
 from . import weigh
 from .head import LOG2_E, Products
-from .sequences import BLOCK, finish, make_blocks, make_weighing, to_device
+from .sequences import BLOCK, finish, make_blocks, make_weighing
 
 
 def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
@@ -58,39 +58,39 @@ def sequence_weights(policy_logprob: Tensor, sequences: Sequences, options: Opti
 
 def fdpg_loss(
     hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options, wants: Wants
-) -> tuple[Tensor, SequenceWeights, Tensor, Gradients]:
-    """loss, weights (float64), recomputed [B], and the gradients of hidden, weight and bias.
+) -> tuple[Tensor, SequenceWeights, Gradients]:
+    """loss, weights (float64), and the gradients of hidden, weight and bias.
 
-    Where no gradient is wanted the online kernel alone runs and nothing [C, V] is allocated. A sequence longer than a
-    chunk is passed over twice: its weight is known when its logits are formed again.
+    Where no gradient is wanted the online kernel alone runs and nothing [C, V] is allocated.
     """
-    ends, training = sequences.cu_seqlens.tolist(), any(wants)
+    ends, training, total = sequences.cu_seqlens.tolist(), any(wants), sequences.total
     by_pytorch = options.divergence.kernel_family is None
     with _on(hidden):
-        products = Products(hidden, target_ids, head, wants)
+        products = Products(hidden, target_ids, head, wants, ends)
         weighing = make_weighing(sequences, options, torch.float64)
         blocks = make_blocks(ends, hidden.device)
         products.find_targets(weighing.behavior if training else None)
-        recomputed = []
-        for first, last in sequence_groups(ends, products.chunk_rows):
-            span = slice(ends[first], ends[last])
-            fits = training and span.stop - span.start <= products.chunk_rows
-            if fits and span.stop > span.start:
-                products.anchored(span, guard=True)
-            elif span.stop > span.start:
-                products.statistics(span)
-            recomputed += [training and not fits] * (last - first)
-            finish(products, weighing, blocks, (first, last))
+        groups = products.groups if training else [Group(0, len(ends) - 1, slice(0, len(hidden)), [])]
+        for group in groups:
+            unit = products.sums.apart(group.rows) if len(group.chunks) > 1 else None
+            for chunk in group.chunks:
+                products.anchored(chunk, guard=True)
+                if unit is not None:  # its weight is not known yet: 1
+                    ones = torch.ones_like(weighing.score)
+                    products.add_gradients(chunk, ones, blocks.sequence_index, -1.0, into=unit)
+            if not training:
+                products.statistics(group.rows)
+            finish(products, weighing, blocks, group[:2])
             if by_pytorch:
-                weighing.weigh_by_pytorch(slice(first, last), options)
-            for chunk in products.chunks(span.start, span.stop) if training else ():
-                if not fits:
-                    products.anchored(chunk, guard=False)
-                products.add_gradients(chunk, weighing.columns[5], blocks.sequence_index, sequences.total)
+                weighing.weigh_by_pytorch(slice(group.first, group.last), options)
+            if unit is not None:
+                products.sums.add(unit, (weighing.columns[5, group.first] / -total).float())
+                continue
+            for chunk in group.chunks:
+                products.add_gradients(chunk, weighing.columns[5], blocks.sequence_index, total)
         weights = weighing.results()
-        loss = (-(weights.weight * weights.policy_logprob).sum() / sequences.total).float()
-        flags = to_device(torch.tensor(recomputed, dtype=torch.bool), hidden.device)
-        return loss, weights, flags, products.gradients()
+        loss = (-(weights.weight * weights.policy_logprob).sum() / total).float()
+        return loss, weights, products.gradients()
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -8,20 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import Options, Sequences
+from ..arguments import Options, Sequences, to_device
 from ..reference import SequenceWeights
 from ..sequence_weights import weights_from_sums
 from . import rows
 from .head import INTERPRETED, Products
 
 BLOCK = 16 if INTERPRETED else 128  # tokens that a program takes
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class Weighing(NamedTuple):
