@@ -14,16 +14,32 @@ from torch import Tensor
 
 from .divergences import Divergence
 
-IGNORED = -100  # a target id: nothing of this row counts
-ELSEWHERE = -101  # a target id: the row counts, and its target lies in another shard of the head
+IGNORED = -100  # a target id: it counts for nothing, nor does a row that has no other
 RATIOS = ("sequence", "none")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)  # a uint8 cannot be -100: 156 would be taken for it
 
 Number = Tensor | float
 Wants = tuple[bool, bool, bool]  # whether hidden, weight and bias are to get gradients
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
-# log-probs [N], and of each row an offset m and s = Σ exp(logit − m), [2, N]: its log-sum-exp is m + log s
-Logprobs = tuple[Tensor, Tensor]
+
+
+class Logprobs(NamedTuple):
+    """What N rows of logits z and their softmax π say of K ids each; 0 where an id, or the whole row, is ignored."""
+
+    logprob: Tensor  # log π of each id, [N, K]
+    lse: Tensor  # log Σ exp z, [N] float64: what float32 takes from one of 100 changes every probability by 4e-6
+    entropy: Tensor | None  # −Σ π·log π, [N]
+
+
+class LogitGradients(NamedTuple):
+    """The gradient of a loss in capped logits, of N rows with softmax π and ids y_1 … y_K each:
+
+    π_v·(alpha + beta·log π_v) + Σ_k at_target_k·[v = y_k].
+    """
+
+    at_target: Tensor  # [N, K]
+    alpha: Tensor  # [N]
+    beta: Tensor | None  # [N]; None for zeros
 
 
 class Head(NamedTuple):
@@ -97,67 +113,99 @@ def as_local(name: str, tensor: Any) -> Any:
 
 
 def make_head(
-    hidden: Tensor, target_ids: Tensor, weight: Tensor, bias: Tensor | None, temperature: Number, softcap: float | None
-) -> tuple[Tensor, Head]:
-    """Hidden states and head as the ops compute with them: plain tensors, under torch.autocast in its dtype."""
-    hidden, weight, bias = as_local("hidden", hidden), as_local("weight", weight), as_local("bias", bias)
+    hidden: Tensor,
+    target_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: Number,
+    softcap: float | None,
+    *,
+    ids_on_cpu: bool = False,
+) -> tuple[Tensor, Tensor, Head]:
+    """Hidden states [N, D], target ids [N, K] and head as the ops compute with them.
+
+    They are plain tensors, under torch.autocast in its dtype. What is no head of these hidden states is refused with a
+    ValueError that names the argument and what would fit; only `check_targets` reads ids.
+    """
+    hidden, target_ids = as_local("hidden", hidden), as_local("target_ids", target_ids)
+    weight, bias = as_local("weight", weight), as_local("bias", bias)
     if torch.is_autocast_enabled(hidden.device.type):  # as torch's own matrix products take them
         dtype = torch.get_autocast_dtype(hidden.device.type)
         given: Any = hidden, weight, bias
         hidden, weight, bias = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in given)
-    if not isinstance(temperature, Tensor):
-        return hidden, Head(weight, bias, float(temperature), softcap)
-    if temperature.requires_grad or temperature.shape not in ((), target_ids.shape):
+    if not hidden.ndim or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"temperature must be a number or a tensor without requires_grad, [] or [N]={list(target_ids.shape)}; "
-            f"got {tuple(temperature.shape)}{' with requires_grad' * temperature.requires_grad}"
-        )
-    if not temperature.ndim and _may_look(temperature):
-        return hidden, Head(weight, bias, float(temperature), softcap)
-    _check_devices("hidden and temperature", hidden, temperature)
-    ignored = to_device(target_ids == IGNORED, hidden.device)
-    rows = temperature.to(result_dtype(hidden)).expand_as(ignored).masked_fill(ignored, 1.0)
-    positive = (rows > 0) & (rows < math.inf)
-    if _may_look(rows) and not bool(positive.all()):
-        raise ValueError(f"temperature holds {float(rows[~positive][0])}; each must be a positive number")
-    return hidden, Head(weight, bias, 1.0, softcap, rows.masked_fill(~positive, math.nan))
-
-
-def check_head(
-    hidden: Tensor, target_ids: Tensor, head: Head, into: Tensor | None = None, *, ids_on_cpu: bool = False
-) -> None:
-    """Refuse what is no head of these hidden states, with a ValueError that names the argument and what would fit."""
-    weight, bias = head.weight, head.bias  # into: weight_grad_out
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [N, D] and weight [V, D] with one D; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"hidden must be [N, D] or [..., D] and weight [V, D] with one D; "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
         raise ValueError(f"hidden and weight must share one floating dtype; got {hidden.dtype} and {weight.dtype}")
-    if target_ids.shape != hidden.shape[:1] or target_ids.dtype not in INTEGERS:
+    leading = hidden.shape[:-1]
+    ids_of_row = target_ids.shape[-1] if target_ids.ndim == hidden.ndim else 1
+    if target_ids.shape not in (leading, (*leading, ids_of_row)) or not ids_of_row or target_ids.dtype not in INTEGERS:
         raise ValueError(
-            f"target_ids must be [N]=[{len(hidden)}] signed integers; got {tuple(target_ids.shape)} {target_ids.dtype}"
+            f"target_ids must be [N]={list(leading)}, or K ≥ 1 for each, signed integers; "
+            f"got {tuple(target_ids.shape)} {target_ids.dtype}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V]=[{len(weight)}]; got {tuple(bias.shape)}")
     _check_devices("hidden, weight and bias", hidden, weight, bias)
     if not (ids_on_cpu and target_ids.device.type == "cpu"):
         _check_devices("hidden and target_ids", hidden, target_ids)
-    _check_positive("it must be a positive number", math.inf, temperature=head.temperature, softcap=head.softcap)
-    if head.chunk_bytes is not None and (not isinstance(head.chunk_bytes, int) or head.chunk_bytes < 1):
-        raise ValueError(f"chunk_bytes={head.chunk_bytes!r}; it must be a positive whole number, or None")
-    if _may_look(target_ids) and len(target_ids):
+    target_ids = target_ids.reshape(leading.numel(), ids_of_row)
+    number, rows = _temperature(temperature, hidden, target_ids)
+    _check_positive("it must be a positive number", math.inf, temperature=number, softcap=softcap)
+    return hidden.reshape(len(target_ids), weight.shape[1]), target_ids, Head(weight, bias, number, softcap, rows)
+
+
+def _temperature(given: Number, hidden: Tensor, target_ids: Tensor) -> tuple[float, Tensor | None]:
+    """A temperature as a number, or 1 and that of each row [N]."""
+    if not isinstance(given, Tensor):
+        return float(given), None
+    leading = hidden.shape[:-1]
+    if given.requires_grad or given.shape not in ((), leading):
+        raise ValueError(
+            f"temperature must be a number or a tensor without requires_grad, [] or [N]={list(leading)}; "
+            f"got {tuple(given.shape)}{' with requires_grad' * given.requires_grad}"
+        )
+    if not given.ndim and _may_look(given):
+        return float(given), None
+    _check_devices("hidden and temperature", hidden, given)
+    ignored = to_device(is_ignored(target_ids), hidden.device)
+    rows = given.to(result_dtype(hidden)).expand(leading).reshape(-1).masked_fill(ignored, 1.0)
+    positive = (rows > 0) & (rows < math.inf)
+    if _may_look(rows) and not bool(positive.all()):
+        raise ValueError(f"temperature holds {float(rows[~positive][0])}; each must be a positive number")
+    return 1.0, rows.masked_fill(~positive, math.nan)
+
+
+def is_ignored(target_ids: Tensor) -> Tensor:
+    """Rows [N] that count for nothing: all ids [N, K] of theirs are ignored."""
+    return (target_ids == IGNORED).all(1)
+
+
+def check_targets(target_ids: Tensor, vocabulary: int) -> None:
+    """Refuse ids that are none, where they can be looked at."""
+    if _may_look(target_ids) and target_ids.numel():
         largest, smallest = int(target_ids.max()), int(target_ids.min())
-        if largest >= len(weight) or (smallest < 0 and bool(((target_ids < 0) & (target_ids != IGNORED)).any())):
+        if largest >= vocabulary or (smallest < 0 and bool(((target_ids < 0) & (target_ids != IGNORED)).any())):
             raise ValueError(
-                f"target_ids must lie in [0, V={len(weight)}) or be {IGNORED}; they span [{smallest}, {largest}]"
+                f"target_ids must lie in [0, V={vocabulary}) or be {IGNORED}; they span [{smallest}, {largest}]"
             )
-    if into is not None and (into.shape != weight.shape or into.device != weight.device):
+
+
+def check_memory(chunk_bytes: int | None, into: Tensor | None, weight: Tensor) -> None:
+    """Refuse what is no size of a block of logits, and a weight_grad_out that weight's gradient cannot be added to."""
+    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes={chunk_bytes!r}; it must be a positive whole number, or None")
+    if into is None:
+        return
+    if into.shape != weight.shape or into.device != weight.device:
         raise ValueError(
             f"weight_grad_out must be {tuple(weight.shape)} on {weight.device}, as weight is; "
             f"got {tuple(into.shape)} on {into.device}"
         )
-    if into is not None and (into.dtype not in (result_dtype(weight), weight.dtype) or into.requires_grad):
+    if into.dtype not in (result_dtype(weight), weight.dtype) or into.requires_grad:
         raise ValueError(
             f"weight_grad_out must be a {result_dtype(weight)} or {weight.dtype} tensor without requires_grad; "
             f"got {into.dtype}"

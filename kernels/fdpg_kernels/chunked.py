@@ -5,7 +5,7 @@ the softmax: log π(y) = z_y − max − log s, and d log π(y)/dz = 1[y] − E/
 gradient, the temperature) is applied to [C, D] matrices, so the [C, V] block is touched a few times only.
 
 Log-probs need no block: they walk through the vocabulary in [C, V'] tiles that stay in a cache, and so does their
-backward pass, which has max and s kept and forms the logits again. The loss keeps a block, for its backward pass
+backward pass, which has the log-sum-exp kept and forms the logits again. The loss keeps a block, for its backward pass
 follows as soon as weights are known.
 """
 
@@ -17,13 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import IGNORED, Gradients, Head, Logprobs, Number, Options, Sequences, Wants, result_dtype
+from .arguments import (
+    Gradients,
+    Head,
+    LogitGradients,
+    Logprobs,
+    Number,
+    Options,
+    Sequences,
+    Wants,
+    is_ignored,
+    result_dtype,
+)
 from .chunks import CHUNK_ROWS, Sums, card_bytes, even_chunks, plan
 from .reference import SequenceWeights
 from .sequence_weights import sequence_weights as sequence_weights
 
 BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block on a CPU
 BLOCK_ROWS = 1024  # at most; a small vocabulary needs no more
+FLOOR = -200.0  # below it exp is 0 in float32 and nothing in float64; −inf·0 would be NaN
 TILE_BYTES = 8 * 2**20  # of the one [C, V'] tile; smaller and larger ones were slower
 
 
@@ -126,52 +138,74 @@ def accumulate(into: Sums, minus_one_hot: Tensor, scaled: Tensor, scale: Tensor,
         into.bias[columns].addmv_(minus_one_hot.T, scale[:, 0])
 
 
-def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
-    """log-probs [N]; and of each row its largest logit and the sum of exponentials beside it, [2, N]."""
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, with_entropy: bool = False) -> Logprobs:
+    """log π of ids [N, K], and log-sum-exp and entropy of each row."""
     products = _Products(head)
-    logprob, statistics = products.weight.new_zeros(len(hidden)), products.weight.new_zeros(2, len(hidden))
+    logprob, lse = products.weight.new_zeros(target_ids.shape), hidden.new_zeros(len(hidden), dtype=torch.float64)
+    entropy = products.weight.new_zeros(len(hidden)) if with_entropy else None
     for rows in _live_chunks(target_ids, BLOCK_ROWS):
         x, targets, temperature = products.take(hidden, target_ids, rows)
-        target_logit, total = x.new_zeros(len(x)), x.new_zeros(len(x))
+        target_logit = x.new_full(targets.shape, torch.nan)  # stays where a target lies outside the vocabulary
+        total, moment = x.new_zeros(len(x)), x.new_zeros(len(x))  # Σ e and Σ e·(z − largest) of e = exp(z − largest)
         largest = x.new_full((len(x),), torch.finfo(x.dtype).min)  # not −inf: a whole tile may be −inf by its bias
         for columns in products.tiles(len(x)):
             logits = products.logits(x, temperature, columns)
             local, inside = _local(targets, columns)
-            target_logit += logits.gather(1, local)[:, 0].masked_fill(~inside, 0.0)
+            target_logit = torch.where(inside, logits.gather(1, local), target_logit)
             previous, largest = largest, torch.maximum(largest, logits.amax(1))
-            total = total * (previous - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
+            rescale = (previous - largest).exp()
+            logits.sub_(largest[:, None])
+            if entropy is not None:
+                exponentials = logits.exp()
+                logits.clamp_(min=FLOOR)
+                moment = (moment + (previous - largest) * total) * rescale + torch.linalg.vecdot(exponentials, logits)
+                total = total * rescale + exponentials.sum(1)
+                del exponentials
+            else:
+                total = total * rescale + logits.exp_().sum(1)
             del logits  # or it would live beside the next one
-        logprob[rows] = target_logit - largest - total.log()
-        statistics[0, rows], statistics[1, rows] = largest, total
-    return logprob, statistics
+        lse[rows] = largest.double() + total.log()
+        logprob[rows] = target_logit - largest[:, None] - total.log()[:, None]
+        if entropy is not None:
+            entropy[rows] = total.log() - moment / total
+    return Logprobs(logprob, lse, entropy)
 
 
 def linear_logprob_backward(
-    gradient: Tensor, hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, wants: Wants
+    hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, given: LogitGradients, wants: Wants
 ) -> Gradients:
-    """Gradients of hidden, weight and bias for the gradient of each log-prob [N]; logits are formed again."""
-    products, (_, statistics) = _Products(head, *wants[1:]), results
+    """Gradients of hidden, weight and bias from those of the logits, which are formed again."""
+    products = _Products(head, *wants[1:])
     hidden_grad = torch.zeros_like(hidden) if wants[0] else None
     for rows in _live_chunks(target_ids, BLOCK_ROWS):
         x, targets, temperature = products.take(hidden, target_ids, rows)
-        largest, total = statistics[:, rows]
-        scale = -(gradient[rows] / total)[:, None] / temperature  # [C, 1]
-        scaled, x_grad = x * scale, torch.zeros_like(x)
+        x_grad, ones = torch.zeros_like(x), x.new_ones(len(x), 1)
+        lse = results.lse[rows, None].to(x.dtype)
+        lost = (lse - results.lse[rows, None]).to(x.dtype)  # log π = z − lse + lost
+        alpha, beta = given.alpha[rows, None] * lost.exp(), None
+        if given.beta is not None:
+            beta = given.beta[rows, None] * lost.exp()
+            alpha = alpha + beta * lost
         for columns in products.tiles(len(x)):
             logits = products.logits(x, temperature, columns)
             slope = products.slope(logits, temperature)
-            minus_one_hot = logits.sub_(largest[:, None]).exp_()
+            if beta is None:
+                gradient = logits.sub_(lse).exp_().mul_(alpha)
+            else:
+                probabilities = logits.sub_(lse).exp()
+                gradient = logits.clamp_(min=FLOOR).mul_(beta).add_(alpha).mul_(probabilities)
+                del probabilities
             local, inside = _local(targets, columns)
-            minus_one_hot.scatter_add_(1, local, (-total * inside)[:, None])
+            gradient.scatter_add_(1, local, given.at_target[rows] * inside)
             if slope is not None:
-                minus_one_hot.mul_(slope)
-            accumulate(products.sums, minus_one_hot, scaled, scale, columns)
+                gradient.mul_(slope)
+            accumulate(products.sums, gradient, x, ones, columns)
             if hidden_grad is not None:
-                x_grad.addmm_(minus_one_hot, products.weight[columns])
-            del logits, minus_one_hot, slope  # or they would live beside the next ones
+                x_grad.addmm_(gradient, products.weight[columns])
+            del logits, gradient, slope  # or they would live beside the next ones
         products.sums.is_first = False
         if hidden_grad is not None:
-            hidden_grad[rows] = x_grad.mul_(scale).to(hidden.dtype)
+            hidden_grad[rows] = x_grad.to(hidden.dtype)
     return products.gradients(hidden_grad)
 
 
@@ -184,7 +218,7 @@ def fdpg_loss(
     """
     cu_seqlens, behavior, score, log_z, total = sequences
     if not any(wants):
-        logprob, _ = linear_logprob(hidden, target_ids, head)
+        logprob = linear_logprob(hidden, target_ids[:, None], head).logprob[:, 0]
         weights = sequence_weights(logprob, sequences, options)
         return _loss(weights, total, logprob.dtype), weights, (None, None, None)
 
@@ -226,14 +260,14 @@ def _loss(weights: SequenceWeights, total: int, dtype: torch.dtype) -> Tensor:
 
 
 def _local(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Column of each target in this tile, [C, 1], any where it lies outside; and whether it lies inside, [C]."""
+    """Column of each target in this tile, any where it lies outside; and whether it lies inside, [C, K]."""
     local = (targets - columns.start).clamp(0, columns.stop - columns.start - 1)
-    return local[:, None], (targets >= columns.start) & (targets < columns.stop)
+    return local, (targets >= columns.start) & (targets < columns.stop)
 
 
 def _live_chunks(target_ids: Tensor, rows: int) -> list[Any]:
     """Index expressions of at most `rows` rows each that together name every row not ignored."""
-    live = target_ids != IGNORED
+    live = ~is_ignored(target_ids)
     if bool(live.all()):
         return even_chunks(0, len(target_ids), rows)
     return list(live.nonzero(as_tuple=True)[0].split(rows)) if bool(live.any()) else []

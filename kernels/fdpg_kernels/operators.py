@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 
 from . import divergences
-from .arguments import Gradients, Head, Logprobs, Options, Sequences, Wants, result_dtype
+from .arguments import (
+    IGNORED,
+    Gradients,
+    Head,
+    LogitGradients,
+    Logprobs,
+    Options,
+    Sequences,
+    Wants,
+    is_ignored,
+    result_dtype,
+)
 from .chunks import pack
 from .reference import SequenceWeights
 
@@ -51,16 +62,17 @@ def choose_impl(impl: str, tensor: Tensor, *, multiplies: bool = False) -> str:
     return "chunked" if obstacle or tensor.device.type == "cpu" and impl == "auto" else "triton"
 
 
-def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, impl: str) -> Logprobs:
-    """Log-probs; of a row whose target is `ELSEWHERE` any, of one that is `IGNORED` 0 and any offset and sum."""
-    return _linear_logprob(hidden, target_ids, *head[:5], impl)
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, with_entropy: bool, impl: str) -> Logprobs:
+    """log π of ids [N, K], and of each row the log-sum-exp and, if it is asked for, the entropy."""
+    logprob, lse, entropy = _linear_logprob(hidden, target_ids, *head[:5], with_entropy, impl)
+    return Logprobs(logprob, lse, entropy if with_entropy else None)
 
 
 def linear_logprob_backward(
-    gradient: Tensor, hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, wants: Wants, impl: str
+    hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, given: LogitGradients, wants: Wants, impl: str
 ) -> Gradients:
-    """Gradients for that of each log-prob [N], from the results of `linear_logprob`; logits are formed again."""
-    made = _linear_logprob_backward(gradient, hidden, target_ids, *head[:5], *results, wants, impl)
+    """Gradients of hidden, weight and bias from those of the logits, which are formed again."""
+    made = _linear_logprob_backward(hidden, target_ids, *head[:5], *results[:2], *given, wants, impl)
     return _only_wanted(made, wants)
 
 
@@ -104,15 +116,23 @@ def _operator(schema: str, fake: Callable, *tags: torch.Tag) -> Callable[[Callab
     return register
 
 
-def _fake_logprob(hidden, *_):
-    dtype = result_dtype(hidden)
-    return hidden.new_empty(len(hidden), dtype=dtype), hidden.new_empty(2, len(hidden), dtype=dtype)
+def _fake_logprob(hidden, target_ids, *rest):
+    dtype, rows = result_dtype(hidden), len(hidden)
+    lse = hidden.new_empty(rows, dtype=torch.float64)
+    return hidden.new_empty(target_ids.shape, dtype=dtype), lse, hidden.new_empty(rows if rest[-2] else 0, dtype=dtype)
 
 
-@_operator(f"linear_logprob(Tensor hidden, Tensor target_ids, {HEAD}, str impl) -> (Tensor, Tensor)", _fake_logprob)
+@_operator(
+    f"linear_logprob(Tensor hidden, Tensor target_ids, {HEAD}, bool with_entropy, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_logprob,
+)
 def _linear_logprob(hidden, target_ids, *rest):
-    *head, impl = rest
-    return _load(impl).linear_logprob(hidden, target_ids, Head(*head))
+    *head, with_entropy, impl = rest
+    logprob, lse, entropy = _load(impl).linear_logprob(hidden, target_ids, Head(*head), with_entropy)
+    ignored = is_ignored(target_ids)
+    logprob, lse = logprob.masked_fill(target_ids == IGNORED, 0.0), lse.masked_fill(ignored, 0.0)
+    return logprob, lse, logprob.new_empty(0) if entropy is None else entropy.masked_fill(ignored, 0.0)
 
 
 def _fake_gradients(hidden, weight, bias, wants):
@@ -121,15 +141,14 @@ def _fake_gradients(hidden, weight, bias, wants):
 
 
 @_operator(
-    f"linear_logprob_backward(Tensor gradient, Tensor hidden, Tensor target_ids, {HEAD}, Tensor logprob, "
-    "Tensor statistics, bool[] wants, str impl) -> (Tensor, Tensor, Tensor)",
-    lambda gradient, hidden, target_ids, weight, bias, *rest: _fake_gradients(hidden, weight, bias, rest[-2]),
+    f"linear_logprob_backward(Tensor hidden, Tensor target_ids, {HEAD}, Tensor logprob, Tensor lse, "
+    "Tensor at_target, Tensor alpha, Tensor? beta, bool[] wants, str impl) -> (Tensor, Tensor, Tensor)",
+    lambda hidden, target_ids, weight, bias, *rest: _fake_gradients(hidden, weight, bias, rest[-2]),
 )
-def _linear_logprob_backward(gradient, hidden, target_ids, *rest):
-    *head, logprob, statistics, wants, impl = rest
-    made = _load(impl).linear_logprob_backward(
-        gradient, hidden, target_ids, Head(*head), (logprob, statistics), tuple(wants)
-    )
+def _linear_logprob_backward(hidden, target_ids, *rest):
+    head, results, given = Head(*rest[:5]), Logprobs(rest[5], rest[6], None), LogitGradients(*rest[7:10])
+    wants, impl = rest[10:]
+    made = _load(impl).linear_logprob_backward(hidden, target_ids, head, results, given, tuple(wants))
     return _all_tensors(made, hidden)
 
 

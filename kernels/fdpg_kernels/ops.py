@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import divergences, operators, reference
-from .arguments import Head, Number, Options, Sequences, as_local, as_tensor, check_head, check_sequences, make_head
+from .arguments import (
+    Head,
+    Number,
+    Options,
+    Sequences,
+    as_local,
+    as_tensor,
+    check_memory,
+    check_sequences,
+    check_targets,
+    make_head,
+)
 from .arguments import result_dtype as result_dtype
 from .divergences import Divergence
+from .logprob import LinearLogprob, as_asked, token_logprobs
 from .operators import choose_impl
 from .reference import SequenceWeights
+
+if TYPE_CHECKING:
+    from typing import Unpack  # of Python 3.11
 
 
 class FDPGLoss(NamedTuple):
@@ -28,6 +43,51 @@ class FDPGLoss(NamedTuple):
     weights: SequenceWeights
 
 
+class HeadOptions(TypedDict, total=False):
+    """What `linear_logprob` may be told of a head, for its overloads."""
+
+    bias: Tensor | None
+    temperature: Number
+    softcap: float | None
+    impl: str
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    return_lse: Literal[False] = False,
+    **options: Unpack[HeadOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    return_entropy: Literal[True],
+    return_lse: bool = False,
+    **options: Unpack[HeadOptions],
+) -> LinearLogprob: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    return_entropy: bool = False,
+    return_lse: Literal[True],
+    **options: Unpack[HeadOptions],
+) -> LinearLogprob: ...
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -36,34 +96,39 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: Number = 1.0,
     softcap: float | None = None,
+    return_entropy: bool = False,
+    return_lse: bool = False,
     impl: str = "auto",
-) -> Tensor:
-    """log softmax(head(hidden))[target] of every row; differentiable in hidden, weight and bias.
+) -> Tensor | LinearLogprob:
+    """log softmax(head(hidden)) at given ids, and the entropy of each row; differentiable in hidden, weight and bias.
 
     Args:
-        hidden: final hidden states, [N, D] floating point.
+        hidden: final hidden states, [N, D], [B, T, D] or any [..., D], floating point.
         weight: LM head, [V, D], same dtype as hidden; frozen (requires_grad False) it gets no gradient. A DTensor
             is taken if it is replicated, as its `to_local()`.
-        target_ids: [N] integer; -100 marks an ignored row, whose log-prob is 0.
+        target_ids: one id a row, [...], or K of them, [..., K], signed integers; -100 marks an ignored one, whose
+            log-prob is 0. Of a row that has no other id nothing counts: entropy and lse are 0.
         bias: [V] or None.
-        temperature: logits are divided by it, > 0, after the soft cap; a number, or a tensor [] or [N], which gets no
-            gradient and is not read where target_ids is -100.
+        temperature: logits are divided by it, > 0, after the soft cap; a number, or a tensor [] or [...], which gets no
+            gradient and is not read in ignored rows.
         softcap: c in c·tanh(logit/c), > 0, or None.
+        return_entropy, return_lse: give a `LinearLogprob` with these. The entropy costs another pass over logits
+            that are at hand, and the same again where it is trained on.
         impl: "auto" | "triton" (no logits in memory; bfloat16 on an NVIDIA GPU) | "chunked" (at most a [chunk, V] block
             of logits alive) | "reference" (float64, plain).
 
     Returns:
-        [N] float32 (float64 for float64 inputs, and from the reference), accumulated in float32 or better.
+        log-probs in the shape of target_ids, or a `LinearLogprob`; float32 (float64 for float64 inputs, and from the
+        reference), accumulated in float32 or better.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit.
     """
-    hidden, head = make_head(hidden, target_ids, weight, bias, temperature, softcap)
-    check_head(hidden, target_ids, head)
-    impl = choose_impl(impl, hidden, multiplies=True)
-    if impl == "reference":
-        return reference.linear_logprob(hidden, target_ids, head)
-    return _LinearLogprob.apply(hidden, head.weight, head.bias, target_ids, head[2:], impl)
+    rows, ids, head = make_head(hidden, target_ids, weight, bias, temperature, softcap)
+    check_targets(ids, len(head.weight))
+    impl = choose_impl(impl, rows, multiplies=True)
+    results = token_logprobs(rows, ids, head, return_entropy, impl)
+    return as_asked(results, target_ids.shape, return_entropy, return_lse, hidden.shape[:-1])
 
 
 def sequence_weights(
@@ -162,10 +227,11 @@ def fdpg_loss(
     Raises:
         ValueError: see `linear_logprob` and `sequence_weights`.
     """
-    hidden, head = make_head(hidden, target_ids, weight, bias, temperature, softcap)
+    hidden, ids, head = make_head(hidden, target_ids, weight, bias, temperature, softcap, ids_on_cpu=True)
+    check_targets(ids, len(head.weight))
     into = as_local("weight_grad_out", weight_grad_out)
+    check_memory(chunk_bytes, into, head.weight)
     head = head._replace(chunk_bytes=chunk_bytes)
-    check_head(hidden, target_ids, head, into, ids_on_cpu=True)
     total = len(cu_seqlens) - 1 if total_sequences is None else total_sequences
     sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z, total)
     options = Options(divergences.get(divergence), as_tensor(baseline, hidden.device), ratio, ratio_cap, reward_cap)
@@ -185,25 +251,6 @@ def fdpg_loss(
     )
     columns = columns.to(result_dtype(hidden))
     return FDPGLoss(loss, SequenceWeights(*columns.unbind(), clipped))  # type: ignore[call-arg]
-
-
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, settings, impl):
-        head = Head(weight, bias, *settings)
-        logprob, statistics = operators.linear_logprob(hidden, target_ids, head, impl)
-        ctx.save_for_backward(hidden, target_ids, weight, bias, logprob, statistics)
-        ctx.settings = settings, impl
-        return logprob
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        hidden, target_ids, weight, bias, *results = ctx.saved_tensors
-        settings, impl = ctx.settings
-        head, wants = Head(weight, bias, *settings), ctx.needs_input_grad[:3]
-        gradients = operators.linear_logprob_backward(gradient, hidden, target_ids, head, results, wants, impl)
-        return *gradients, *[None] * 3
 
 
 class _FDPGLoss(torch.autograd.Function):

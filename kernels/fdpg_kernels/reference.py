@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import IGNORED, Head, Options, Sequences
+from .arguments import IGNORED, Head, Logprobs, Options, Sequences, is_ignored
 
 
 class SequenceWeights(NamedTuple):
@@ -33,19 +33,23 @@ class SequenceWeights(NamedTuple):
     clipped: Tensor
 
 
-def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Tensor:
-    """log softmax(head(hidden))[target] per row, [N] float64."""
-    ignored = target_ids == IGNORED
-    hidden = hidden.double().masked_fill(ignored[:, None], 0.0)  # 0·NaN would be NaN in the gradient of the head
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
+    """log softmax(head(hidden)) at the ids of every row, its entropy and the log-sum-exp, in float64."""
+    ignored, ignored_rows = target_ids == IGNORED, is_ignored(target_ids)
+    hidden = hidden.double().masked_fill(ignored_rows[:, None], 0.0)  # 0·NaN would be NaN in the gradient of the head
     logits = hidden @ head.weight.double().T  # [N, V]
     if head.bias is not None:
         logits = logits + head.bias.double()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     temperature = head.temperature if head.row_temperature is None else head.row_temperature.double()[:, None]
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
-    picked = logprobs.gather(1, target_ids.masked_fill(ignored, 0).long()[:, None])[:, 0]
-    return torch.where(ignored, 0.0, picked)
+    logits = logits / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    picked = logprobs.gather(1, target_ids.masked_fill(ignored, 0).long()).masked_fill(ignored, 0.0)
+    finite = logprobs.masked_fill(logprobs.isneginf(), 0.0)  # an entry of probability 0 adds 0
+    entropy = -(logprobs.exp() * finite).sum(1)
+    lse = logits.logsumexp(1)
+    return Logprobs(picked, lse.masked_fill(ignored_rows, 0.0), entropy.masked_fill(ignored_rows, 0.0))
 
 
 def sequence_weights(policy_logprob: Tensor, sequences: Sequences, options: Options) -> SequenceWeights:
@@ -76,7 +80,7 @@ def fdpg_loss(
     hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options
 ) -> tuple[Tensor, SequenceWeights]:
     """Σ over sequences of −weight·log π, divided by their total, left to autograd."""
-    policy = linear_logprob(hidden, target_ids, head)
+    policy = linear_logprob(hidden, target_ids[:, None], head).logprob[:, 0]
     behavior = torch.where(target_ids == IGNORED, 0.0, sequences.behavior_logprob.double())
     weights = sequence_weights(policy, sequences._replace(behavior_logprob=behavior), options)
     ends = sequences.cu_seqlens

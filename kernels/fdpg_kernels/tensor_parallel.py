@@ -1,19 +1,27 @@
 """linear_logprob where the vocabulary of the head is sharded over the ranks of a process group.
 
-Rank r holds rows vocab_start : vocab_start + V_r of the head; hidden states and targets are the same everywhere.
-With z_y the logit of the target and lse_r the log-sum-exp of a shard, log π(y) = z_y − log Σ_r exp(lse_r), and a
-shard's gradients are those of its own logits under the log-sum-exp of all.
+Rank r holds rows vocab_start : vocab_start + V_r of the head; hidden states and targets are the same everywhere. Of its
+shard it finds the log-sum-exp lse_r, the entropy H_r and the logits z_y of the targets that are its own. With
+s_r = exp(lse_r − lse) the share of a shard in the softmax of all,
+
+    lse = log Σ_r exp(lse_r),    log π(y) = z_y − lse,    H = Σ_r s_r·(H_r − log s_r).
+
+A rank differentiates these in what it found itself; what came from the others is constant to it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import operators
-from .arguments import ELSEWHERE, IGNORED, Head, Number, check_head, make_head, result_dtype
+from .arguments import IGNORED, Logprobs, Number, make_head, result_dtype
+from .logprob import as_asked, token_logprobs
+from .operators import choose_impl
+
+NOTHING = -1e30  # the log-sum-exp of an empty shard, −inf, as a number that has a gradient
 
 
 def sharded_linear_logprob(
@@ -26,13 +34,15 @@ def sharded_linear_logprob(
     bias: Tensor | None = None,
     temperature: Number = 1.0,
     softcap: float | None = None,
+    return_entropy: bool = False,
+    return_lse: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Any:
     """log softmax(head(hidden))[target] of every row, each rank holding a part of the head.
 
     All ranks of the group call this with the same hidden, target_ids and options, get the same log-probs, and run
-    `backward` of the same function of them. The forward is one all-gather of [2, N] numbers, the backward one
-    all-reduce of the gradient of hidden (none if hidden wants no gradient).
+    `backward` of the same function of them. The forward is one all-gather of [1 + K, N] numbers ([2 + K, N] with the
+    entropy), the backward one all-reduce of the gradient of hidden (none if hidden wants no gradient).
 
     The f-DPG loss of a sharded head is written out, the same on every rank; its gradients are those of `fdpg_loss`:
 
@@ -42,79 +52,76 @@ def sharded_linear_logprob(
         loss = -(token_weight * logprob).sum() / len(weights.weight)
 
     Args:
-        hidden: final hidden states, [N, D] floating point, replicated.
+        hidden: final hidden states, [..., D] floating point, replicated.
         weight_shard: rows vocab_start : vocab_start + V_r of the head, [V_r, D], same dtype as hidden; V_r may
             differ between ranks and be 0.
-        target_ids: ids in the whole vocabulary, [N] integer, replicated; -100 marks an ignored row.
+        target_ids: ids in the whole vocabulary, [...] or [..., K] integer, replicated; -100 marks an ignored one.
         vocab_start: id of this shard's first token.
         group: the ranks that share the head, None for the default group.
         bias: of this shard, [V_r], finite, or None.
-        temperature, softcap, impl: as in `linear_logprob`.
+        temperature, softcap, return_entropy, return_lse, impl: as in `linear_logprob`.
 
     Returns:
-        [N] as from `linear_logprob`: float32 (float64 for float64 inputs, and from the reference), 0 in ignored rows.
-        The gradient of hidden is of the whole head, the same on all ranks; those of weight_shard and bias stay local.
+        What `linear_logprob` returns, of the whole vocabulary, the same on all ranks. The gradient of hidden is of the
+        whole head, too; those of weight_shard and bias stay local.
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit. On CPU tensors also, on all ranks at once, where a
             target lies in no shard or in several; on a GPU, which is not asked to wait, the first gives -inf.
     """
-    anywhere = torch.full_like(target_ids, IGNORED)  # that each target has an owner is known after the gather only
-    hidden, head = make_head(hidden, target_ids, weight_shard, bias, temperature, softcap)
-    check_head(hidden, anywhere, head)
-    weight_shard, bias = head.weight, head.bias
-    impl = operators.choose_impl(impl, hidden, multiplies=True)
+    rows, ids, head = make_head(hidden, target_ids, weight_shard, bias, temperature, softcap)
+    impl = choose_impl(impl, rows, multiplies=True)
     if vocab_start < 0:
         raise ValueError(f"vocab_start={vocab_start}; it must be the id of the shard's first token, 0 or more")
-    if bias is not None and bias.device.type == "cpu" and not bool(bias.isfinite().all()):
+    if head.bias is not None and head.bias.device.type == "cpu" and not bool(head.bias.isfinite().all()):
         raise ValueError("bias must be finite")
     if impl == "reference":
-        hidden, weight_shard = hidden.double(), weight_shard.double()
-        bias = None if bias is None else bias.double()
-    impl = "triton" if impl == "triton" and len(weight_shard) else "chunked"  # which takes an empty shard, too
-    settings = vocab_start, group, impl
-    return _ShardedLogprob.apply(hidden, weight_shard, bias, target_ids.long(), head[2:], settings)
+        rows, bias = rows.double(), None if head.bias is None else head.bias.double()
+        head = head._replace(weight=head.weight.double(), bias=bias)
+    size = len(head.weight)
+    impl = "triton" if impl == "triton" and size else "chunked"  # which takes an empty shard, too
+    ignored, local_ids = ids == IGNORED, ids.long() - vocab_start
+    owned = ~ignored & (local_ids >= 0) & (local_ids < size)
+    local_ids = local_ids.clamp(0, max(size - 1, 0)).masked_fill(ignored, IGNORED)  # of a target elsewhere any id
+    own = token_logprobs(_SumGradients.apply(rows, group), local_ids, head, return_entropy, impl)
+    own_target = (own.logprob + own.lse[:, None]).masked_fill(~owned, -torch.inf)  # [N, K]
 
-
-class _ShardedLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, scaling, settings):
-        vocab_start, group, impl = settings
-        ignored, local_ids = target_ids == IGNORED, target_ids - vocab_start
-        owned = ~ignored & (local_ids >= 0) & (local_ids < len(weight))
-        local_ids = local_ids.masked_fill(~owned, ELSEWHERE).masked_fill(ignored, IGNORED)
-        head = Head(weight, bias, *scaling)
-        logprob, (offset, total) = operators.linear_logprob(hidden, local_ids, head, impl)
-        lse = offset + total.log()
-        mine = torch.stack([lse, (logprob + lse).masked_fill(~owned, -torch.inf)])  # [2, N]
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(ranks, mine, group=group)
-        lses, target_logits = torch.stack(ranks).unbind(1)  # [R, N] each
-        owners = (~target_logits.isneginf()).sum(0)
-        wrong = ~ignored & (owners != 1)
-        if hidden.device.type == "cpu" and bool(wrong.any()):
-            target, count = int(target_ids[wrong][0]), int(owners[wrong][0])
-            raise ValueError(
-                f"target {target} lies in {count or 'no'} shards; check vocab_start and the sizes of the shards"
-            )
-        total_lse = lses.logsumexp(0).masked_fill(ignored, 0.0)
-        logprob = (target_logits.amax(0) - total_lse).masked_fill(ignored, 0.0)
-        statistics = torch.stack([total_lse, torch.ones_like(total_lse)])
-        ctx.save_for_backward(hidden, weight, bias, local_ids, logprob, statistics)
-        ctx.scaling, ctx.settings = scaling, settings
-        return logprob
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        hidden, weight, bias, local_ids, *results = ctx.saved_tensors
-        _, group, impl = ctx.settings
-        head, wants = Head(weight, bias, *ctx.scaling), ctx.needs_input_grad[:3]
-        hidden_grad, *of_shard = operators.linear_logprob_backward(
-            gradient, hidden, local_ids, head, results, wants, impl
+    own_entropy = [] if own.entropy is None else [own.entropy.double()]
+    mine = torch.stack([own.lse, *own_target.unbind(1), *own_entropy]).detach()
+    ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, mine, group=group)
+    targets = torch.stack([x[1 : 1 + ids.shape[1]].T for x in ranks])  # [R, N, K]
+    owners = (~targets.isneginf()).sum(0)
+    wrong = ~ignored & (owners != 1)
+    if rows.device.type == "cpu" and bool(wrong.any()):
+        target, count = int(ids[wrong][0]), int(owners[wrong][0])
+        raise ValueError(
+            f"target {target} lies in {count or 'no'} shards; check vocab_start and the sizes of the shards"
         )
-        if hidden_grad is not None:
-            wide = hidden_grad.to(result_dtype(hidden))  # the sum over ranks is rounded once
-            dist.all_reduce(wide, group=group)
-            hidden_grad = wide.to(hidden.dtype)
-        return hidden_grad, *of_shard, None, None, None
+    rank = dist.get_rank(group)
+    lses = torch.stack([own.lse if r == rank else x[0] for r, x in enumerate(ranks)]).clamp(min=NOTHING)  # [R, N]
+    lse = lses.logsumexp(0)
+    logprob = (torch.where(owned, own_target, targets.amax(0)) - lse[:, None]).to(own.logprob)
+    entropy, nothing = None, ignored.all(1)
+    if own_entropy:
+        entropies = torch.stack([own_entropy[0] if r == rank else x[-1] for r, x in enumerate(ranks)])
+        log_shares = lses - lse
+        terms = log_shares.exp() * (entropies.masked_fill(lses <= NOTHING, 0.0) - log_shares)
+        entropy = terms.sum(0).masked_fill(nothing, 0.0).to(logprob)
+    results = Logprobs(logprob.masked_fill(ignored, 0.0), lse.masked_fill(nothing, 0.0), entropy)
+    return as_asked(results, target_ids.shape, return_entropy, return_lse, hidden.shape[:-1])
+
+
+class _SumGradients(torch.autograd.Function):
+    """Hidden states, whose gradient is the sum of all ranks', rounded once."""
+
+    @staticmethod
+    def forward(ctx, hidden, group):
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        wide = gradient.to(result_dtype(gradient), copy=True)
+        dist.all_reduce(wide, group=ctx.group)
+        return wide.to(gradient.dtype), None

@@ -139,7 +139,7 @@ def test_products_are_float32_whatever_is_allowed(monkeypatch, impl):
     matmul = torch.backends.mkldnn.matmul
     monkeypatch.setattr(
         f"fdpg_kernels.{'triton.launch' if impl == 'triton' else impl}.linear_logprob",
-        lambda *_: seen.append(matmul.fp32_precision) or (torch.zeros(16), torch.zeros(2, 16)),
+        lambda *_: seen.append(matmul.fp32_precision) or (torch.zeros(16, 1), torch.zeros(16).double(), None),
     )
     arguments = {k: x for k, x in single().items() if k in (*LEAVES, "target_ids")}
     matmul.fp32_precision = "bf16"

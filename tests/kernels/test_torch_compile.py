@@ -31,15 +31,23 @@ def ours(graph):
     return [name for name in graph if name.startswith("fdpg_kernels.")]
 
 
+@pytest.mark.parametrize("everything", [False, True], ids=["one id", "entropy, lse, [B, T, D], K ids"])
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
-def test_linear_logprob(graphs, impl):
+def test_linear_logprob(graphs, impl, everything):
     arguments = {k: x.float() if x.is_floating_point() else x for k, x in head_batch([3, 0, 9, 4]).items()}
     arguments = {k: arguments[k].detach() for k in (*LEAVES, "target_ids")}
     arguments["target_ids"][3] = -100
+    flags = dict(temperature=0.8, impl=impl)
+    if everything:
+        arguments["hidden"] = arguments["hidden"].reshape(2, 8, 5)
+        ids = arguments["target_ids"]
+        arguments["target_ids"] = torch.stack([ids, ids.flip(0)], 1).view(2, 8, 2)
+        flags |= dict(return_entropy=True, return_lse=True)
 
     def loss(leaves):
-        logprob = linear_logprob(**arguments | leaves, temperature=0.8, impl=impl)
-        return (logprob * torch.arange(len(logprob))).sum()
+        made = linear_logprob(**arguments | leaves, **flags)
+        results = made if everything else (made,)
+        return sum((x * torch.arange(x.numel()).view(x.shape)).sum() for x in results)
 
     found = []
     for run in (loss, torch.compile(loss, backend=backend(graphs), fullgraph=True)):
@@ -134,11 +142,17 @@ def test_operators_are_what_they_say(impl, layout, lengths, dtype):
     for head_and_rows, weight_grad_dtype in (((*head, None), None), ((*head, temperatures), torch.float32)):
         checked = (*head_and_rows, weight_grad_dtype, 1000, *sequences, 4, *options, wants, impl)
         torch.library.opcheck(ops.fdpg_loss.default, checked)
-        torch.library.opcheck(ops.linear_logprob.default, (*head_and_rows, impl))
-        results = ops.linear_logprob(*head_and_rows, impl)
-        backward = (place(torch.ones(sum(lengths), dtype=results[0].dtype)), *head_and_rows, *results, wants, impl)
-        torch.library.opcheck(ops.linear_logprob_backward.default, backward)
-    torch.library.opcheck(ops.sequence_weights.default, (results[0], *sequences, *options, impl))
+        hidden, ids, *rest = head_and_rows
+        for K, with_entropy in ((1, False), (3, True)):
+            many = place(ids[:, None].expand(-1, K).contiguous())
+            forward = (hidden, many, *rest, with_entropy, impl)
+            torch.library.opcheck(ops.linear_logprob.default, forward)
+            logprob, lse, entropy = ops.linear_logprob(*forward)
+            given = (place(torch.ones_like(logprob)), place(torch.ones_like(lse).to(logprob)))
+            given += (place(torch.ones_like(given[1])) if with_entropy else None,)
+            backward = (hidden, many, *rest, logprob, lse, *given, wants, impl)
+            torch.library.opcheck(ops.linear_logprob_backward.default, backward)
+    torch.library.opcheck(ops.sequence_weights.default, (logprob[:, 0], *sequences, *options, impl))
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])

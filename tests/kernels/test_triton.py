@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from fdpg_kernels import Divergence, divergences, fdpg_loss, linear_logprob, sequence_weights
-from fdpg_kernels.arguments import Head
 from fdpg_kernels.triton import head as head_module
 from fdpg_kernels.triton import launch
 from fdpg_kernels.triton import tiles as configs
@@ -141,25 +140,39 @@ def test_padding_columns_of_minus_infinity_and_no_rows(loads):
     assert len(found) == 0 and not bool(gradients[1].any())
 
 
-def test_a_target_outside_the_vocabulary_is_nan_where_nobody_may_look():
-    leaves, target_ids = head(6, 8, 11, torch.float32)
-    target_ids[2] = 11
-    logprob, _ = launch.linear_logprob(leaves[0], target_ids, Head(leaves[1], None, 1.0, None))
-    assert logprob.isnan().tolist() == [False, False, True, False, False, False]
+@pytest.mark.parametrize("options", HEADS, ids=str)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)], ids=str)
+def test_entropy_lse_and_three_ids_a_row(loads, dtype, rtol, options):
+    leaves, target_ids = head(37, 24, 70, dtype)
+    ids = torch.stack([target_ids, target_ids.roll(1), target_ids], 1)  # the first and the last are the same
+    found = {}
+    for impl, wide in (("triton", dtype), ("reference", torch.float64)):
+        own = [x.detach().to(wide).requires_grad_() for x in leaves]
+        flags = dict(return_entropy=True, return_lse=True)
+        made = linear_logprob(*own[:2], ids, bias=own[2], impl=impl, **flags, **options)
+        loss = (made.logprob * torch.linspace(-1, 2, 3)).sum() + (made.entropy * torch.linspace(-1, 2, 37)).sum()
+        (loss + made.lse.sum()).backward()
+        found[impl] = [*(x.detach().double() for x in made), *(x.grad.double() for x in own)]
+    for k, (mine, exact) in enumerate(zip(*found.values(), strict=True)):
+        if k < 3:
+            torch.testing.assert_close(mine, exact, rtol=2e-6, atol=3e-6)
+        else:
+            assert relative(mine, exact) < rtol
 
 
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
 @pytest.mark.parametrize("outside", [11, 40, -1])
-def test_a_target_outside_the_vocabulary_spoils_its_own_row_alone(outside):
+def test_a_target_outside_the_vocabulary_spoils_its_own_row_alone(monkeypatch, outside, impl):
+    monkeypatch.setattr("fdpg_kernels.arguments._may_look", lambda tensor: False)
     leaves, target_ids = head(6, 8, 11, torch.float32)
-    leaves, hidden_grads = [x.detach() for x in leaves], []
+    found = {}
     for target_ids[2] in (-100, outside):
-        inputs = (leaves[0], target_ids, Head(leaves[1], None, 1.0, None))
-        results = launch.linear_logprob(*inputs)
-        found = launch.linear_logprob_backward(torch.ones(6), *inputs, results, (True, True, False))
-        hidden_grads.append(found[0])
-    assert bool(hidden_grads[1][2].isnan().all()) and bool(found[1].isnan().all())
+        found[int(target_ids[2])] = logprob_and_gradients(leaves[:2], target_ids, torch.ones(6), impl)
+    logprob, gradients = found[outside]
+    assert logprob.isnan().tolist() == [i == 2 for i in range(6)]
+    assert bool(gradients[0][2].isnan().all()) and bool(gradients[1].isnan().all())
     others = [0, 1, 3, 4, 5]
-    assert torch.equal(hidden_grads[1][others], hidden_grads[0][others])
+    torch.testing.assert_close(gradients[0][others], found[-100][1][0][others], rtol=1e-6, atol=1e-6)
 
 
 def single(arguments):

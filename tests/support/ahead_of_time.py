@@ -40,6 +40,13 @@ FEATURES: dict[str, dict[str, Any]] = {
     "soft cap": dict(RAGGED=True, HAS_SOFTCAP=True),
     "bias, soft cap, row temperatures, ragged, guarded": dict(GUARDED=True, **CROWDED),
 }
+OF_ANCHORED: dict[str, dict[str, Any]] = {  # instead of E
+    "gradient": dict(alpha_ptr=GIVEN),
+    "gradient, entropy's": dict(alpha_ptr=GIVEN, beta_ptr=GIVEN),
+}
+OF_STATISTICS: dict[str, dict[str, Any]] = {"entropy": dict(moment_ptr=GIVEN)}
+for _features, _one in ((OF_ANCHORED, "gradient, entropy's"), (OF_STATISTICS, "entropy")):
+    _features[f"{_one}, bias, soft cap, row temperatures, ragged"] = _features[_one] | CROWDED
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ def cases() -> Iterator[Case]:
     for chip in tiles.SHIPPED:
         for config in tiles.candidates(chip, aligned=True):
             plain_only = config in tiles.PLAIN_ONLY + tiles.CANDIDATES
-            for anchored, (feature, constants) in product((False, True), FEATURES.items()):
+            possible = [*product((True,), (FEATURES | OF_ANCHORED).items())]
+            possible += product((False,), (FEATURES | OF_STATISTICS).items())
+            for anchored, (feature, constants) in possible:
                 crowded = "HAS_SOFTCAP" in constants
                 if not plain_only if crowded else config != tiles.SQUARE:
                     yield _gemm(chip, config, anchored, feature, constants)
@@ -73,7 +82,7 @@ def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: di
 
     flags: dict[str, Any] = dict(HAS_BIAS=False, HAS_SOFTCAP=False, RAGGED=False, GUARDED=False)
     flags["EVEN_D"] = config != tiles.UNALIGNED
-    flags |= {"temperature_ptr": None} | constants
+    flags |= dict.fromkeys(("temperature_ptr", "alpha_ptr", "beta_ptr", "moment_ptr")) | constants
     flags = {name: value for name, value in flags.items() if value != GIVEN}
     types = {"x": matrix(config.BM, config.BD), "w": matrix(config.BV, config.BD), "e": matrix(config.BM, config.BV)}
     types |= {"bias_ptr": "*bf16", "flag_ptr": "*i32", "scale2": "fp32", "softcap": "fp32"}
@@ -113,8 +122,8 @@ def _row_kernels(chip: int) -> Iterator[Case]:
         (rows.target_logits, both | dict(ANCHORED=True, BT=16, BD=128)),
         (rows.sum_rows, dict(BT=32, BS=128)),
         (rows.finish_statistics, dict(GUARDED=True, BT=32, BS=128)),
-        (rows.prepare_gradients, dict(HAS_SOFTCAP=True, PER_SEQUENCE=True, BT=32, BD=128)),
-        (rows.prepare_gradients, dict(HAS_SOFTCAP=False, temperature_ptr=None, PER_SEQUENCE=False, BT=32, BD=128)),
+        (rows.prepare_gradients, dict(HAS_SOFTCAP=True, BT=32, BD=128)),
+        (rows.write_targets, dict(HAS_SOFTCAP=True, BT=128)),
     ):
         yield Case(kernel.__name__, chip, kernel, types, constants, dict(num_warps=4))
 

@@ -3,11 +3,15 @@
 Its epilogue works on the float32 accumulator of a [BM, BV] tile and either
 * reduces it: row maximum and row sum of exponentials, the partial statistics of an online softmax; or
 * anchors it: E = exp(z + a) with one number a for each row, stored in the inputs' dtype, and the row sums of E.
-  With a = log q − z_y the row sum is q/π (docs/kernels.md); with a = −lse it is 1 and E is the softmax.
+  With a = log q − z_y the row sum is q/π (docs/kernels.md); with a = −lse it is 1 and E is the softmax; or
+* anchors it with −lse and stores a gradient of the logits instead of the softmax π: π·(α + β·log π) with two more
+  numbers for each row, but for what the targets add.
 """
 
 import triton
 import triton.language as tl
+
+FLOOR = tl.constexpr(-200.0)  # exp2 of it is 0, and so is it times 0, which −inf is not
 
 
 @triton.jit
@@ -77,7 +81,7 @@ def matrix_product(
 
 @triton.jit
 def one_tile(
-    x, w, e, bias_ptr, temperature_ptr, anchor_ptr, maximum_ptr, sum_ptr,
+    x, w, e, bias_ptr, temperature_ptr, anchor_ptr, alpha_ptr, beta_ptr, maximum_ptr, sum_ptr, moment_ptr,
     tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
     ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
     TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
@@ -104,8 +108,16 @@ def one_tile(
     at = tile_column * N + rows
     if ANCHORED:
         anchor = tl.load(anchor_ptr + rows, mask=rows < N, other=float("-inf"))  # −inf: a dead row, E = 0
-        z = tl.exp2(z * scale2 + anchor[:, None])
-        tl.store(sum_ptr + at, tl.sum(z, 1), mask=rows < N)
+        z = z * scale2 + anchor[:, None]
+        if alpha_ptr is None:
+            z = tl.exp2(z)
+            tl.store(sum_ptr + at, tl.sum(z, 1), mask=rows < N)
+        else:
+            slant = tl.load(alpha_ptr + rows, mask=rows < N, other=0.0)[:, None]
+            if beta_ptr is not None:
+                z = tl.maximum(z, FLOOR)
+                slant += z * tl.load(beta_ptr + rows, mask=rows < N, other=0.0)[:, None]
+            z = tl.exp2(z) * slant
         if HAS_SOFTCAP:
             z = z * slope
         if TMA:
@@ -121,16 +133,24 @@ def one_tile(
         largest = tl.max(z, 1) * scale2
         largest = tl.where(largest == float("-inf"), 0.0, largest)
         tl.store(maximum_ptr + at, largest, mask=rows < N)
-        tl.store(sum_ptr + at, tl.sum(tl.exp2(z * scale2 - largest[:, None]), 1), mask=rows < N)
+        z = z * scale2 - largest[:, None]
+        if moment_ptr is None:
+            tl.store(sum_ptr + at, tl.sum(tl.exp2(z), 1), mask=rows < N)
+        else:
+            exponentials = tl.exp2(z)
+            tl.store(sum_ptr + at, tl.sum(exponentials, 1), mask=rows < N)
+            tl.store(moment_ptr + at, tl.sum(exponentials * tl.maximum(z, FLOOR), 1), mask=rows < N)
 
 
 # chunks differ in height and where they begin: one binary for all of them
 @triton.jit(
     do_not_specialize=["N"],
-    do_not_specialize_on_alignment=["temperature_ptr", "anchor_ptr", "maximum_ptr", "sum_ptr", "flag_ptr"],
+    do_not_specialize_on_alignment=[
+        *("temperature_ptr", "anchor_ptr", "alpha_ptr", "beta_ptr", "maximum_ptr", "sum_ptr", "moment_ptr", "flag_ptr")
+    ],
 )
 def head_gemm(
-    x, w, e, bias_ptr, temperature_ptr, anchor_ptr, maximum_ptr, sum_ptr, flag_ptr,
+    x, w, e, bias_ptr, temperature_ptr, anchor_ptr, alpha_ptr, beta_ptr, maximum_ptr, sum_ptr, moment_ptr, flag_ptr,
     N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
     ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
     GUARDED: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
@@ -138,7 +158,8 @@ def head_gemm(
 ):  # fmt: skip
     """x [N, D] and w [V, D] (descriptors where TMA, else pointers) → partials [V/BV, N] float32, and e [N, V].
 
-    scale2 is log₂e / temperature, log₂e where each row has its own; anchors are in log₂ units.
+    scale2 is log₂e / temperature, log₂e where each row has its own; anchors, logits of beta and moments are in log₂
+    units. With alpha and beta e is a gradient, without row sums; with moments Σ exp2(z − max)·(z − max) is found too.
     GUARDED: only row tiles with a flag set, of which there is one for FLAG_ROWS rows; mostly none is, seen at a glance.
     """
     num_rows, num_columns = tl.cdiv(N, BM), tl.cdiv(V, BV)
@@ -153,7 +174,7 @@ def head_gemm(
             run = tl.max(tl.load(flag_ptr + flags, mask=flags < tl.cdiv(N, FLAG_ROWS), other=0), 0) != 0
         if run:
             one_tile(
-                x, w, e, bias_ptr, temperature_ptr, anchor_ptr, maximum_ptr, sum_ptr,
+                x, w, e, bias_ptr, temperature_ptr, anchor_ptr, alpha_ptr, beta_ptr, maximum_ptr, sum_ptr, moment_ptr,
                 tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
                 ANCHORED, HAS_BIAS, HAS_SOFTCAP, RAGGED, TMA, EVEN_D, UPCAST, BM, BV, BD,
             )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..arguments import IGNORED, Gradients, Head, Wants
+from ..arguments import IGNORED, Gradients, Head, LogitGradients, Logprobs, Wants, is_ignored
 from ..chunks import CHUNK_ROWS, Sums, card_bytes, even_chunks, plan
 from . import gemm, rows, tiles
 
@@ -24,16 +24,17 @@ DEPTH = 32 if INTERPRETED else 128  # hidden units that a program of a row kerne
 
 
 class Products:
-    """The products of one call: hidden states [N, D], an LM head [V, D] and targets [N].
+    """The products of one call: hidden states [N, D], an LM head [V, D] and target ids [N, K].
 
     ends: of sequences that chunks are cut between.
 
-    Attributes, all [N] float32, written as the kernels of `rows` get to them:
-        target: z_y, the logit of the target.
+    Attributes, [N] float32, written as the kernels of `rows` get to them:
+        target: z_y, the logit of each target, [N, K].
         anchor: a in E = exp(z + a), in log₂ units.
         top: z_y + a, the exponent of the target's entry of E; log π where a = −lse.
         total: s, the sum of a row of E.
         logprob: log π(y) = top − log s.
+    Where K > 1 there is no one target for top and logprob to be of.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class Products:
         ends: list[int] | None = None,
     ):
         self.head = head
-        # an ignored row may hold anything, and both gradients' products would take 0·NaN for NaN
-        self.hidden = hidden.masked_fill((target_ids == IGNORED)[:, None], 0.0).contiguous()
         self.weight, self.target_ids = head.weight.contiguous(), target_ids.contiguous()
+        ignored = is_ignored(target_ids)
+        self.row_ids = torch.where(ignored, IGNORED, 0)  # [N]
+        # an ignored row may hold anything, and both gradients' products would take 0·NaN for NaN
+        self.hidden = hidden.masked_fill(ignored[:, None], 0.0).contiguous()
         self.bias = None if head.bias is None else head.bias.contiguous()
         self.temperature = None if head.row_temperature is None else head.row_temperature.contiguous()
         self.num_tokens, self.width = hidden.shape
@@ -72,7 +75,8 @@ class Products:
         self.columns = triton.cdiv(self.vocabulary, self.config.BV)
         self.flags: dict[str, Any] = dict(HAS_BIAS=self.bias is not None, HAS_SOFTCAP=head.softcap is not None)
         self.cap = 1.0 if head.softcap is None else head.softcap
-        self.target, self.anchor, self.top, self.total, self.logprob = (self._floats(self.num_tokens) for _ in range(5))
+        self.target = self._floats(*target_ids.shape)
+        self.anchor, self.top, self.total, self.logprob = (self._floats(self.num_tokens) for _ in range(4))
         self._e: Tensor | None = None
         # a single chunk's share of the head's gradient is all of it: no detour by a float32 sum
         dtype = head.weight_grad_dtype or head.weight.dtype if len(heights) == 1 else torch.float32
@@ -93,60 +97,55 @@ class Products:
         """Write `target`, and with the log q [N] of a sampler its anchors and tops."""
         if not self.num_tokens:
             return
-        rows.target_logits[(triton.cdiv(self.num_tokens, 16),)](
+        rows.target_logits[(triton.cdiv(self.target.numel(), 16),)](
             self.hidden, self.weight, self.bias, self.target_ids, behavior, self.temperature,
             self.target, self.anchor, self.top,
-            self.num_tokens, self.width, self.vocabulary, self.width, self.width, 1 / self.head.temperature, self.cap,
+            self.target.numel(), self.target.shape[1], self.width, self.vocabulary, self.width, self.width,
+            1 / self.head.temperature, self.cap,
             ANCHORED=behavior is not None, BT=16, BD=DEPTH, **self.flags,
         )  # fmt: skip
 
-    def statistics(self, span: slice) -> None:
-        """Online softmax of these rows: anchor = −lse, top = log π; no logits in memory."""
-        height = max(self.config.BM, STATISTICS_BYTES // (8 * self.columns) // self.config.BM * self.config.BM)
+    def statistics(self, span: slice, entropy: Tensor | None = None) -> None:
+        """Online softmax of these rows: anchor = −lse, top = log π, and entropy [N]; no logits in memory."""
+        kinds = 2 if entropy is None else 3
+        fits = STATISTICS_BYTES // (4 * kinds * self.columns)
+        height = max(self.config.BM, fits // self.config.BM * self.config.BM)
         for chunk in even_chunks(span.start, span.stop, height, self.config.BM):
-            partials = self._partials(chunk)
+            partials = self._partials(chunk, kinds)
             self._multiply(chunk, partials, anchored=False)
-            self._finish_statistics(chunk, partials)
+            self._finish_statistics(chunk, partials, entropy=entropy)
 
-    def anchored(self, chunk: slice, *, guard: bool) -> None:
-        """E = exp(z + a) of these rows into the chunk's buffer.
+    def anchored(self, chunk: slice) -> None:
+        """E = exp(z + a) of these rows into the chunk's buffer, and their `total`.
 
-        guard: their `total` is found, and rows where it leaves the range of float32 are done again around their own
-        maximum, all on the device.
+        Rows where that leaves the range of float32 are done again around their own maximum, all on the device.
         """
-        partials = self._partials(chunk)
+        partials, height = self._partials(chunk), chunk.stop - chunk.start
         self._multiply(chunk, partials, anchored=True)
-        if guard:
-            height = chunk.stop - chunk.start
-            flag = torch.empty(triton.cdiv(height, ROWS), dtype=torch.int32, device=self.hidden.device)
-            rows.sum_rows[(len(flag),)](
-                partials[1], self.target_ids, self.total, flag, chunk.start, height, self.columns, BT=ROWS, BS=SLICE
-            )
-            self._multiply(chunk, partials, anchored=False, flag=flag)
-            self._finish_statistics(chunk, partials, flag)
-            self._multiply(chunk, partials, anchored=True, flag=flag)
+        flag = torch.empty(triton.cdiv(height, ROWS), dtype=torch.int32, device=self.hidden.device)
+        rows.sum_rows[(len(flag),)](
+            partials[1], self.target_ids, self.total, flag, chunk.start, height, self.columns, BT=ROWS, BS=SLICE
+        )
+        self._multiply(chunk, partials, anchored=False, flag=flag)
+        self._finish_statistics(chunk, partials, flag)
+        self._multiply(chunk, partials, anchored=True, flag=flag)
 
     def add_gradients(
-        self,
-        chunk: slice,
-        gradient: Tensor,
-        sequence_index: Tensor | None = None,
-        divisor: float = 1.0,
-        into: Sums | None = None,
+        self, chunk: slice, weight: Tensor, sequence_index: Tensor, divisor: float, into: Sums | None = None
     ) -> None:
         """∇hidden of these rows, and their share of ∇head, out of the E of `anchored`; see `prepare_gradients`.
 
-        gradient: of the loss in each log-prob [N]; with sequence_index [N] the weight of each sequence [B].
+        weight: of each sequence [B], whose index sequence_index [N] is.
         """
         into = into or self.sums
         height = chunk.stop - chunk.start
         e, scale = self._buffer(height), self._floats(height)
         scaled = torch.empty(height, self.width, dtype=self.hidden.dtype, device=self.hidden.device)
         rows.prepare_gradients[(triton.cdiv(height, 32), triton.cdiv(self.width, DEPTH))](
-            self.hidden, scaled, e, self.target_ids, self.target, self.top, self.total, gradient, sequence_index, scale,
+            self.hidden, scaled, e, self.target_ids, self.target, self.top, self.total, weight, sequence_index, scale,
             self.temperature, chunk.start, height, self.width, self.vocabulary, self.width, self.pitch,
             self.head.temperature, self.cap, divisor,
-            HAS_SOFTCAP=self.head.softcap is not None, PER_SEQUENCE=sequence_index is not None, BT=32, BD=DEPTH,
+            HAS_SOFTCAP=self.head.softcap is not None, BT=32, BD=DEPTH,
         )  # fmt: skip
         f = e[:, : self.vocabulary]
         if into.hidden is not None:
@@ -155,6 +154,26 @@ class Products:
             _accumulate(into.weight, f.T, scaled, first=into.is_first)
         if into.bias is not None:
             into.bias += _product(scale.to(f.dtype)[None], f)[0]
+        into.is_first = False
+
+    def add_logit_gradients(self, chunk: slice, results: Logprobs, given: LogitGradients) -> None:
+        """∇hidden of these rows, and their share of ∇head, from the gradient of the logits, as the anchor is −lse."""
+        height, ids = chunk.stop - chunk.start, self.target_ids.shape[1]
+        beta = None if given.beta is None else given.beta[chunk] / LOG2_E  # the product's log π has base 2
+        self._multiply(chunk, (), anchored=True, slant=(given.alpha[chunk], beta))
+        e = self._buffer(height)
+        rows.write_targets[(triton.cdiv(height * ids, 128),)](
+            e, self.target_ids, results.logprob, results.lse, *given, self.temperature,
+            chunk.start, height * ids, ids, self.vocabulary, self.pitch, self.head.temperature, self.cap,
+            HAS_SOFTCAP=self.head.softcap is not None, BT=128,
+        )  # fmt: skip
+        f, into = e[:, : self.vocabulary], self.sums
+        if into.hidden is not None:
+            _accumulate(into.hidden[chunk], f, self.weight, first=True)
+        if into.weight is not None:
+            _accumulate(into.weight, f.T, self.hidden[chunk], first=into.is_first)
+        if into.bias is not None:
+            into.bias += _product(f.new_ones(1, height), f)[0]
         into.is_first = False
 
     def gradients(self) -> Gradients:
@@ -170,10 +189,19 @@ class Products:
             self._e = torch.empty(self.height, self.pitch, dtype=self.hidden.dtype, device=self.hidden.device)
         return self._e[:height]
 
-    def _partials(self, chunk: slice) -> Tensor:
-        return self._floats(2, self.columns, chunk.stop - chunk.start)
+    def _partials(self, chunk: slice, kinds: int = 2) -> Tensor:
+        """Of each row and column of tiles: maximum, sum and, for the entropy, moment of the exponentials."""
+        return self._floats(kinds, self.columns, chunk.stop - chunk.start)
 
-    def _multiply(self, chunk: slice, partials: Tensor, *, anchored: bool, flag: Tensor | None = None) -> None:
+    def _multiply(
+        self,
+        chunk: slice,
+        partials: Any,
+        *,
+        anchored: bool,
+        flag: Tensor | None = None,
+        slant: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:
         config, height = self.config, chunk.stop - chunk.start
         operands: tuple[Any, ...] = (self.hidden[chunk], self.weight, self._buffer(height) if anchored else None)
         if config.tma:
@@ -187,20 +215,23 @@ class Products:
         programs = min(triton.cdiv(height, config.BM) * self.columns, self.processors * config.programs_per_sm)
         gemm.head_gemm[(programs,)](
             *operands, self.bias, None if self.temperature is None else self.temperature[chunk],
-            self.anchor[chunk] if anchored else None, partials[0], partials[1], flag,
+            self.anchor[chunk] if anchored else None, *slant, *partials, *[None] * (3 - len(partials)), flag,
             height, self.width, self.vocabulary, self.width, self.width, self.pitch,
             LOG2_E / self.head.temperature, self.cap,
-            ANCHORED=anchored, RAGGED=self.vocabulary % config.BV != 0, GUARDED=flag is not None, TMA=config.tma,
-            EVEN_D=self.width % config.BD == 0, UPCAST=INTERPRETED, **self.flags,
-            BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=config.group_rows, FLAG_ROWS=ROWS,
+            ANCHORED=anchored, RAGGED=self.vocabulary % config.BV != 0 and slant[0] is None,  # what lies past V adds up
+            GUARDED=flag is not None, TMA=config.tma, EVEN_D=self.width % config.BD == 0, UPCAST=INTERPRETED,
+            **self.flags, BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=config.group_rows, FLAG_ROWS=ROWS,
             num_warps=config.num_warps, num_stages=config.num_stages,
             enable_fp_fusion=True,  # one FFMA for scale and shift of a logit; later Tritons leave it off
         )  # fmt: skip
 
-    def _finish_statistics(self, chunk: slice, partials: Tensor, flag: Tensor | None = None) -> None:
+    def _finish_statistics(
+        self, chunk: slice, partials: Tensor, flag: Tensor | None = None, entropy: Tensor | None = None
+    ) -> None:
         height = chunk.stop - chunk.start
         rows.finish_statistics[(triton.cdiv(height, ROWS),)](
-            partials[0], partials[1], self.target_ids, self.target, self.anchor, self.top, self.total, flag,
+            *partials, *[None] * (3 - len(partials)), self.row_ids, self.target,
+            self.anchor, self.top, self.total, entropy, flag,
             chunk.start, height, self.columns, GUARDED=flag is not None, BT=ROWS, BS=SLICE,
         )  # fmt: skip
 

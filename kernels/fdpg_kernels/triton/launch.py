@@ -10,7 +10,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from ..arguments import Gradients, Head, Logprobs, Options, Sequences, Wants
+from ..arguments import IGNORED, Gradients, Head, LogitGradients, Logprobs, Options, Sequences, Wants
 from ..chunks import Group
 from ..reference import SequenceWeights
 from . import weigh
@@ -18,28 +18,28 @@ from .head import LOG2_E, Products
 from .sequences import BLOCK, finish, make_blocks, make_weighing
 
 
-def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
-    """log-probs [N]; and for the backward the log-sum-exp of each row and 1, [2, N]."""
+def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, with_entropy: bool) -> Logprobs:
+    """log π of ids [N, K], and log-sum-exp and entropy of each row; of ignored ones anything."""
     with _on(hidden):
         products = Products(hidden, target_ids, head)
         products.find_targets()
-        products.statistics(slice(0, len(hidden)))
-        return products.top, torch.stack([products.anchor / -LOG2_E, torch.ones_like(products.anchor)])
+        entropy = torch.empty_like(products.anchor) if with_entropy else None
+        products.statistics(slice(0, len(hidden)), entropy)
+        lse = products.anchor / -LOG2_E
+        return Logprobs(products.target - lse[:, None], lse.double(), entropy)
 
 
 def linear_logprob_backward(
-    gradient: Tensor, hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, wants: Wants
+    hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, given: LogitGradients, wants: Wants
 ) -> Gradients:
-    """Gradients of hidden, weight and bias; logits are formed again in row chunks."""
+    """Gradients of hidden, weight and bias from those of the logits, which are formed again in row chunks."""
     with _on(hidden):
         products = Products(hidden, target_ids, head, wants)
-        if head.softcap is not None:
-            products.find_targets()  # for the slope of the cap
-        products.top, statistics = results
-        products.anchor, products.total = statistics[0] * -LOG2_E, statistics[1]
+        given = LogitGradients(*(None if x is None else x.contiguous() for x in given))  # type: ignore[arg-type]
+        results = results._replace(lse=results.lse.float())
+        products.anchor = (results.lse * -LOG2_E).masked_fill(products.row_ids == IGNORED, -torch.inf)
         for chunk in products.chunks(0, len(hidden)):
-            products.anchored(chunk, guard=False)
-            products.add_gradients(chunk, gradient.contiguous())
+            products.add_logit_gradients(chunk, results, given)
         return products.gradients()
 
 
@@ -66,7 +66,7 @@ def fdpg_loss(
     ends, training, total = sequences.cu_seqlens.tolist(), any(wants), sequences.total
     by_pytorch = options.divergence.kernel_family is None
     with _on(hidden):
-        products = Products(hidden, target_ids, head, wants, ends)
+        products = Products(hidden, target_ids[:, None], head, wants, ends)
         weighing = make_weighing(sequences, options, torch.float64)
         blocks = make_blocks(ends, hidden.device)
         products.find_targets(weighing.behavior if training else None)
@@ -74,7 +74,7 @@ def fdpg_loss(
         for group in groups:
             unit = products.sums.apart(group.rows) if len(group.chunks) > 1 else None
             for chunk in group.chunks:
-                products.anchored(chunk, guard=True)
+                products.anchored(chunk)
                 if unit is not None:  # its weight is not known yet: 1
                     ones = torch.ones_like(weighing.score)
                     products.add_gradients(chunk, ones, blocks.sequence_index, -1.0, into=unit)

@@ -7,28 +7,29 @@ starts at token `offset`. `top` is z_y + a, the exponent of the target's entry o
 import triton
 import triton.language as tl
 
-from .gemm import tanh
+from .gemm import FLOOR, tanh
 from .weigh import weigh_sequence
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 IGNORED = tl.constexpr(-100)
-ELSEWHERE = tl.constexpr(-101)  # the target lies in another shard of the head
 SAFE = tl.constexpr(1.2676506002282294e30)  # 2^100: row sums further from 1 are recomputed around their own maximum
 
 
 @triton.jit(do_not_specialize=["N"])
 def target_logits(
     x_ptr, w_ptr, bias_ptr, target_ids_ptr, behavior_ptr, temperature_ptr, target_ptr, anchor_ptr, top_ptr,
-    N, D, V, stride_x, stride_w, inverse_temperature, softcap,
+    N, K, D, V, stride_x, stride_w, inverse_temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ANCHORED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """z_y of BT tokens, an indexed dot in float32; with ANCHORED also a = log q − z_y (log₂ units) and top = log q.
+    """z_y of BT of N targets, an indexed dot in float32; row i of x has targets K·i to K·i + K − 1.
 
-    A target outside the vocabulary gives NaN, which no later step hides.
+    ANCHORED, one target a row: also a = log q − z_y (log₂ units) and top = log q. A target outside the vocabulary gives
+    NaN, which no later step hides.
     """
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     inside = rows < N
+    row_of_x = rows // K
     target = tl.load(target_ids_ptr + rows, mask=inside, other=-100).to(tl.int64)
     live = target != IGNORED
     valid = (target >= 0) & (target < V)
@@ -37,7 +38,7 @@ def target_logits(
     for d in range(0, D, BD):
         depth = d + tl.arange(0, BD)
         mask = valid[:, None] & (depth < D)[None, :]
-        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_x + depth[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + row_of_x.to(tl.int64)[:, None] * stride_x + depth[None, :], mask=mask, other=0.0)
         w = tl.load(w_ptr + column[:, None] * stride_w + depth[None, :], mask=mask, other=0.0)
         z += tl.sum(x.to(tl.float32) * w.to(tl.float32), 1)
     if HAS_BIAS:
@@ -45,8 +46,8 @@ def target_logits(
     if HAS_SOFTCAP:
         z = softcap * tanh(z / softcap)
     if temperature_ptr is not None:
-        z /= tl.load(temperature_ptr + rows, mask=inside, other=1.0)
-    z = tl.where(live & (valid == 0) & (target != ELSEWHERE), float("nan"), z * inverse_temperature)
+        z /= tl.load(temperature_ptr + row_of_x, mask=inside, other=1.0)
+    z = tl.where(live & (valid == 0), float("nan"), z * inverse_temperature)
     tl.store(target_ptr + rows, z, mask=inside)
     if ANCHORED:
         behavior = tl.load(behavior_ptr + rows, mask=inside & live, other=0.0).to(tl.float32)
@@ -75,12 +76,17 @@ def sum_rows(
     tl.store(flag_ptr + tl.program_id(0), tl.max((live & (safe == 0)).to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["offset", "height"], do_not_specialize_on_alignment=["maximum_ptr", "sum_ptr"])
+@triton.jit(
+    do_not_specialize=["offset", "height"], do_not_specialize_on_alignment=["maximum_ptr", "sum_ptr", "moment_ptr"]
+)
 def finish_statistics(
-    maximum_ptr, sum_ptr, target_ids_ptr, target_ptr, anchor_ptr, top_ptr, total_ptr, flag_ptr,
+    maximum_ptr, sum_ptr, moment_ptr, target_ids_ptr, target_ptr, anchor_ptr, top_ptr, total_ptr, entropy_ptr, flag_ptr,
     offset, height, num_columns, GUARDED: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """anchor = −lse (log₂ units), top = log π and s = 1 from the partials of an online softmax; ignored: −inf, 0, 1."""
+    """anchor = −lse (log₂ units), top = log π and s = 1 from the partials of an online softmax; ignored: −inf, 0, 1.
+
+    With moments also the entropy, in nats.
+    """
     run = True
     if GUARDED:
         run = tl.load(flag_ptr + tl.program_id(0)) != 0
@@ -95,14 +101,22 @@ def finish_statistics(
             largest = tl.maximum(largest, tl.max(part, 0))
         largest = tl.where(inside, largest, 0.0)
         total = tl.zeros((BT,), tl.float32)
+        moment = tl.zeros((BT,), tl.float32)
         for first in range(0, num_columns, BS):
             columns = first + tl.arange(0, BS)
             mask = (columns < num_columns)[:, None] & inside[None, :]
             at = columns[:, None] * height + rows[None, :]
-            part = tl.load(maximum_ptr + at, mask=mask, other=float("-inf"))
-            total += tl.sum(tl.load(sum_ptr + at, mask=mask, other=0.0) * tl.exp2(part - largest[None, :]), 0)
-        lse2 = largest + tl.log2(tl.where(inside, total, 1.0))
+            part = tl.load(maximum_ptr + at, mask=mask, other=float("-inf")) - largest[None, :]
+            sums = tl.load(sum_ptr + at, mask=mask, other=0.0)
+            total += tl.sum(sums * tl.exp2(part), 0)
+            if moment_ptr is not None:
+                moments = tl.load(moment_ptr + at, mask=mask, other=0.0) + sums * tl.maximum(part, FLOOR)
+                moment += tl.sum(moments * tl.exp2(part), 0)
+        total = tl.where(inside, total, 1.0)
+        lse2 = largest + tl.log2(total)
         tokens = offset + rows
+        if moment_ptr is not None:
+            tl.store(entropy_ptr + tokens, (tl.log2(total) - moment / total) * LN_2, mask=inside)
         live = inside & (tl.load(target_ids_ptr + tokens, mask=inside, other=-100) != IGNORED)
         target = tl.load(target_ptr + tokens, mask=inside, other=0.0)
         tl.store(anchor_ptr + tokens, tl.where(live, -lse2, float("-inf")), mask=inside)
@@ -158,15 +172,15 @@ def finish_sequences(
 
 @triton.jit(do_not_specialize=["offset", "height"])
 def prepare_gradients(
-    x_ptr, scaled_ptr, e_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, gradient_ptr, sequence_ptr, scale_ptr,
+    x_ptr, scaled_ptr, e_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, weight_ptr, sequence_ptr, scale_ptr,
     temperature_ptr, offset, height, D, V, stride_x, stride_e, temperature, softcap, divisor,
-    HAS_SOFTCAP: tl.constexpr, PER_SEQUENCE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Turn E into F = E − s·1[y] and x into c·x, so that ∇hidden = c·(F·W) and ∇head = Fᵀ·(c·x).
 
-    c = −g/(s·temperature), g the gradient of the loss in log π: given for each token, or −weight/divisor of its
-    sequence. F's entry at the target is formed in float32 from `top`, not from the rounded E: no cancellation. A target
-    outside the vocabulary has no entry: its row is NaN.
+    c = −g/(s·temperature), g the gradient of the loss in log π, −weight/divisor of the token's sequence. F's entry at
+    the target is formed in float32 from `top`, not from the rounded E: no cancellation. A target outside the vocabulary
+    has no entry: its row is NaN.
     """
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     inside = rows < height
@@ -177,12 +191,9 @@ def prepare_gradients(
     total = tl.load(total_ptr + tokens, mask=inside & live, other=1.0)
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + tokens, mask=inside, other=1.0)
-    if PER_SEQUENCE:
-        sequence = tl.load(sequence_ptr + tokens, mask=inside, other=0)
-        g = (tl.load(gradient_ptr + sequence, mask=inside & live, other=0.0) * (-1 / divisor)).to(tl.float32)
-    else:
-        g = tl.load(gradient_ptr + tokens, mask=inside & live, other=0.0).to(tl.float32)
-    scale = tl.where(live & (valid == 0) & (target != ELSEWHERE), float("nan"), -g / (total * temperature))
+    sequence = tl.load(sequence_ptr + tokens, mask=inside, other=0)
+    g = (tl.load(weight_ptr + sequence, mask=inside & live, other=0.0) * (-1 / divisor)).to(tl.float32)
+    scale = tl.where(live & (valid == 0), float("nan"), -g / (total * temperature))
     depth = tl.program_id(1) * BD + tl.arange(0, BD)
     mask = inside[:, None] & (depth < D)[None, :]
     x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * stride_x + depth[None, :], mask=mask, other=0.0)
@@ -197,3 +208,38 @@ def prepare_gradients(
             entry = entry * (1 - capped * capped)
         at_target = rows.to(tl.int64) * stride_e + tl.where(valid, target, 0)
         tl.store(e_ptr + at_target, entry.to(e_ptr.dtype.element_ty), mask=inside & valid)
+
+
+@triton.jit(do_not_specialize=["offset", "count"])
+def write_targets(
+    e_ptr, target_ids_ptr, logprob_ptr, lse_ptr, at_target_ptr, alpha_ptr, beta_ptr, temperature_ptr,
+    offset, count, K, V, stride_e, temperature, softcap, HAS_SOFTCAP: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Complete a gradient π·(α + β·log π) of the logits by what `count` targets add, K to a row, from row `offset` on.
+
+    Their entries are formed in float32 from log π, not from what is rounded there: nothing cancels where π_y is near 1.
+    A target that is twice in a row is written twice, each time as the sum.
+    """
+    targets = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = targets < count
+    row = targets // K
+    tokens, at = offset + row, offset * K + targets
+    target = tl.load(target_ids_ptr + at, mask=inside, other=-100).to(tl.int64)
+    given = tl.zeros((BT,), tl.float32)
+    for k in range(0, K):
+        same = tl.load(target_ids_ptr + tokens * K + k, mask=inside, other=-100).to(tl.int64) == target
+        given += tl.where(same, tl.load(at_target_ptr + tokens * K + k, mask=inside, other=0.0), 0.0)
+    log_p = tl.load(logprob_ptr + at, mask=inside, other=0.0)
+    slant = tl.load(alpha_ptr + tokens, mask=inside, other=0.0) + given  # 0 if this target alone has a gradient
+    if beta_ptr is not None:
+        slant += tl.load(beta_ptr + tokens, mask=inside, other=0.0) * tl.maximum(log_p, FLOOR)
+    p = tl.exp(log_p)
+    entry = p * slant + given * (1 - p)
+    if HAS_SOFTCAP:
+        if temperature_ptr is not None:
+            temperature = tl.load(temperature_ptr + tokens, mask=inside, other=1.0)
+        capped = (log_p + tl.load(lse_ptr + tokens, mask=inside, other=0.0)) * temperature / softcap
+        entry = entry * (1 - capped * capped)
+    valid = inside & (target >= 0) & (target < V)
+    at_entry = row.to(tl.int64) * stride_e + tl.where(valid, target, 0)
+    tl.store(e_ptr + at_entry, entry.to(e_ptr.dtype.element_ty), mask=valid)
