@@ -227,6 +227,8 @@ def fdpg_loss(
     Raises:
         ValueError: see `linear_logprob` and `sequence_weights`.
     """
+    if target_ids.ndim != 1:
+        raise ValueError(f"target_ids must be [N], sequences end to end; got {tuple(target_ids.shape)}")
     hidden, ids, head = make_head(hidden, target_ids, weight, bias, temperature, softcap, ids_on_cpu=True)
     check_targets(ids, len(head.weight))
     into = as_local("weight_grad_out", weight_grad_out)

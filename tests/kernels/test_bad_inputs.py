@@ -42,6 +42,10 @@ SEQUENCES = {
     "log_z [B+1]": (dict(log_z=torch.zeros(3)), r"log_z must be a scalar or \[B\]=\[2\]; got \(3,\)"),
     "baseline [N]": (dict(baseline=torch.zeros(6)), r"baseline must be a scalar or \[B\]=\[2\]; got \(6,\)"),
 }
+PACKED = {
+    "[B, T]": (dict(hidden=torch.zeros(2, 3, 5).double(), target_ids=torch.zeros(2, 3).long()), r"end to end; .*2, 3"),
+    "ids [N, K]": (dict(target_ids=torch.zeros(6, 2).long()), r"target_ids must be \[N\].*\(6, 2\)"),
+}
 ACCUMULATION = {
     "total_sequences": (dict(total_sequences=0), "total_sequences=0; it must be a positive number, or None for B"),
     "weight_grad_out [D, V]": (dict(weight_grad_out=torch.zeros(5, 11)), r"weight_grad_out must be \(11, 5\) on cpu"),
@@ -68,7 +72,7 @@ def test_sequence_weights(change, message):
         sequence_weights(**batch([2, 4]) | change)
 
 
-@cases(HEAD | SEQUENCES | ACCUMULATION)
+@cases(HEAD | SEQUENCES | PACKED | ACCUMULATION)
 def test_fdpg_loss(change, message):
     fdpg_loss(**head_batch([2, 4]))
     with pytest.raises(ValueError, match=message):
