@@ -225,8 +225,10 @@ def get(divergence: str | Divergence) -> Divergence:
     Raises:
         ValueError: the name is unknown; the message lists the valid ones.
     """
-    if isinstance(divergence, Divergence):
-        return divergence
+    return divergence if isinstance(divergence, Divergence) else _named(divergence)
+
+
+def _named(divergence: str) -> Divergence:
     if not isinstance(divergence, str):
         raise ValueError(f"divergence {divergence!r}: give a name or a Divergence")
     if known := _TABLE.get(divergence) or _BY_KEY.get(divergence):
@@ -243,4 +245,4 @@ def get(divergence: str | Divergence) -> Divergence:
 
 # A name means the same at every call: torch.compile need not look inside. This is what
 # torch.compiler.assume_constant_result sets, without importing the whole compiler, which takes longer than torch.
-get._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_named._dynamo_marked_constant = True  # type: ignore[attr-defined]

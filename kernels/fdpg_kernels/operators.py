@@ -37,6 +37,7 @@ IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 HEAD = "Tensor weight, Tensor? bias, float temperature, float? softcap, Tensor? row_temperature"
 SEQUENCES = "Tensor cu_seqlens, Tensor behavior_logprob, Tensor target_log_score, Tensor log_z"
 OPTIONS = "str divergence, Tensor? baseline, str ratio, float? ratio_cap, float? reward_cap"
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: torch 2.10 cannot trace it
 EXACT = ("ieee", "none")  # settings of float32 products that are no TF32 or bfloat16
 KERNELS: dict[str, Callable] = {}  # what runs inside each operator
 # of the name that this package was imported under: Hugging Face's hub loads several versions in one process
@@ -78,15 +79,18 @@ def linear_logprob_backward(
 
 def sequence_weights(policy: Tensor, sequences: Sequences, options: Options, impl: str) -> SequenceWeights:
     """The weights of B sequences in float32, or float64 where `policy` [N] is, and from the reference."""
-    columns, clipped = _sequence_weights(policy, *sequences[:4], *_as_schema(options), impl)
+    columns, clipped = _sequence_weights(policy, *sequences[:4], *as_schema(options), impl)
     return SequenceWeights(*columns.unbind(), clipped)  # type: ignore[call-arg]
 
 
 def fdpg_loss(
-    hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options, wants: Wants, impl: str
+    hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: tuple, wants: Wants, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """The loss [], the six float columns of `SequenceWeights` [6, B] and its flags [B], gradients."""
-    loss, columns, clipped, *made = _fdpg_loss(hidden, target_ids, *head, *sequences, *_as_schema(options), wants, impl)
+    """The loss [], the six float columns of `SequenceWeights` [6, B] and its flags [B], gradients.
+
+    options: `as_schema` gives them.
+    """
+    loss, columns, clipped, *made = _fdpg_loss(hidden, target_ids, *head, *sequences, *options, wants, impl)
     return loss, columns, clipped, _only_wanted(made, wants)
 
 
@@ -196,7 +200,8 @@ def _fdpg_loss(hidden, target_ids, *rest):
     return loss, torch.stack(weights[:6]), weights.clipped, *_all_tensors(made, hidden)
 
 
-def _as_schema(options: Options) -> tuple[Any, ...]:
+def as_schema(options: Options) -> tuple[Any, ...]:
+    """The options with the divergence's key for itself, as torch.compile of 2.10 and 2.11 takes them to a Function."""
     return options.divergence.key, *options[1:]
 
 
@@ -220,7 +225,7 @@ def _load(impl: str) -> ModuleType:
 
 def _obstacle(tensor: Tensor, multiplies: bool) -> str | None:
     """Why Triton cannot take this tensor."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "needs the package triton, which is not installed"
     if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return f"takes bfloat16 or float32, not {tensor.dtype}" if multiplies and tensor.itemsize > 4 else None

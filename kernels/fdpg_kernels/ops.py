@@ -24,7 +24,7 @@ from .arguments import (
 from .arguments import result_dtype as result_dtype
 from .divergences import Divergence
 from .logprob import LinearLogprob, as_asked, token_logprobs
-from .operators import choose_impl
+from .operators import as_schema, choose_impl
 from .reference import SequenceWeights
 
 if TYPE_CHECKING:
@@ -249,8 +249,9 @@ def fdpg_loss(
         loss, weights = reference.fdpg_loss(hidden, target_ids, head, sequences, options)
         return FDPGLoss(loss, weights)
     loss, columns, clipped = _FDPGLoss.apply(
-        hidden, head.weight, head.bias, target_ids, head[2:], into, sequences, options, impl, torch.is_grad_enabled()
-    )
+        hidden, head.weight, head.bias, target_ids, head[2:], into, sequences, as_schema(options), impl,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
     columns = columns.to(result_dtype(hidden))
     return FDPGLoss(loss, SequenceWeights(*columns.unbind(), clipped))  # type: ignore[call-arg]
 
