@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from benchmarks.gpu_process import Record, finite
-from support import kernel_checks
+from support import kernel_checks, kernel_inputs
 
 TOGETHER = 4  # checks that a process takes one after the other
 
@@ -18,7 +18,7 @@ def groups() -> list[list[str]]:
 
 def check(name: str, device: str) -> Iterator[Record]:
     """One check: every error that it finds, with its bound."""
-    place = kernel_checks.GPU if device == "cuda" else kernel_checks.INTERPRETER
+    place = kernel_inputs.GPU if device == "cuda" else kernel_inputs.INTERPRETER
     errors, limits, beyond = {}, {}, []
     with contextlib.nullcontext() if device == "cuda" else kernel_checks.rounds_as_a_gpu():
         for what, error, bound in kernel_checks.CHECKS[name](place):

@@ -1,16 +1,14 @@
 """Checks of every path of the Triton kernels: small under the interpreter, larger on a GPU, from one list.
 
 A check compares with the float64 definition and yields what it compared, the error and the bound. bfloat16 and float16
-gradients may be twice as far off as those of PyTorch's own path in that dtype. Fresh memory holds NaN.
+gradients may be twice as far off as those of PyTorch's own path in bfloat16. Fresh memory holds NaN.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,98 +16,15 @@ import torch
 from torch import Tensor
 
 from fdpg_kernels import Divergence, fdpg_loss, linear_logprob, sequence_weights
-from fdpg_kernels.triton import head as head_module
 
 from .kernel_cases import ALLOW_ZEROS, IGNORED, NAMES, batch, packing
-
-DRIFT = 0.1  # nats between sampler and learner on a token
+from .kernel_inputs import Place, Values, make, plain_values, poisoned
 
 
 class Finding(NamedTuple):
     what: str
     error: float
     bound: float
-
-
-class Place(NamedTuple):
-    """Where the checks run, and how large: sequences, hidden units, vocabulary."""
-
-    device: str
-    lengths: list[int]
-    width: int
-    vocabulary: int
-    chunk_rows: int
-    nats: float  # bound of a token's log-prob
-    relative: float  # bound of a float32 gradient
-    block: int  # tokens of a sequence beyond which several programs share it
-    repeats: int  # runs compared bit by bit
-    sequences: int  # in each of them
-
-
-INTERPRETER = Place("cpu", [3, 0, 2, 20, 6], 24, 45, 16, 5e-6, 1e-5, 16, 2, 3)
-GPU = Place("cuda", [300, 0, 129, 40, 1, 700, 128, 0, 250], 320, 3000, 512, 1e-4, 1e-4, 128, 200, 4096)
-
-
-class Inputs(NamedTuple):
-    """On the CPU in float64, rounded to the dtype of the check already."""
-
-    leaves: dict[str, Tensor]  # hidden, weight and perhaps bias
-    target_ids: Tensor
-    options: dict[str, Any]  # of the head
-    sequences: dict[str, Tensor]  # further arguments of fdpg_loss
-
-    def on(self, place: Place, dtype: torch.dtype, transposed: bool = False) -> tuple[dict[str, Tensor], dict]:
-        """Leaves that want gradients, and the other arguments of the head."""
-        leaves = {name: x.to(place.device, dtype) for name, x in self.leaves.items()}
-        if transposed:
-            leaves["weight"] = leaves["weight"].T.contiguous().T
-        options = {k: x.to(place.device) if isinstance(x, Tensor) else x for k, x in self.options.items()}
-        leaves = {name: x.requires_grad_() for name, x in leaves.items()}
-        return leaves, {"target_ids": self.target_ids.to(place.device), **options}
-
-
-def make(
-    place: Place, dtype: torch.dtype, *, odd: bool = False, even: bool = False, bias: bool = False,
-    rows: bool = False, ignored: bool = False, **options: Any,
-) -> Inputs:  # fmt: skip
-    """odd: widths that only pointers take; even: whole tiles; rows: a temperature of each; ignored: they hold NaN."""
-    rng = torch.Generator().manual_seed(0)
-    num_tokens, width = sum(place.lengths), place.width + odd
-    vocabulary = place.vocabulary + odd if not even else -(-place.vocabulary // 256) * 256
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-    leaves = {"hidden": randn(num_tokens, width), "weight": randn(vocabulary, width) * 1.5 * width**-0.5}
-    if bias:
-        leaves["bias"] = randn(vocabulary)
-    leaves = {name: x.to(dtype).double() for name, x in leaves.items()}
-    target_ids = torch.randint(vocabulary, (num_tokens,), generator=rng)
-    if rows:
-        options["temperature"] = 0.5 + torch.rand(num_tokens, generator=rng)
-    if ignored:
-        target_ids[2::3] = IGNORED
-        leaves["hidden"][2::3] = torch.tensor([math.nan, math.inf, 3e38]).repeat(num_tokens)[: num_tokens // 3, None]
-    exact = linear_logprob(**leaves, target_ids=target_ids, **options, impl="reference")
-    ends = packing(place.lengths)
-    log_pi = torch.stack([exact[a:b].sum() for a, b in pairwise(ends.tolist())])
-    sequences = {
-        "behavior_logprob": (exact + DRIFT * randn(num_tokens)).masked_fill(target_ids == IGNORED, math.nan).float(),
-        "target_log_score": (log_pi - 1 + randn(len(log_pi))).float(),
-    }
-    return Inputs(leaves, target_ids, options, sequences)
-
-
-@contextlib.contextmanager
-def poisoned(chunk_rows: int) -> Iterator[None]:
-    """Fresh memory holds NaN, and chunks are small, so that there are several."""
-    before, head_module.CHUNK_ROWS = head_module.CHUNK_ROWS, chunk_rows
-    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch then fills what it allocates
-    try:
-        yield
-    finally:
-        head_module.CHUNK_ROWS = before
-        torch.use_deterministic_algorithms(False)
 
 
 @contextlib.contextmanager
@@ -134,46 +49,58 @@ def rounds_as_a_gpu() -> Iterator[None]:
         interpreter.InterpreterBuilder.cast_impl = cast
 
 
-def plain_logprob(leaves: dict[str, Tensor], target_ids: Tensor, temperature: Any = 1.0, softcap: Any = None) -> Tensor:
-    """What people write in PyTorch: logits in the dtype of the head, log_softmax in float32."""
-    ignored = target_ids == IGNORED
-    hidden = leaves["hidden"].masked_fill(ignored[:, None], 0.0)
-    logits = torch.nn.functional.linear(hidden, leaves["weight"], leaves.get("bias"))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    rows = temperature[:, None] if isinstance(temperature, Tensor) and temperature.ndim else temperature
-    logprob = (logits.float() / rows).log_softmax(-1).gather(1, target_ids.masked_fill(ignored, 0)[:, None])[:, 0]
-    return logprob.masked_fill(ignored, 0.0)
-
-
 def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.detach().cpu().double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 def gradient_findings(
-    place: Place, dtype: torch.dtype, found: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor]
+    place: Place, dtype: torch.dtype, found: Values, exact: Values, plain: Values
 ) -> Iterator[Finding]:
     for name, gradient in found.items():
         twice = 2 * relative(plain[name], exact[name]) if dtype != torch.float32 else 0.0
         yield Finding(f"gradient of {name}", relative(gradient, exact[name]), max(twice, place.relative))
 
 
-def gradients(objective: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(objective: Tensor, leaves: Values) -> Values:
     return dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))
 
 
-def check_logprob(place: Place, dtype: torch.dtype, transposed: bool = False, **variant: Any) -> Iterator[Finding]:
-    inputs = make(place, dtype, **variant)
-    upstream = torch.randn(len(inputs.target_ids), generator=torch.Generator().manual_seed(1))
+def check_logprob(
+    place: Place, dtype: torch.dtype, *, transposed: bool = False, many: int = 0, **variant: Any
+) -> Iterator[Finding]:
+    """transposed: how the head is stored; many: so many ids of each row, and entropies and log-sum-exps, [1, N, D]."""
+    inputs, rng = make(place, dtype, **variant), torch.Generator().manual_seed(1)
     leaves, arguments = inputs.on(place, dtype, transposed)
+    target_ids, flags = inputs.target_ids, {}
+    if many:
+        target_ids = torch.stack([target_ids.roll(i) for i in range(many)], 1).masked_fill(
+            (target_ids == IGNORED)[:, None], IGNORED
+        )
+        target_ids[::2, 1] = target_ids[::2, 0]  # twice in a row
+        flags = dict(return_entropy=True, return_lse=True)
+    arguments["target_ids"] = target_ids.to(place.device)
+    shapes = {"logprob": target_ids.shape, "entropy": (len(target_ids),), "lse": (len(target_ids),)}
+    upstream = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items() if many or name == "logprob"}
+
+    def values_of(impl: str, leaves: Values, options: dict[str, Any]) -> Values:
+        if not many:
+            return {"logprob": linear_logprob(**leaves, **options, impl=impl)}
+        shaped = {k: x[None] if isinstance(x, Tensor) else x for k, x in options.items()}
+        out = linear_logprob(**leaves | {"hidden": leaves["hidden"][None]}, **shaped, **flags, impl=impl)
+        return {name: x.squeeze(0) for name, x in out._asdict().items()}
+
+    def objective(values: Values) -> Tensor:
+        return torch.stack([(values[name] * g.to(values[name].device)).sum() for name, g in upstream.items()]).sum()
+
     with poisoned(place.chunk_rows):
-        logprob = linear_logprob(**leaves, **arguments, impl="triton")
-        found = gradients((logprob * upstream.to(place.device)).sum(), leaves)
+        values = values_of("triton", leaves, arguments)
+        found = gradients(objective(values), leaves)
     exact_leaves = {name: x.clone().requires_grad_() for name, x in inputs.leaves.items()}
-    expected = linear_logprob(**exact_leaves, target_ids=inputs.target_ids, **inputs.options, impl="reference")
-    yield Finding("log-probs, nats", float((logprob.cpu() - expected).detach().abs().max()), place.nats)
-    plain = gradients((plain_logprob(leaves, **arguments) * upstream.to(place.device)).sum(), leaves)
-    yield from gradient_findings(place, dtype, found, gradients((expected * upstream).sum(), exact_leaves), plain)
+    exact = values_of("reference", exact_leaves, inputs.options | {"target_ids": target_ids})
+    for name, x in values.items():
+        yield Finding(f"{name}, nats", float((x.cpu() - exact[name]).detach().abs().max()), place.nats)
+    plain = gradients(objective(plain_values(leaves, **arguments)), leaves)
+    yield from gradient_findings(place, dtype, found, gradients(objective(exact), exact_leaves), plain)
 
 
 def check_loss(
@@ -215,7 +142,7 @@ def check_loss(
     by_token = -weight[owner] / len(lengths)
     exact_logprob = linear_logprob(**exact_leaves, target_ids=inputs.target_ids, **inputs.options, impl="reference")
     exact = gradients((exact_logprob * by_token).sum(), {name: exact_leaves[name] for name in wanted})
-    plain = gradients((plain_logprob(leaves, **arguments) * by_token.float().to(place.device)).sum(), wanted)
+    plain = gradients((plain_values(leaves, **arguments)["logprob"] * by_token.float().to(place.device)).sum(), wanted)
     yield from gradient_findings(place, dtype, found, exact, plain)
 
 
@@ -305,10 +232,12 @@ LOSSES: dict[str, dict[str, Any]] = VARIANTS | {
     "total variation": dict(divergence="total_variation"),
     "forward KL": dict(divergence="forward_kl"),
 }
+MANY = ("plain", ODD, "temperature of each row", "ignored rows hold NaN")
 OTHER_DTYPES = ("plain", ODD, "ignored rows hold NaN", "temperature of each row", "accumulated")
 Check = Callable[[Place], Iterator[Finding]]
 CHECKS: dict[str, Check] = {
     **{f"log-probs, {name}": partial(check_logprob, dtype=torch.bfloat16, **v) for name, v in VARIANTS.items()},
+    **{f"values, {name}": partial(check_logprob, dtype=torch.bfloat16, many=3, **VARIANTS[name]) for name in MANY},
     "log-probs, head stored transposed": partial(check_logprob, dtype=torch.bfloat16, transposed=True),
     **{f"loss, {name}": partial(check_loss, dtype=torch.bfloat16, **v) for name, v in LOSSES.items()},
     "sequence weights": check_weights,
