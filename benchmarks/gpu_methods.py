@@ -17,13 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.gpu_cases import Case, Method
 from fdpg_kernels import fdpg_loss, linear_logprob
 
+SMALL_CHUNKS = "ours (triton), 4,096 rows a chunk"  # beside as many as memory allows: for the breakdown alone
 
-def ours(impl: str) -> Method:
+
+def ours(name: str, impl: str, chunk_rows: int | None = None) -> Method:
     def loss(hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
         sequences = (case.cu_seqlens, case.behavior, case.score, torch.zeros((), device=hidden.device))
-        return fdpg_loss(hidden, weight, case.target_ids, *sequences, impl=impl).loss
+        chunk_bytes = None if chunk_rows is None else 2 * chunk_rows * len(weight)
+        return fdpg_loss(hidden, weight, case.target_ids, *sequences, impl=impl, chunk_bytes=chunk_bytes).loss
 
-    return Method(f"ours ({impl})", partial(linear_logprob, impl=impl), loss, ours=True)
+    return Method(name, partial(linear_logprob, impl=impl), loss, ours=True)
 
 
 def plain_logprob(hidden: Tensor, weight: Tensor, target_ids: Tensor) -> Tensor:
@@ -97,17 +100,18 @@ def quack() -> Method:
 
 # the most telling first: what has to be left out is left out from the end
 METHODS: dict[str, Callable[[], Method]] = {
-    "ours (triton)": lambda: ours("triton"),
+    "ours (triton)": lambda: ours("ours (triton)", "triton"),
     "PyTorch eager": lambda: EAGER,
     "Liger scaled CE": liger_scaled,
     "CCE exact": cut_cross_entropy,
     "quack chunked, sum only": quack,
     "Liger fused linear CE": liger,
-    "ours (chunked)": lambda: ours("chunked"),
+    "ours (chunked)": lambda: ours("ours (chunked)", "chunked"),
     "PyTorch checkpointed": lambda: Method("PyTorch checkpointed", checkpointed_logprob),
     "torch linear_cross_entropy": torch_linear_cross_entropy,
     "TRL chunked": trl,
     "PyTorch compiled": compiled,
+    SMALL_CHUNKS: lambda: ours(SMALL_CHUNKS, "triton", 4096),
 }
 NEEDS = {"Liger": "liger_kernel", "CCE": "cut_cross_entropy", "quack": "quack", "TRL": "trl"}  # by a name's first word
 FIRST = 5  # so many at every shape before the others at any

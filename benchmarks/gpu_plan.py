@@ -14,7 +14,7 @@ from typing import NamedTuple
 from benchmarks import gpu_breakdown, gpu_cases, gpu_checks, gpu_shapes, gpu_timer
 from benchmarks.gpu_breakdown import CHUNK, PRODUCTS, TILE_MODES
 from benchmarks.gpu_cases import Shape
-from benchmarks.gpu_methods import FIRST, METHODS, obstacle
+from benchmarks.gpu_methods import FIRST, METHODS, SMALL_CHUNKS, obstacle
 from benchmarks.gpu_process import Record, Step
 from fdpg_kernels.triton import tiles
 from fdpg_kernels.triton.tiles import Config
@@ -35,7 +35,7 @@ def make_plan(options: argparse.Namespace, capability: int) -> list[Phase]:
     shapes = gpu_cases.SMOKE_SHAPES if options.smoke else gpu_cases.SHAPES
     breakdown = gpu_cases.SMOKE_BREAKDOWN if options.smoke else gpu_cases.BREAKDOWN
     obstacles = {name: obstacle(name, device) for name in METHODS} | dict.fromkeys(options.without, "--without")
-    methods = [name for name in METHODS if not obstacles[name]]
+    methods = [name for name in METHODS if not obstacles[name] and name != SMALL_CHUNKS]
     configs = tiles_by_name(capability)
     ceilings = Step("ceilings", "products and copies", gpu_timer.ceilings, (device, 5 * repeats))
     checks = [[Step("checks", name, gpu_checks.check, (name, device), silence=SLOW) for name in group]
@@ -92,8 +92,9 @@ def _breakdown(shape: Shape, configs: dict[str, Config], device: str, repeats: i
             arguments = (shape, rows, name, device, repeats)
             yield Step("breakdown", f"{shape.name}, {rows} rows, {name}", gpu_breakdown.product, arguments)
     yield Step("breakdown", f"{shape.name}, cast", gpu_breakdown.cast, (shape, device, repeats))
-    shipped = (shape, "loss trained", "ours (triton)", device, repeats)
-    yield Step("breakdown", f"{shape.name}, loss trained, as shipped", gpu_shapes.measure, shipped)
+    for name in ("ours (triton)", SMALL_CHUNKS):
+        arguments = (shape, "loss trained", name, device, repeats)
+        yield Step("breakdown", f"{shape.name}, loss trained, {name}", gpu_shapes.measure, arguments)
     for mode in TILE_MODES:
         for name, config in configs.items():
             arguments = (shape, config, mode, device, repeats)

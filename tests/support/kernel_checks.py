@@ -18,7 +18,7 @@ from torch import Tensor
 from fdpg_kernels import Divergence, fdpg_loss, linear_logprob, sequence_weights
 
 from .kernel_cases import ALLOW_ZEROS, IGNORED, NAMES, batch, packing
-from .kernel_inputs import Place, Values, make, plain_values, poisoned
+from .kernel_inputs import Place, Values, gradients, make, plain_values, poisoned, relative
 
 
 class Finding(NamedTuple):
@@ -49,20 +49,12 @@ def rounds_as_a_gpu() -> Iterator[None]:
         interpreter.InterpreterBuilder.cast_impl = cast
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    return float((found.detach().cpu().double() - exact).norm() / exact.norm().clamp(min=1e-30))
-
-
 def gradient_findings(
     place: Place, dtype: torch.dtype, found: Values, exact: Values, plain: Values
 ) -> Iterator[Finding]:
     for name, gradient in found.items():
         twice = 2 * relative(plain[name], exact[name]) if dtype != torch.float32 else 0.0
         yield Finding(f"gradient of {name}", relative(gradient, exact[name]), max(twice, place.relative))
-
-
-def gradients(objective: Tensor, leaves: Values) -> Values:
-    return dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))
 
 
 def check_logprob(
@@ -105,9 +97,12 @@ def check_logprob(
 
 def check_loss(
     place: Place, dtype: torch.dtype, *, frozen: bool = False, accumulated: bool = False, guarded: bool = False,
-    chunk_rows: int | None = None, divergence: Any = "jensen_shannon", **variant: Any,
+    ids_on_cpu: bool = False, one_chunk: bool = False, long: bool = False, divergence: Any = "jensen_shannon",
+    **variant: Any,
 ) -> Iterator[Finding]:  # fmt: skip
     """guarded: rows whose sums leave the range of float32; accumulated: the head's gradient into weight_grad_out."""
+    if long:
+        place = place._replace(lengths=[place.chunk_rows + 2, 3, place.chunk_rows + 5])
     inputs = make(place, dtype, **variant)
     settings: dict[str, Any] = dict(divergence=divergence, log_z=0.3, cu_seqlens=packing(place.lengths))
     if guarded:
@@ -115,12 +110,14 @@ def check_loss(
         inputs.sequences["behavior_logprob"][26] = 200.0
         settings["ratio"] = "none"
     leaves, arguments = inputs.on(place, dtype)
+    if ids_on_cpu:
+        arguments["target_ids"] = inputs.target_ids
     sequences = {name: x.to(place.device) for name, x in inputs.sequences.items()}
     wanted = {name: x for name, x in leaves.items() if not (frozen and name != "hidden")}
     for name in leaves.keys() - wanted.keys():
         leaves[name].requires_grad_(False)
     into = torch.ones(leaves["weight"].shape, device=place.device) if accumulated else None
-    with poisoned(chunk_rows or place.chunk_rows):
+    with poisoned(10 * place.chunk_rows if one_chunk else place.chunk_rows):
         out = fdpg_loss(**leaves, **arguments, **sequences, **settings, weight_grad_out=into, impl="triton")
         if into is None:
             found = gradients(out.loss, wanted)
@@ -142,6 +139,7 @@ def check_loss(
     by_token = -weight[owner] / len(lengths)
     exact_logprob = linear_logprob(**exact_leaves, target_ids=inputs.target_ids, **inputs.options, impl="reference")
     exact = gradients((exact_logprob * by_token).sum(), {name: exact_leaves[name] for name in wanted})
+    arguments["target_ids"] = inputs.target_ids.to(place.device)
     plain = gradients((plain_values(leaves, **arguments)["logprob"] * by_token.float().to(place.device)).sum(), wanted)
     yield from gradient_findings(place, dtype, found, exact, plain)
 
@@ -224,8 +222,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 LOSSES: dict[str, dict[str, Any]] = VARIANTS | {
     "rows out of range": dict(guarded=True),
     "rows out of range, capped": dict(guarded=True, **CAPPED),
-    "one chunk": dict(chunk_rows=4096),
-    "one chunk, ignored rows": dict(chunk_rows=4096, ignored=True),
+    "one chunk": dict(one_chunk=True),
+    "several long sequences": dict(long=True),
+    "several long sequences, accumulated": dict(long=True, accumulated=True),
+    "ignored rows, ids on the CPU": dict(ignored=True, ids_on_cpu=True),
+    "one chunk, ignored rows": dict(one_chunk=True, ignored=True),
     "frozen head": dict(frozen=True),
     "accumulated": dict(accumulated=True),
     "a user's divergence": dict(divergence=MINE),

@@ -120,3 +120,11 @@ def plain_values(leaves: dict[str, Tensor], target_ids: Tensor, temperature: Any
     return {"logprob": picked} | {
         name: x.masked_fill(dead, 0.0) for name, x in (("entropy", entropy), ("lse", logits.logsumexp(-1)))
     }
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.detach().cpu().double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def gradients(objective: Tensor, leaves: Values) -> Values:
+    return dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))
