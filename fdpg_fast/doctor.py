@@ -113,7 +113,7 @@ def probe_vllm() -> tuple[dict[str, Any], str | None]:
 def _ops(device: torch.device) -> str:
     narrow = torch.empty(0, dtype=torch.bfloat16, device=device)
     if choose_impl("auto", narrow, multiplies=True) == "triton":
-        return "fdpg_kernels: triton for bfloat16, chunked for float32"
+        return "fdpg_kernels: triton"
     try:
         choose_impl("triton", narrow, multiplies=True)
     except ValueError as error:

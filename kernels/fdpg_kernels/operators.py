@@ -39,6 +39,7 @@ SEQUENCES = "Tensor cu_seqlens, Tensor behavior_logprob, Tensor target_log_score
 OPTIONS = "str divergence, Tensor? baseline, str ratio, float? ratio_cap, float? reward_cap"
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: torch 2.10 cannot trace it
 EXACT = ("ieee", "none")  # settings of float32 products that are no TF32 or bfloat16
+MULTIPLIED = (torch.float16, torch.bfloat16, torch.float32)  # by Triton
 KERNELS: dict[str, Callable] = {}  # what runs inside each operator
 # of the name that this package was imported under: Hugging Face's hub loads several versions in one process
 NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __package__)
@@ -48,7 +49,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 def choose_impl(impl: str, tensor: Tensor, *, multiplies: bool = False) -> str:
     """`impl`, with "auto" resolved for an op on this tensor: Triton where it can run, else chunked PyTorch.
 
-    multiplies: the op is a product with the head, which on a GPU takes bfloat16: float32 is left to cuBLAS.
+    multiplies: the op is a product with the head; float64 is left to PyTorch.
 
     Raises:
         ValueError: there is no such implementation, or it cannot run here.
@@ -227,12 +228,11 @@ def _obstacle(tensor: Tensor, multiplies: bool) -> str | None:
     """Why Triton cannot take this tensor."""
     if not HAS_TRITON:
         return "needs the package triton, which is not installed"
-    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return f"takes bfloat16 or float32, not {tensor.dtype}" if multiplies and tensor.itemsize > 4 else None
-    if tensor.device.type != "cuda" or torch.version.cuda is None:
-        return f"needs an NVIDIA GPU, not {tensor.device}"
-    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or newer"
-    if multiplies and tensor.dtype != torch.bfloat16:
-        return f"takes bfloat16, not {tensor.dtype}"
+    if not (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        if tensor.device.type != "cuda" or torch.version.cuda is None:
+            return f"needs an NVIDIA GPU, not {tensor.device}"
+        if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return "needs a GPU of compute capability 8.0 or newer"
+    if multiplies and tensor.dtype not in MULTIPLIED:
+        return f"takes float16, bfloat16 or float32, not {tensor.dtype}"
     return None

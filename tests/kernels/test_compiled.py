@@ -16,7 +16,8 @@ from support.ahead_of_time import faults
 PROGRAM = """
 import json
 from support.ahead_of_time import build_all, cases
-crowded = {(case.chip, case.config): case for case in cases() if case.config and "anchored" in case.name}
+anchored = [case for case in cases() if "anchored" in case.name]
+crowded = {(case.chip, case.config, case.constants["SPLIT"]): case for case in anchored}
 for made in build_all([case for case in cases() if case.chip == 90 or case in crowded.values()]):
     print(json.dumps(made))
 """

@@ -17,44 +17,14 @@ import pytest
 import torch
 
 from fdpg_kernels import Divergence, divergences, fdpg_loss, linear_logprob, sequence_weights
-from fdpg_kernels.triton import head as head_module
-from fdpg_kernels.triton import launch
 from fdpg_kernels.triton import tiles as configs
 from support.kernel_cases import ALLOW_ZEROS, NAMES, batch, head_batch
-from support.kernel_checks import rounds_as_a_gpu
+
+pytestmark = pytest.mark.usefixtures("poisoned", "rounding")
 
 LENGTHS = [3, 0, 20, 9, 2, 0, 40, 4]  # with chunks of 32 rows: groups, empty sequences, one that spans chunks
 LEAVES = ("hidden", "weight", "bias")
 HEADS = [dict(), dict(temperature=0.6), dict(softcap=2.5), dict(softcap=30.0, temperature=1.3)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fresh memory holds NaN, as it may on a GPU; chunks are small, so that there are several."""
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-
-        def poison(*args, make=make, **kwargs):
-            made = make(*args, **kwargs)
-            return made.fill_(math.nan) if made.is_floating_point() else made
-
-        monkeypatch.setattr(launch.torch, name, poison)
-    monkeypatch.setattr(head_module, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(head_module, "STATISTICS_BYTES", 2048)
-
-
-@pytest.fixture(params=["TMA", "pointers"])
-def loads(request, monkeypatch):
-    choose = configs.choose
-    if request.param == "pointers":
-        monkeypatch.setattr(configs, "choose", lambda *a, **k: choose(*a, **k | {"aligned": False}))
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def rounding():
-    with rounds_as_a_gpu():
-        yield
 
 
 def head(n, d, v, dtype, seed=0):
@@ -358,7 +328,7 @@ def test_the_choice_of_a_tile(width, aligned, plain, chip, expected):
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     leaves, target_ids = head(6, 8, 11, torch.float64)
-    with pytest.raises(ValueError, match="takes bfloat16 or float32, not torch.float64.*'chunked' runs everywhere"):
+    with pytest.raises(ValueError, match="float16, bfloat16 or float32, not torch.float64.*'chunked' runs everywhere"):
         linear_logprob(*leaves[:2], target_ids, impl="triton")
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="needs an NVIDIA GPU, not cpu"):

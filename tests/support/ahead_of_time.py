@@ -32,6 +32,7 @@ from . import machine_code
 OWN_PRODUCT = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 103: "UTCHMMA", 120: "HMMA"}
 REGISTERS = 65_536  # of an SM
 GIVEN = "a pointer"
+HALVES = "float32 in halves"
 CROWDED = dict(RAGGED=True, HAS_BIAS=True, HAS_SOFTCAP=True, temperature_ptr=GIVEN)
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -73,26 +74,37 @@ def cases() -> Iterator[Case]:
                 crowded = "HAS_SOFTCAP" in constants
                 if not plain_only if crowded else config != tiles.SQUARE:
                     yield _gemm(chip, config, anchored, feature, constants)
+                    if anchored and {"GUARDED", "beta_ptr"} & constants.keys() and config not in tiles.CANDIDATES:
+                        yield _gemm(chip, config, anchored, feature, constants, "float16")
+                        # halves are aligned by their making; on Blackwells they take the square tile
+                        if config != tiles.UNALIGNED and not (plain_only and chip in (100, 103)):
+                            yield _gemm(chip, config, anchored, feature, constants, HALVES)
         yield from _row_kernels(chip)
 
 
-def _gemm(chip: int, config: Config, anchored: bool, feature: str, constants: dict[str, Any]) -> Case:
-    def matrix(height: int, width: int) -> str:
-        return f"tensordesc<bf16[{height}, {width}]>" if config.tma else "*bf16"
+def _gemm(
+    chip: int, config: Config, anchored: bool, feature: str, constants: dict[str, Any], dtype: str = "bfloat16"
+) -> Case:
+    kind, split = "fp16" if dtype == "float16" else "bf16", dtype == HALVES
+
+    def matrix(height: int, width: int, kind: str) -> str:
+        return f"tensordesc<{kind}[{height}, {width}]>" if config.tma else f"*{kind}"
 
     flags: dict[str, Any] = dict(HAS_BIAS=False, HAS_SOFTCAP=False, RAGGED=False, GUARDED=False)
-    flags["EVEN_D"] = config != tiles.UNALIGNED
-    flags |= dict.fromkeys(("temperature_ptr", "alpha_ptr", "beta_ptr", "moment_ptr")) | constants
+    flags |= dict(EVEN_D=split or config != tiles.UNALIGNED, SPLIT=split)
+    nothing = ("temperature_ptr", "alpha_ptr", "beta_ptr", "moment_ptr") + ("e_low",) * (not split)
+    flags |= dict.fromkeys(nothing) | constants
     flags = {name: value for name, value in flags.items() if value != GIVEN}
-    types = {"x": matrix(config.BM, config.BD), "w": matrix(config.BV, config.BD), "e": matrix(config.BM, config.BV)}
-    types |= {"bias_ptr": "*bf16", "flag_ptr": "*i32", "scale2": "fp32", "softcap": "fp32"}
+    types = {"x": matrix(config.BM, config.BD, kind), "w": matrix(config.BV, config.BD, kind)}
+    types |= dict.fromkeys(("e", "e_low"), matrix(config.BM, config.BV, "bf16"))
+    types |= {"bias_ptr": "*fp32" if split else f"*{kind}", "flag_ptr": "*i32", "scale2": "fp32", "softcap": "fp32"}
     # as at run time, so many of the sizes are multiples of 16 (D = 4,096, V = 49,152) that loads come in words of 16
     types |= dict.fromkeys(
         ("D", "stride_x", "stride_w") * flags["EVEN_D"] + ("V", "stride_e") * (not flags["RAGGED"]), "i32:16"
     )
     tile = f"{config.BM}×{config.BV}×{config.BD}{' TMA' if config.tma else ''}"
     return Case(
-        f"{'anchored' if anchored else 'statistics'} {tile}, {feature}",
+        f"{'anchored' if anchored else 'statistics'} {tile}, {feature}{'' if dtype == 'bfloat16' else f', {dtype}'}",
         chip,
         gemm.head_gemm,
         types,
@@ -111,6 +123,7 @@ def _row_kernels(chip: int) -> Iterator[Case]:
     scalars = {name: "fp32" for name in ("inverse_temperature", "temperature", "softcap", "divisor")}
     wide = {f"{n}_ptr": "*fp64" for n in ("score", "log_z", "baseline", "result")} | {"clipped_ptr": "*i8"}
     types = head | ids | ints | scalars | wide
+    halves = {"x_ptr": "*fp32", "e_low_ptr": "*bf16", "scaled_low_ptr": "*bf16"}
     both = dict(HAS_BIAS=True, HAS_SOFTCAP=True)
     caps = dict(HAS_RATIO=True, LOG_RATIO_CAP=2.0, REWARD_CAP=5.0, HAS_BASELINE=True)
     for family, exponent in (("power", -0.5), ("jensen_shannon", 0.0), ("reverse_kl", 0.0), ("total_variation", 0.0)):
@@ -118,14 +131,16 @@ def _row_kernels(chip: int) -> Iterator[Case]:
         law = dict(FAMILY=family, EXPONENT=exponent, FACTOR=-1.0, AT_INFINITY=at_infinity, BT=128) | caps
         for kernel in (weights.weigh_sequences, rows.finish_sequences):
             yield Case(f"{kernel.__name__} {family}", chip, kernel, types, law, dict(num_warps=4))
-    for kernel, constants in (
+    for kernel, constants, *others in (
         (rows.target_logits, both | dict(ANCHORED=True, BT=16, BD=128)),
         (rows.sum_rows, dict(BT=32, BS=128)),
         (rows.finish_statistics, dict(GUARDED=True, BT=32, BS=128)),
-        (rows.prepare_gradients, dict(HAS_SOFTCAP=True, BT=32, BD=128)),
-        (rows.write_targets, dict(HAS_SOFTCAP=True, BT=128)),
+        (rows.prepare_gradients, dict(e_low_ptr=None, scaled_low_ptr=None, HAS_SOFTCAP=True, BT=32, BD=128)),
+        (rows.prepare_gradients, dict(HAS_SOFTCAP=True, BT=32, BD=64), halves),
+        (rows.write_targets, dict(e_low_ptr=None, HAS_SOFTCAP=True, BT=128)),
+        (rows.write_targets, dict(HAS_SOFTCAP=True, BT=128), halves),
     ):
-        yield Case(kernel.__name__, chip, kernel, types, constants, dict(num_warps=4))
+        yield Case(kernel.__name__, chip, kernel, types | dict(*others), constants, dict(num_warps=4))
 
 
 def build(case: Case) -> dict[str, Any]:

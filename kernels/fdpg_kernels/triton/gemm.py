@@ -53,21 +53,28 @@ def any_flag(flag_ptr, count, BLOCK: tl.constexpr):
 @triton.jit
 def matrix_product(
     x, w, row, column, N, D, V, stride_x, stride_w,
-    TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """x[row : row+BM] · w[column : column+BV]ᵀ in float32, [BM, BV]; rows and columns past the end hold anything."""
+    """x[row : row+BM] · w[column : column+BV]ᵀ in float32, [BM, BV]; rows and columns past the end hold anything.
+
+    SPLIT: a row is two bfloat16 halves of D that add up to it; multiplied are high·high, high·low and low·high.
+    """
     accumulator = tl.zeros((BM, BV), tl.float32)
     rows = tl.minimum(row + tl.arange(0, BM), N - 1).to(tl.int64)
     columns = tl.minimum(column + tl.arange(0, BV), V - 1).to(tl.int64)
     depth = tl.arange(0, BD)
-    for d in range(0, D, BD):
+    for d in range(0, 3 * D if SPLIT else D, BD):
+        at_x, at_w = d, d
+        if SPLIT:
+            at_x = tl.where(d < D, d, d - D)
+            at_w = tl.where(d < 2 * D, d, d - 2 * D)
         if TMA:
-            a = x.load([row, d])
-            b = w.load([column, d])
+            a = x.load([row, at_x])
+            b = w.load([column, at_w])
         elif EVEN_D:
-            a = tl.load(x + rows[:, None] * stride_x + (d + depth)[None, :])
-            b = tl.load(w + columns[:, None] * stride_w + (d + depth)[None, :])
+            a = tl.load(x + rows[:, None] * stride_x + (at_x + depth)[None, :])
+            b = tl.load(w + columns[:, None] * stride_w + (at_w + depth)[None, :])
         else:
             inside = (d + depth < D)[None, :]
             a = tl.load(x + rows[:, None] * stride_x + (d + depth)[None, :], mask=inside, other=0.0)
@@ -80,15 +87,28 @@ def matrix_product(
 
 
 @triton.jit
+def store_tile(e, z, row, column, N, stride_e, TMA: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr):
+    if TMA:
+        e.store([row, column], z.to(e.dtype))
+    else:
+        # E's pitch is a multiple of 16 bytes; told so, the compiler stores whole words, into the padding too
+        WORD: tl.constexpr = 128 // e.dtype.element_ty.primitive_bitwidth
+        stride_e = stride_e // WORD * WORD
+        rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BV)
+        offset = rows.to(tl.int64)[:, None] * stride_e + columns[None, :]
+        tl.store(e + offset, z.to(e.dtype.element_ty), mask=(rows < N)[:, None] & (columns < stride_e)[None, :])
+
+
+@triton.jit
 def one_tile(
-    x, w, e, bias_ptr, temperature_ptr, anchor_ptr, alpha_ptr, beta_ptr, maximum_ptr, sum_ptr, moment_ptr,
+    x, w, e, e_low, bias_ptr, temperature_ptr, anchor_ptr, alpha_ptr, beta_ptr, maximum_ptr, sum_ptr, moment_ptr,
     tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
     ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
-    TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_row * BM, tile_column * BV
-    z = matrix_product(x, w, row, column, N, D, V, stride_x, stride_w, TMA, EVEN_D, UPCAST, BM, BV, BD)
+    z = matrix_product(x, w, row, column, N, D, V, stride_x, stride_w, TMA, EVEN_D, UPCAST, SPLIT, BM, BV, BD)
     rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BV)
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
@@ -120,14 +140,11 @@ def one_tile(
             z = tl.exp2(z) * slant
         if HAS_SOFTCAP:
             z = z * slope
-        if TMA:
-            e.store([row, column], z.to(e.dtype))
-        else:
-            # E's pitch is a multiple of 16 bytes; told so, the compiler stores whole words, into the padding too
-            WORD: tl.constexpr = 128 // e.dtype.element_ty.primitive_bitwidth
-            stride_e = stride_e // WORD * WORD
-            offset = rows.to(tl.int64)[:, None] * stride_e + columns[None, :]
-            tl.store(e + offset, z.to(e.dtype.element_ty), mask=(rows < N)[:, None] & (columns < stride_e)[None, :])
+        high = z.to(tl.bfloat16) if SPLIT else z
+        if SPLIT:  # before the first store, after which z needs no registers
+            low = (z - high.to(tl.float32)).to(tl.bfloat16)
+            store_tile(e_low, low, row, column, N, stride_e, TMA, BM, BV)
+        store_tile(e, high, row, column, N, stride_e, TMA, BM, BV)
     else:
         # the largest is found before scaling: one FFMA and one EX2 for each logit
         largest = tl.max(z, 1) * scale2
@@ -150,10 +167,11 @@ def one_tile(
     ],
 )
 def head_gemm(
-    x, w, e, bias_ptr, temperature_ptr, anchor_ptr, alpha_ptr, beta_ptr, maximum_ptr, sum_ptr, moment_ptr, flag_ptr,
+    x, w, e, e_low,
+    bias_ptr, temperature_ptr, anchor_ptr, alpha_ptr, beta_ptr, maximum_ptr, sum_ptr, moment_ptr, flag_ptr,
     N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
     ANCHORED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr,
-    GUARDED: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr,
+    GUARDED: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP_M: tl.constexpr, FLAG_ROWS: tl.constexpr,
 ):  # fmt: skip
     """x [N, D] and w [V, D] (descriptors where TMA, else pointers) → partials [V/BV, N] float32, and e [N, V].
@@ -174,7 +192,8 @@ def head_gemm(
             run = tl.max(tl.load(flag_ptr + flags, mask=flags < tl.cdiv(N, FLAG_ROWS), other=0), 0) != 0
         if run:
             one_tile(
-                x, w, e, bias_ptr, temperature_ptr, anchor_ptr, alpha_ptr, beta_ptr, maximum_ptr, sum_ptr, moment_ptr,
+                x, w, e, e_low,
+                bias_ptr, temperature_ptr, anchor_ptr, alpha_ptr, beta_ptr, maximum_ptr, sum_ptr, moment_ptr,
                 tile_row, tile_column, N, D, V, stride_x, stride_w, stride_e, scale2, softcap,
-                ANCHORED, HAS_BIAS, HAS_SOFTCAP, RAGGED, TMA, EVEN_D, UPCAST, BM, BV, BD,
+                ANCHORED, HAS_BIAS, HAS_SOFTCAP, RAGGED, TMA, EVEN_D, UPCAST, SPLIT, BM, BV, BD,
             )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..arguments import IGNORED, Gradients, Head, LogitGradients, Logprobs, Wants, is_ignored
 from ..chunks import CHUNK_ROWS, Sums, card_bytes, even_chunks, plan
 from . import gemm, rows, tiles
+from .precision import INTERPRETED, Operand, accumulate, as_two, product, stored_as, summands
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2_E = 1 / math.log(2)
 STATISTICS_BYTES = 2**26  # of the partials of an online softmax
 ROWS = 8 if INTERPRETED else 32  # that a program adds the partials of
 SLICE = 16 if INTERPRETED else 128  # partials of a row that it adds at a time
+WHOLE = 16 if INTERPRETED else 64  # hidden units: a multiple of every tile's BD
 DEPTH = 32 if INTERPRETED else 128  # hidden units that a program of a row kernel takes at a time
 
 
@@ -55,7 +55,8 @@ class Products:
         self.temperature = None if head.row_temperature is None else head.row_temperature.contiguous()
         self.num_tokens, self.width = hidden.shape
         self.vocabulary = len(self.weight)
-        item = hidden.element_size()
+        self.stored = dtype, count = stored_as(hidden.dtype)
+        item, split = dtype.itemsize, count > 1
         self.pitch = -(-self.vocabulary * item // 16) * 16 // item  # of a row of E: TMA wants multiples of 16 bytes
         aligned = self.width * item % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (self.hidden, self.weight))
         capability, self.processors, l2_bytes = 0, 1, 0
@@ -64,8 +65,13 @@ class Products:
             capability = 10 * properties.major + properties.minor
             self.processors, l2_bytes = properties.multi_processor_count, properties.L2_cache_size
         plain = self.bias is None and head.softcap is None and self.temperature is None
-        self.config = tiles.choose(capability, self.width, aligned=aligned, plain=plain, l2_bytes=l2_bytes)
-        limit = (head.chunk_bytes or card_bytes(hidden.device)) // (self.pitch * item)
+        plain = plain and not (split and capability >= 100)  # the widest tile would spill
+        # a summand of float32 has whole tiles, for the next one follows, and the product runs through three
+        self.depth = triton.cdiv(self.width, WHOLE) * WHOLE if split else self.width
+        wide, aligned = self.depth * (2 * split + 1), aligned or split
+        self.config = tiles.choose(capability, wide, aligned=aligned, plain=plain, l2_bytes=l2_bytes)
+        self.operands = [Operand(x, self.stored, self.depth) for x in (self.hidden, self.weight)]
+        limit = (head.chunk_bytes or card_bytes(hidden.device)) // (self.pitch * item * count)
         if head.chunk_bytes is None:
             limit = min(limit, CHUNK_ROWS)
         self.chunk_rows = max(self.config.BM, limit // self.config.BM * self.config.BM)
@@ -79,14 +85,12 @@ class Products:
         self.anchor, self.top, self.total, self.logprob = (self._floats(self.num_tokens) for _ in range(4))
         self._e: Tensor | None = None
         # a single chunk's share of the head's gradient is all of it: no detour by a float32 sum
-        dtype = head.weight_grad_dtype or head.weight.dtype if len(heights) == 1 else torch.float32
-        device = hidden.device
+        wanted = head.weight_grad_dtype or head.weight.dtype
+        wanted = wanted if len(heights) == 1 and wanted == dtype else torch.float32
         self.sums = Sums(
             torch.empty_like(hidden) if wants[0] else None,
-            torch.empty(head.weight.shape, dtype=dtype, device=device) if wants[1] else None,
-            torch.zeros(self.vocabulary, dtype=torch.float32, device=device)
-            if wants[2] and self.bias is not None
-            else None,
+            torch.empty_like(self.weight, dtype=wanted) if wants[1] else None,
+            self._floats(self.vocabulary).zero_() if wants[2] and self.bias is not None else None,
         )
 
     def chunks(self, start: int, stop: int) -> list[slice]:
@@ -140,20 +144,22 @@ class Products:
         into = into or self.sums
         height = chunk.stop - chunk.start
         e, scale = self._buffer(height), self._floats(height)
-        scaled = torch.empty(height, self.width, dtype=self.hidden.dtype, device=self.hidden.device)
-        rows.prepare_gradients[(triton.cdiv(height, 32), triton.cdiv(self.width, DEPTH))](
-            self.hidden, scaled, e, self.target_ids, self.target, self.top, self.total, weight, sequence_index, scale,
-            self.temperature, chunk.start, height, self.width, self.vocabulary, self.width, self.pitch,
+        dtype, count = self.stored
+        scaled, depth = torch.empty(count, height, self.width, dtype=dtype, device=self.hidden.device), DEPTH // count
+        rows.prepare_gradients[(triton.cdiv(height, 32), triton.cdiv(self.width, depth))](
+            self.hidden, *as_two(scaled), *as_two(e), self.target_ids, self.target, self.top, self.total,
+            weight, sequence_index, scale, self.temperature,
+            chunk.start, height, self.width, self.vocabulary, self.width, self.pitch,
             self.head.temperature, self.cap, divisor,
-            HAS_SOFTCAP=self.head.softcap is not None, BT=32, BD=DEPTH,
+            HAS_SOFTCAP=self.head.softcap is not None, BT=32, BD=depth,
         )  # fmt: skip
-        f = e[:, : self.vocabulary]
+        f = e[..., : self.vocabulary]
         if into.hidden is not None:
-            torch.mul(_product(f, self.weight), scale[:, None], out=into.rows(chunk))
+            torch.mul(product(f, self.operands[1].matrices()), scale[:, None], out=into.rows(chunk))
         if into.weight is not None:
-            _accumulate(into.weight, f.T, scaled, first=into.is_first)
+            accumulate(into.weight, f.mT, scaled, first=into.is_first)
         if into.bias is not None:
-            into.bias += _product(scale.to(f.dtype)[None], f)[0]
+            into.bias += product(summands(scale[None], *self.stored).unbind(1), f)[0]
         into.is_first = False
 
     def add_logit_gradients(self, chunk: slice, results: Logprobs, given: LogitGradients) -> None:
@@ -161,19 +167,18 @@ class Products:
         height, ids = chunk.stop - chunk.start, self.target_ids.shape[1]
         beta = None if given.beta is None else given.beta[chunk] / LOG2_E  # the product's log π has base 2
         self._multiply(chunk, (), anchored=True, slant=(given.alpha[chunk], beta))
-        e = self._buffer(height)
+        f, into = self._buffer(height)[..., : self.vocabulary], self.sums
         rows.write_targets[(triton.cdiv(height * ids, 128),)](
-            e, self.target_ids, results.logprob, results.lse, *given, self.temperature,
+            *as_two(f), self.target_ids, results.logprob, results.lse, *given, self.temperature,
             chunk.start, height * ids, ids, self.vocabulary, self.pitch, self.head.temperature, self.cap,
             HAS_SOFTCAP=self.head.softcap is not None, BT=128,
         )  # fmt: skip
-        f, into = e[:, : self.vocabulary], self.sums
         if into.hidden is not None:
-            _accumulate(into.hidden[chunk], f, self.weight, first=True)
+            accumulate(into.hidden[chunk], f, self.operands[1].matrices(), first=True)
         if into.weight is not None:
-            _accumulate(into.weight, f.T, self.hidden[chunk], first=into.is_first)
+            accumulate(into.weight, f.mT, self.operands[0].matrices(chunk), first=into.is_first)
         if into.bias is not None:
-            into.bias += _product(f.new_ones(1, height), f)[0]
+            into.bias += product(f.new_ones(1, 1, height), f)[0]
         into.is_first = False
 
     def gradients(self) -> Gradients:
@@ -186,8 +191,9 @@ class Products:
 
     def _buffer(self, height: int) -> Tensor:
         if self._e is None:  # at once as high as any chunk: one that grows lies beside the one before
-            self._e = torch.empty(self.height, self.pitch, dtype=self.hidden.dtype, device=self.hidden.device)
-        return self._e[:height]
+            dtype, count = self.stored
+            self._e = torch.empty(count, self.height, self.pitch, dtype=dtype, device=self.hidden.device)
+        return self._e[:, :height]
 
     def _partials(self, chunk: slice, kinds: int = 2) -> Tensor:
         """Of each row and column of tiles: maximum, sum and, for the entropy, moment of the exponentials."""
@@ -203,11 +209,13 @@ class Products:
         slant: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         config, height = self.config, chunk.stop - chunk.start
-        operands: tuple[Any, ...] = (self.hidden[chunk], self.weight, self._buffer(height) if anchored else None)
+        x, w = (operand.rows for operand in self.operands)
+        pitch = x.shape[1]
+        operands: tuple[Any, ...] = x[chunk], w, *(as_two(self._buffer(height)) if anchored else (None, None))
         if config.tma:
-            shapes = (height, self.width), (self.vocabulary, self.width), (height, self.vocabulary)
-            pitches = self.width, self.width, self.pitch  # a single row may have any stride
-            tiles = (config.BM, config.BD), (config.BV, config.BD), (config.BM, config.BV)
+            shapes = (height, pitch), (self.vocabulary, pitch), *[(height, self.vocabulary)] * 2
+            pitches = pitch, pitch, self.pitch, self.pitch  # a single row may have any stride
+            tiles = (config.BM, config.BD), (config.BV, config.BD), *[(config.BM, config.BV)] * 2
             operands = tuple(
                 x if x is None else TensorDescriptor(x, [*shape], [pitch, 1], [*tile])
                 for x, shape, pitch, tile in zip(operands, shapes, pitches, tiles, strict=True)
@@ -216,12 +224,12 @@ class Products:
         gemm.head_gemm[(programs,)](
             *operands, self.bias, None if self.temperature is None else self.temperature[chunk],
             self.anchor[chunk] if anchored else None, *slant, *partials, *[None] * (3 - len(partials)), flag,
-            height, self.width, self.vocabulary, self.width, self.width, self.pitch,
+            height, self.depth, self.vocabulary, pitch, pitch, self.pitch,
             LOG2_E / self.head.temperature, self.cap,
             ANCHORED=anchored, RAGGED=self.vocabulary % config.BV != 0 and slant[0] is None,  # what lies past V adds up
-            GUARDED=flag is not None, TMA=config.tma, EVEN_D=self.width % config.BD == 0, UPCAST=INTERPRETED,
+            GUARDED=flag is not None, TMA=config.tma, EVEN_D=self.depth % config.BD == 0, UPCAST=INTERPRETED,
             **self.flags, BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=config.group_rows, FLAG_ROWS=ROWS,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            SPLIT=self.stored[1] > 1, num_warps=config.num_warps, num_stages=config.num_stages,
             enable_fp_fusion=True,  # one FFMA for scale and shift of a logit; later Tritons leave it off
         )  # fmt: skip
 
@@ -234,30 +242,3 @@ class Products:
             self.anchor, self.top, self.total, entropy, flag,
             chunk.start, height, self.columns, GUARDED=flag is not None, BT=ROWS, BS=SLICE,
         )  # fmt: skip
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a·b with float32 accumulation and result."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _accumulate(into: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """into += a·b, accumulated in float32; the first one writes."""
-    if not (a.is_cuda and a.dtype != torch.float32):
-        product = _product(a, b)
-        into.copy_(product) if first else into.add_(product)
-    elif first and into.dtype == a.dtype:
-        matmul = torch.backends.cuda.matmul
-        setting = f"allow_{'bf16' if a.dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
-        before = getattr(matmul, setting)
-        setattr(matmul, setting, False)  # what a product is split into is summed in float32, too
-        try:
-            torch.mm(a, b, out=into)
-        finally:
-            setattr(matmul, setting, before)
-    elif first:
-        torch.mm(a, b, out_dtype=torch.float32, out=into)
-    else:
-        torch.addmm(into, a, b, out_dtype=torch.float32, out=into)

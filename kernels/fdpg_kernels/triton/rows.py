@@ -170,10 +170,19 @@ def finish_sequences(
         )  # fmt: skip
 
 
+@triton.jit
+def store(high_ptr, low_ptr, at, value, mask):
+    """A number in the dtype of the one, or as the sum of both."""
+    high = value.to(high_ptr.dtype.element_ty)
+    tl.store(high_ptr + at, high, mask=mask)
+    if low_ptr is not None:
+        tl.store(low_ptr + at, (value - high.to(tl.float32)).to(low_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["offset", "height"])
 def prepare_gradients(
-    x_ptr, scaled_ptr, e_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, weight_ptr, sequence_ptr, scale_ptr,
-    temperature_ptr, offset, height, D, V, stride_x, stride_e, temperature, softcap, divisor,
+    x_ptr, scaled_ptr, scaled_low_ptr, e_ptr, e_low_ptr, target_ids_ptr, target_ptr, top_ptr, total_ptr, weight_ptr,
+    sequence_ptr, scale_ptr, temperature_ptr, offset, height, D, V, stride_x, stride_e, temperature, softcap, divisor,
     HAS_SOFTCAP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Turn E into F = E − s·1[y] and x into c·x, so that ∇hidden = c·(F·W) and ∇head = Fᵀ·(c·x).
@@ -199,7 +208,7 @@ def prepare_gradients(
     x = tl.load(x_ptr + tokens.to(tl.int64)[:, None] * stride_x + depth[None, :], mask=mask, other=0.0)
     scaled = x.to(tl.float32) * scale[:, None]
     at = rows.to(tl.int64)[:, None] * D + depth[None, :]
-    tl.store(scaled_ptr + at, scaled.to(scaled_ptr.dtype.element_ty), mask=mask)
+    store(scaled_ptr, scaled_low_ptr, at, scaled, mask)
     if tl.program_id(1) == 0:
         tl.store(scale_ptr + rows, scale, mask=inside)
         entry = tl.exp(tl.load(top_ptr + tokens, mask=inside & live, other=0.0)) - total
@@ -207,12 +216,12 @@ def prepare_gradients(
             capped = tl.load(target_ptr + tokens, mask=inside, other=0.0) * temperature / softcap
             entry = entry * (1 - capped * capped)
         at_target = rows.to(tl.int64) * stride_e + tl.where(valid, target, 0)
-        tl.store(e_ptr + at_target, entry.to(e_ptr.dtype.element_ty), mask=inside & valid)
+        store(e_ptr, e_low_ptr, at_target, entry, inside & valid)
 
 
 @triton.jit(do_not_specialize=["offset", "count"])
 def write_targets(
-    e_ptr, target_ids_ptr, logprob_ptr, lse_ptr, at_target_ptr, alpha_ptr, beta_ptr, temperature_ptr,
+    e_ptr, e_low_ptr, target_ids_ptr, logprob_ptr, lse_ptr, at_target_ptr, alpha_ptr, beta_ptr, temperature_ptr,
     offset, count, K, V, stride_e, temperature, softcap, HAS_SOFTCAP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Complete a gradient π·(α + β·log π) of the logits by what `count` targets add, K to a row, from row `offset` on.
@@ -242,4 +251,4 @@ def write_targets(
         entry = entry * (1 - capped * capped)
     valid = inside & (target >= 0) & (target < V)
     at_entry = row.to(tl.int64) * stride_e + tl.where(valid, target, 0)
-    tl.store(e_ptr + at_entry, entry.to(e_ptr.dtype.element_ty), mask=valid)
+    store(e_ptr, e_low_ptr, at_entry, entry, valid)
