@@ -18,7 +18,8 @@ from .sequence_weights import sum_by_sequence
 # isort: split
 # after the module of the same name, which would take its place
 from .logprob import LinearLogprob
-from .ops import FDPGLoss, fdpg_loss, linear_logprob, sequence_weights
+from .loss import FDPGLoss, fdpg_loss
+from .ops import linear_logprob, sequence_weights
 from .tensor_parallel import sharded_linear_logprob
 
 __version__ = "0.1.0"

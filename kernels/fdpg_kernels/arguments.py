@@ -106,8 +106,10 @@ def as_local(name: str, tensor: Any) -> Any:
     placements = getattr(tensor, "placements", ())  # a DTensor has them; importing the class takes long
     if not all(placement.is_replicate() for placement in placements):
         raise ValueError(
-            f"{name} is a DTensor placed as {tuple(placements)}: call the op inside the forward of the module that "
-            f"FSDP wraps, pass {name}.full_tensor(), or give the to_local() of a split head to sharded_linear_logprob"
+            f"{name} is a DTensor placed as {tuple(placements)}: if FSDP has sharded it, call the op in the forward of "
+            f"the module that FSDP wraps, or pass {name}.full_tensor(); if its vocabulary is split, and hidden equal "
+            "on all ranks, pass hidden as a DTensor replicated on the head's mesh, or the head's to_local() to "
+            "sharded_linear_logprob. A plain hidden does not say which it is"
         )
     return tensor.to_local() if placements else tensor
 

@@ -1,46 +1,29 @@
-"""The three ops: their arguments checked and handed to the implementation that suits them, with gradients."""
+"""Log-probs and weights of sequences: arguments checked and handed to the implementation that suits them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import divergences, operators, reference
+from . import divergences, operators
 from .arguments import (
-    Head,
     Number,
     Options,
     Sequences,
-    as_local,
     as_tensor,
-    check_memory,
     check_sequences,
     check_targets,
     make_head,
 )
-from .arguments import result_dtype as result_dtype
 from .divergences import Divergence
 from .logprob import LinearLogprob, as_asked, token_logprobs
-from .operators import as_schema, choose_impl
+from .operators import choose_impl
 from .reference import SequenceWeights
+from .tensor_parallel import local_shard, sharded_linear_logprob
 
 if TYPE_CHECKING:
     from typing import Unpack  # of Python 3.11
-
-
-class FDPGLoss(NamedTuple):
-    """A loss and what it was made of.
-
-    Attributes:
-        loss: mean over sequences of −weight·log π, [].
-        weights: of each sequence, detached.
-    """
-
-    loss: Tensor
-    weights: SequenceWeights
 
 
 class HeadOptions(TypedDict, total=False):
@@ -105,7 +88,8 @@ def linear_logprob(
     Args:
         hidden: final hidden states, [N, D], [B, T, D] or any [..., D], floating point.
         weight: LM head, [V, D], same dtype as hidden; frozen (requires_grad False) it gets no gradient. A DTensor
-            is taken if it is replicated, as its `to_local()`.
+            is taken if it is replicated, as its `to_local()`; or split over the vocabulary, Shard(0) on a mesh of one
+            dimension, if hidden is a DTensor that is replicated on the same mesh, for `sharded_linear_logprob`.
         target_ids: one id a row, [...], or K of them, [..., K], signed integers; -100 marks an ignored one, whose
             log-prob is 0. Of a row that has no other id nothing counts: entropy and lse are 0.
         bias: [V] or None.
@@ -124,6 +108,10 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit.
     """
+    if (shard := local_shard(hidden, weight, bias)) is not None:
+        options: Any = dict(temperature=temperature, softcap=softcap, impl=impl)
+        options |= dict(return_entropy=return_entropy, return_lse=return_lse)
+        return sharded_linear_logprob(hidden, target_ids=target_ids, **shard, **options)
     rows, ids, head = make_head(hidden, target_ids, weight, bias, temperature, softcap)
     check_targets(ids, len(head.weight))
     impl = choose_impl(impl, rows, multiplies=True)
@@ -169,7 +157,7 @@ def sequence_weights(
             +inf. A GPU gives NaN weights for a NaN.
         RuntimeError: a CUDA graph is being captured, which would keep the tables of this call.
     """
-    sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z)
+    sequences = make_sequences(cu_seqlens, behavior_logprob, target_log_score, log_z)
     offset = as_tensor(baseline, policy_logprob.device)
     options = Options(divergences.get(divergence), offset, ratio, ratio_cap, reward_cap)
     check_sequences(policy_logprob, sequences, options)
@@ -177,117 +165,8 @@ def sequence_weights(
     return operators.sequence_weights(policy_logprob.detach(), sequences, options, choose_impl(impl, policy_logprob))
 
 
-def fdpg_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    cu_seqlens: Tensor,
-    behavior_logprob: Tensor,
-    target_log_score: Tensor,
-    log_z: Tensor | float,
-    *,
-    divergence: str | Divergence = "jensen_shannon",
-    baseline: Tensor | float | None = None,
-    ratio: str = "sequence",
-    ratio_cap: float | None = None,
-    reward_cap: float | None = None,
-    bias: Tensor | None = None,
-    temperature: Number = 1.0,
-    softcap: float | None = None,
-    total_sequences: int | None = None,
-    weight_grad_out: Tensor | None = None,
-    chunk_bytes: int | None = None,
-    impl: str = "auto",
-) -> FDPGLoss:
-    """A loss whose gradient is the f-DPG estimate of ∇D_f(π‖p) (Go et al. 2023, theorem 1).
-
-    The gradients of hidden, weight and bias are formed inside the forward pass, chunk by chunk on sequence
-    boundaries, so a sequence's weight is known before the head's gradient is; `backward` only scales them.
-    Under `torch.no_grad` none is formed.
-
-    Args:
-        hidden, weight, target_ids, bias, temperature, softcap: as in `linear_logprob`.
-        cu_seqlens, target_log_score, log_z, divergence, baseline, ratio, ratio_cap, reward_cap:
-            as in `sequence_weights`; chunks are cut on cu_seqlens, so leave it on the CPU: a GPU would be waited for.
-            target_ids may stay there as well: ignored rows are then left out of all products, which Triton otherwise
-            does on CPU tensors only.
-        behavior_logprob: log q of each token under its sampler, [N]; not read where target_ids is -100.
-        total_sequences: of the batch that this one is a part of: what the sum over sequences is divided by, B
-            where it is None. Losses of parts then add up to the loss of the whole.
-        weight_grad_out: `backward` adds the gradient in weight to it, [V, D] in float32 (float64 for float64 inputs)
-            or weight's dtype; weight itself then gets none.
-        chunk_bytes: of the block [chunk, V] of logits or their exponentials, more or less by a sequence, and one row at
-            least; None for 32 MiB on a CPU, and on a GPU a fiftieth of its memory, at least 1 GiB.
-        impl: "auto" | "triton" | "chunked" | "reference".
-
-    Returns:
-        FDPGLoss(loss [] float32, weights), float64 for float64 inputs and from the reference; the loss is
-        differentiable once in hidden, weight and bias.
-
-    Raises:
-        ValueError: see `linear_logprob` and `sequence_weights`.
-    """
-    if target_ids.ndim != 1:
-        raise ValueError(f"target_ids must be [N], sequences end to end; got {tuple(target_ids.shape)}")
-    hidden, ids, head = make_head(hidden, target_ids, weight, bias, temperature, softcap, ids_on_cpu=True)
-    check_targets(ids, len(head.weight))
-    into = as_local("weight_grad_out", weight_grad_out)
-    check_memory(chunk_bytes, into, head.weight)
-    head = head._replace(chunk_bytes=chunk_bytes)
-    total = len(cu_seqlens) - 1 if total_sequences is None else total_sequences
-    sequences = _sequences(cu_seqlens, behavior_logprob, target_log_score, log_z, total)
-    options = Options(divergences.get(divergence), as_tensor(baseline, hidden.device), ratio, ratio_cap, reward_cap)
-    check_sequences(hidden.detach()[:, 0], sequences, options)
-    impl = choose_impl(impl, hidden, multiplies=True)
-    if into is not None:  # the gradient is wanted even if weight itself wants none
-        wanting = head.weight if head.weight.requires_grad else head.weight.detach().requires_grad_()
-        head = head._replace(weight=wanting, weight_grad_dtype=into.dtype)
-    if impl == "reference":
-        if into is not None:
-            head = head._replace(weight=head.weight.detach().double().requires_grad_())
-            head.weight.register_hook(lambda gradient: (into.add_(gradient), gradient)[1])
-        loss, weights = reference.fdpg_loss(hidden, target_ids, head, sequences, options)
-        return FDPGLoss(loss, weights)
-    loss, columns, clipped = _FDPGLoss.apply(
-        hidden, head.weight, head.bias, target_ids, head[2:], into, sequences, as_schema(options), impl,
-        torch.is_grad_enabled(),
-    )  # fmt: skip
-    columns = columns.to(result_dtype(hidden))
-    return FDPGLoss(loss, SequenceWeights(*columns.unbind(), clipped))  # type: ignore[call-arg]
-
-
-class _FDPGLoss(torch.autograd.Function):
-    """Gradients are formed in the forward pass: the upstream gradient of a loss is one scalar."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, target_ids, settings, into, sequences, options, impl, with_grad):
-        head = Head(weight, bias, *settings)
-        wants = ctx.needs_input_grad[:3] if with_grad else (False, False, False)
-        loss, columns, clipped, gradients = operators.fdpg_loss(
-            hidden, target_ids, head, sequences, options, wants, impl
-        )
-        ctx.into = into
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(*gradients)
-        else:
-            ctx.gradients = gradients
-        ctx.mark_non_differentiable(columns, clipped)
-        return loss, columns, clipped
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, *_):
-        compiling = torch.compiler.is_compiling()
-        gradients = ctx.saved_tensors if compiling else ctx.gradients
-        if gradients is None:
-            raise RuntimeError("the gradients of this fdpg_loss were handed out already; call it again")
-        ctx.gradients = None
-        if ctx.into is not None:
-            ctx.into.addcmul_(gradients[1], upstream)
-            gradients = gradients[0], None, gradients[2]
-        scale = torch.mul if compiling else Tensor.mul_  # in place: a second [V, D] matrix is not needed
-        return *(None if g is None else scale(g, upstream) for g in gradients), *[None] * 7
-
-
-def _sequences(cu_seqlens: Tensor, behavior: Tensor, score: Tensor, log_z: Tensor | float, total: int = 1) -> Sequences:
+def make_sequences(
+    cu_seqlens: Tensor, behavior: Tensor, score: Tensor, log_z: Tensor | float, total: int = 1
+) -> Sequences:
+    """Sequences without gradients."""
     return Sequences(cu_seqlens, behavior.detach(), score.detach(), as_tensor(log_z, score.device), total)

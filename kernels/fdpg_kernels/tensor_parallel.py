@@ -112,6 +112,28 @@ def sharded_linear_logprob(
     return as_asked(results, target_ids.shape, return_entropy, return_lse, hidden.shape[:-1])
 
 
+def local_shard(hidden: Any, weight: Any, bias: Any = None) -> dict[str, Any] | None:
+    """What `sharded_linear_logprob` is to be told of a head that is split over the vocabulary; None if it is not.
+
+    weight is Shard(0) on a mesh of one dimension, and hidden replicated on that mesh. Plain hidden states do not say
+    that they are the same on all ranks, and a head that FSDP has sharded looks as one that is split.
+    """
+    mesh = getattr(weight, "device_mesh", None)  # a DTensor has one; importing the class takes long
+    if mesh is None or mesh.ndim != 1 or mesh != getattr(hidden, "device_mesh", None):
+        return None
+    if not (weight.placements[0].is_shard(0) and hidden.placements[0].is_replicate()):
+        return None
+    if bias is not None and getattr(bias, "placements", None) != weight.placements:
+        raise ValueError("bias must be a DTensor that is split as weight is")
+    vocabulary, rows = len(weight), -(-len(weight) // mesh.size())
+    return dict(
+        weight_shard=weight.to_local(),
+        bias=None if bias is None else bias.to_local(),
+        vocab_start=min(mesh.get_local_rank() * rows, vocabulary),
+        group=mesh.get_group(),
+    )
+
+
 class _SumGradients(torch.autograd.Function):
     """Hidden states, whose gradient is the sum of all ranks', rounded once."""
 
