@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fdpg_kernels import Divergence, SequenceWeights
 
+from . import ranks
 from .config.schema import LossConfig, OptimizerConfig
 from .errors import Diverged
+from .models import parallel
 from .models.language_model import LanguageModel
 from .rollouts import Rollouts
 
@@ -34,9 +36,8 @@ class Update:
 class Learner:
     """A policy that is trained in place over so many rounds, and its AdamW.
 
-    `micro_batch_tokens` bounds the memory of a forward and backward pass. `masters` are float32 copies of the trained
-    parameters, which AdamW works on where some are bfloat16: those do not move by less than 1/256 of themselves. There
-    are none where all are float32, as a LoRA adapter always is.
+    `micro_batch_tokens` bounds the memory of a forward and backward pass. AdamW works on float32 copies
+    of the trained parameters where some are bfloat16: those do not move by less than 1/256 of themselves.
     """
 
     def __init__(
@@ -47,15 +48,17 @@ class Learner:
         self._loss = {"ratio": loss.ratio, "ratio_cap": loss.ratio_cap, "reward_cap": loss.reward_cap}
         self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
         is_narrow = any(p.dtype != torch.float32 for p in self._parameters)
-        self.masters = [p.detach().float() for p in self._parameters] if is_narrow else []
-        self._trained = dict(zip(self._parameters, self.masters or self._parameters, strict=True))
-        # The two [V, D] parameters, or the one that is both: micro-batches add to one gradient of each, the loss to the
-        # head's in float32 and the embedding row by row to its own.
-        embedding, self._head = policy.model.get_input_embeddings().weight, self._trained.get(policy.head.weight)
-        for module in policy.model.modules():  # encoder and decoder look up one table
-            if isinstance(module, torch.nn.Embedding) and module.weight is embedding:
-                module.sparse = True
-        self._tables = {embedding, self._head} & {*self._parameters, *self.masters}
+        self._copies = [p.detach().float() for p in self._parameters] if is_narrow else []
+        self._trained = dict(zip(self._parameters, self._copies or self._parameters, strict=True))
+        self._head, self._tables = None, set()
+        if not parallel.is_divided(policy.model):
+            # The two [V, D] parameters, or the one that is both: micro-batches add to one gradient of each, the loss to
+            # the head's in float32 and the embedding row by row to its own.
+            embedding, self._head = policy.model.get_input_embeddings().weight, self._trained.get(policy.head.weight)
+            for module in policy.model.modules():  # encoder and decoder look up one table
+                if isinstance(module, torch.nn.Embedding) and module.weight is embedding:
+                    module.sparse = True
+            self._tables = {embedding, self._head} & {*self._parameters, *self._copies}
         self.optimizer = torch.optim.AdamW(  # fused: one pass over the parameters, and no temporaries of their size
             self._trained.values(), optimizer.learning_rate, BETAS, weight_decay=optimizer.weight_decay, fused=True
         )
@@ -71,24 +74,26 @@ class Learner:
         for table in self._tables:
             table.grad = torch.zeros_like(table)
         device = self.policy.device
-        loss, columns = torch.zeros((), device=device), []
+        loss, found, columns = torch.zeros((), device=device), [], torch.zeros(0)
         options: dict[str, Any] = {"divergence": divergence, "total_sequences": len(rollouts), **self._loss}
         options["weight_grad_out"] = None if self._head is None else self._head.grad
-        for rows in rollouts.micro_batches(self.micro_batch_tokens):
+        batches = rollouts.micro_batches(self.micro_batch_tokens)
+        for rows, is_own in ranks.passes(batches, rollouts.lengths.tolist()):
             batch = rollouts.part(rows)
             options["baseline"] = baseline[rows].to(device)
             sequences = [x.to(device) for x in (batch.behavior_logprob, target_log_score[rows], log_z[rows])]
-            result = self.policy.head(
-                self.policy.hidden(batch), batch.token_ids.to(device), batch.cu_seqlens, *sequences, **options
-            )
-            result.loss.backward()
-            loss += result.loss.detach()
-            columns.append(result.weights)
-        return loss, SequenceWeights(*(torch.cat(column).cpu() for column in zip(*columns, strict=True)))
+            result = self.policy.loss(batch, *sequences, **options)
+            (result.loss * is_own).backward()
+            columns = torch.stack(result.weights[:-1])
+            if is_own:
+                loss += result.loss.detach()
+                found.append((rows, torch.cat([columns, result.weights.clipped[None]]).cpu()))
+        *values, clipped = ranks.whole(found, columns.new_empty(len(columns) + 1, len(rollouts), device="cpu"))
+        return ranks.total(loss), SequenceWeights(*values, clipped.bool())  # type: ignore[call-arg]
 
     def step(self, loss: Tensor, weights: SequenceWeights, round_index: int) -> Update:
         """Descend once along the gradient that `backward` left, whose results these are."""
-        for parameter, master in zip(self._parameters, self.masters, strict=False):
+        for parameter, master in zip(self._parameters, self._copies, strict=False):
             if parameter.grad is not None:
                 master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
                 parameter.grad = None
@@ -104,13 +109,18 @@ class Learner:
                 group["lr"] = rate
             self.optimizer.step()
             with torch.no_grad():
-                for parameter, master in zip(self._parameters, self.masters, strict=False):
+                for parameter, master in zip(self._parameters, self._copies, strict=False):
                     parameter.copy_(master)
             # the one norm that is a single fast pass, 0.05 s for 135 M parameters on a CPU
             if not bool(torch.nn.utils.get_total_norm(self._parameters).isfinite()):
                 raise Diverged("weights are not finite, or huge, after this round's step")
         self.optimizer.zero_grad(set_to_none=True)
         return Update(float(loss), norm, rate, weights, skipped)
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The trained parameters in float32, where the policy is saved in another dtype."""
+        return [] if self.policy.saved_dtype == torch.float32 else list(self._trained.values())
 
     @property
     def optimizer_bytes(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import by_context
+from .models import parallel
 from .models.language_model import LanguageModel
 
 
@@ -42,8 +43,8 @@ class AdaptiveProposal:
         return weights | {"samples": self._samples.clone(), "version": torch.tensor(self.version)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.model.tensors():
-            tensor.copy_(state[f"weights.{name}"])
+        for name, tensor in self.model.model.state_dict().items():
+            tensor.copy_(parallel.part_of(state[f"weights.{name}"], tensor))
         self.version, self._samples = int(state["version"]), state["samples"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fdpg_kernels import sum_by_sequence
 
+from . import ranks
 from .clock import Clock
 from .errors import Diverged
 from .features import Completions, started
@@ -53,7 +55,7 @@ class Scorer:
         with contextlib.ExitStack() as until_done:
             with clock("features"):
                 texts = self._texts(rollouts)
-                wait_for_values = until_done.enter_context(started(self.target.features, texts))
+                wait_for_values = until_done.enter_context(self._started(texts))
             with clock("base"), self.base.as_base() as base:
                 token_logprobs = base.token_logprobs(rollouts, self.micro_batch_tokens)
             with clock("features"):
@@ -69,8 +71,21 @@ class Scorer:
 
     def values(self, base: Rollouts) -> Tensor:
         """Of the target's features on samples of the base, [B, F]: there log φ is log P/q."""
-        with started(self.target.features, self._texts(base)) as wait_for_values:
+        with self._started(self._texts(base)) as wait_for_values:
             return wait_for_values()
+
+    @contextlib.contextmanager
+    def _started(self, texts: Completions) -> Iterator[Callable[[], Tensor]]:
+        """As `started`, each process asking about its share of the texts: who asks once gets one answer."""
+        own = ranks.share(len(texts.completions))
+        with started(self.target.features, texts.part(own)) as wait_for_values:
+
+            def all_values() -> Tensor:
+                values = wait_for_values().T
+                place = slice(own.start, own.stop)
+                return ranks.whole([(place, values)], values.new_empty(len(values), len(texts.completions))).T
+
+            yield all_values if ranks.count() > 1 else wait_for_values
 
     def rows(self, scores: Scores, count: int) -> list[dict[str, Any]]:
         """A few completions, evenly from all of them, as samples.jsonl records them."""

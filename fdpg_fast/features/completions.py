@@ -6,12 +6,13 @@ import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..rollouts import Rollouts
 
 GIVEN = {"completions", "prompts", "texts", "completion_ids", "finished"}
+ROWS = ("completions", "prompts", "completion_ids", "finished")
 ON_REQUEST = {"completion_texts", "prompt_texts", "tokenizer"}  # only to a function that names them
 
 
@@ -39,6 +40,14 @@ class Completions:
         if not self.continues_prompt:
             return list(self.completions)
         return [prompt + text for prompt, text in zip(self.prompts, self.completions, strict=True)]
+
+    def part(self, rows: range) -> Completions:
+        """The completions of a range."""
+        rows_of: dict[str, Any] = {
+            name: [values[i] for i in rows] for name, values in vars(self).items() if name in ROWS
+        }
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        return replace(self, **rows_of, columns=columns, chats=[self.chats[i] for i in rows] if self.chats else ())
 
     def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
         """What the function takes, by name, of GIVEN, ON_REQUEST and the columns: copies, to do with as it likes.

@@ -35,7 +35,7 @@ class EncoderDecoderModel(LanguageModel):
     _layout = "as an encoder-decoder"
 
     def __init__(self, model: PreTrainedModel):
-        self.model, config = model.eval(), model.config
+        self.model, self.dtype, config = model.eval(), model.dtype, model.config
         if getattr(config, "decoder_start_token_id", None) is None:
             raise UserError(f"model: the config of {type(model).__name__} names no decoder_start_token_id")
         forced = getattr(model.generation_config, "forced_bos_token_id", None)

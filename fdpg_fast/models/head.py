@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fdpg_kernels import FDPGLoss, fdpg_loss, linear_logprob
 
+from . import parallel
+
 
 class FusedHead(nn.Module):
     """A head whose forward is the loss. Its parameters are those of the model's own output layer, tied or not.
@@ -37,12 +39,20 @@ class FusedHead(nn.Module):
 
     def forward(self, hidden: Tensor, token_ids: Tensor, *sequences: Tensor, **options: Any) -> FDPGLoss:
         """The loss of N tokens with hidden states [N, D]; cu_seqlens and what follows it are as in `fdpg_loss`."""
-        settings: Any = options | self._scaling()
-        return fdpg_loss(hidden, self.weight, token_ids, *sequences, **settings)
+
+        def run(hidden: Tensor) -> FDPGLoss:
+            settings: Any = options | self._scaling()
+            return fdpg_loss(hidden, self.weight, token_ids, *sequences, **settings)
+
+        return parallel.inside(self.layer, run, hidden)
 
     def logprob(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """log-probs of tokens [N] that states [N, D] predict, [N] float32; differentiable."""
-        return linear_logprob(hidden, self.weight, token_ids, **self._scaling())
+
+        def run(hidden: Tensor) -> Tensor:
+            return linear_logprob(hidden, self.weight, token_ids, **self._scaling())
+
+        return parallel.inside(self.layer, run, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, D] → [B, V] float32, multiplied in float32: logits of 30 in bfloat16 are off by a tenth of a nat."""

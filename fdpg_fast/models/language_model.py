@@ -7,16 +7,20 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from fdpg_kernels import FDPGLoss
+
+from .. import ranks
 from ..contexts import Context
 from ..errors import UserError, is_out_of_memory, one_line
 from ..rollouts import Rollouts, pack
-from . import attention
+from . import attention, parallel
 from .decoding import ContinuedDecoding, Decoding
 from .head import FusedHead
 
@@ -35,7 +39,7 @@ class LanguageModel:
     _window = attention.UNLIMITED  # tokens that its layers see at a time
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model.eval()
+        self.model, self.dtype = model.eval(), model.dtype
         kind = type(model).__name__
         try:
             model.set_attn_implementation(attention.IMPLEMENTATION)
@@ -50,6 +54,11 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """Of the weights that `save` writes."""
+        return self.dtype
 
     @property
     def max_length(self) -> int:
@@ -89,15 +98,37 @@ class LanguageModel:
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """The hidden state that predicts each completion token, [N, D]; carries gradients where they are on."""
         self.refuse_lengths(rollouts.contexts, int(rollouts.lengths.max()))
-        batch = attention.PackedBatch(rollouts, self.device, self.model.dtype)
+        batch = attention.PackedBatch(rollouts, self.device, self.dtype)
         states = attention.run(self.model, batch.input_ids, batch.position_ids, batch)
         return states[0].index_select(0, batch.target_rows)
+
+    def loss(self, rollouts: Rollouts, *sequences: Tensor, **options: Any) -> FDPGLoss:
+        """The f-DPG loss of a micro-batch, whose tensors [B] and [N] these are; options as of `fdpg_loss`."""
+
+        def run() -> FDPGLoss:
+            tokens = rollouts.token_ids.to(self.device)
+            return self.head(self.hidden(rollouts), tokens, rollouts.cu_seqlens, *sequences, **options)
+
+        return parallel.inside(self.model, run)
 
     @torch.no_grad()
     def token_logprobs(self, rollouts: Rollouts, micro_batch_tokens: int) -> Tensor:
         """log-probs of the completions' tokens under this model, [N] float32 on the CPU."""
-        batches = map(rollouts.part, rollouts.micro_batches(micro_batch_tokens))
-        return torch.cat([self.head.logprob(self.hidden(b), b.token_ids.to(self.device)).cpu() for b in batches])
+
+        def run(batch: Rollouts) -> Tensor:
+            return self.head.logprob(self.hidden(batch), batch.token_ids.to(self.device)).cpu()
+
+        ends, found = rollouts.cu_seqlens.tolist(), []
+        for rows, is_own in ranks.passes(rollouts.micro_batches(micro_batch_tokens), rollouts.lengths.tolist()):
+            logprob = parallel.inside(self.model, run, rollouts.part(rows))
+            found += [(slice(ends[rows.start], ends[rows.stop]), logprob)] * is_own
+        parallel.release(self.model)
+        return ranks.whole(found, torch.empty(rollouts.num_tokens))
+
+    def divide(self, dtype: torch.dtype | None) -> None:
+        """Spread over all processes; the dtype that passes compute in, None: that of the parameters."""
+        self.dtype = dtype or self.dtype
+        parallel.divide(self.model, dtype)
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[LanguageModel]:
@@ -106,7 +137,8 @@ class LanguageModel:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What this policy amounts to, under the names and in the shapes that the module has for it."""
-        yield from self.model.state_dict().items()
+        for name, tensor in self.model.state_dict().items():
+            yield name, parallel.full(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
 
     def weights(self, repeat_tied: bool = True) -> Iterator[tuple[str, Tensor]]:
         """What an engine samples with: names and shapes as in a checkpoint, block by block, in the model's dtype.
@@ -123,15 +155,18 @@ class LanguageModel:
     @torch.no_grad()
     def take_weights(self, policy: LanguageModel) -> None:
         """Become a copy of another: this model has its shape."""
-        own = dict(self.tensors())
+        own = self.model.state_dict()
         for name, tensor in policy.tensors():
-            own[name].copy_(tensor)
+            own[name].copy_(parallel.part_of(tensor, own[name]))
 
     def save(self, folder: Path) -> None:
-        """Write what was trained, as `from_pretrained` reads it."""
+        """Write what was trained, as `from_pretrained` reads it: the first process does, all gather."""
+        state = parallel.gathered(self.tensors()) if parallel.is_divided(self.model) else None
+        if not ranks.is_first():
+            return
         generation, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=state)
         finally:
             self.model.generation_config = generation
         if generation is not None:  # transformers reads any, but writes none that it calls invalid, as Llama 2's
@@ -169,11 +204,11 @@ class LanguageModel:
         return self.model(torch.cat([prompt, completion])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
 
 
-def default_micro_batch_tokens(model: PreTrainedModel) -> int:
+def default_micro_batch_tokens(policy: LanguageModel) -> int:
     """Tokens whose activations take 256 MiB (8 GiB on a GPU), but no fewer than 448: products of fewer rows are slow.
 
     A layer keeps about 20 numbers for each hidden unit and token until its backward pass (19.4 measured on a Llama).
     """
-    config = model.config.get_text_config()
-    token_bytes = 20 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-    return max(448, (2**28 if model.device.type == "cpu" else 2**33) // token_bytes)
+    config = policy.model.config.get_text_config()
+    token_bytes = 20 * config.num_hidden_layers * config.hidden_size * policy.dtype.itemsize
+    return max(448, (2**28 if policy.device.type == "cpu" else 2**33) // token_bytes)

@@ -17,8 +17,10 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import ranks
 from ..config.schema import LoRAConfig
 from ..errors import UserError, one_line
+from . import parallel
 from .language_model import LanguageModel
 
 ADAPTER = "default"  # as peft calls the first
@@ -66,6 +68,10 @@ class LoRAPolicy(LanguageModel):
                 raise UserError(f"checkpoint {checkpoint} lacks {missing[0]}, which this run trains")
         super().__init__(model)
 
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        return torch.float32
+
     @contextlib.contextmanager
     def as_base(self) -> Iterator[LanguageModel]:
         """This module with its adapter off: no second set of weights."""
@@ -84,14 +90,16 @@ class LoRAPolicy(LanguageModel):
                 name = name.replace(".base_layer", "")
                 if layer := layers.get(name):
                     tensor = (tensor + layer.get_delta_weight(ADAPTER)).to(tensor.dtype)
-                yield name, tensor
+                yield name, parallel.full(tensor)
 
     def save(self, folder: Path) -> None:
         """Write the adapter alone, as peft does."""
         import peft
 
         adapter = peft.get_peft_model_state_dict(self.model, adapter_name=ADAPTER, save_embedding_layers=False)
-        tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapter.items()}
+        tensors = {f"base_model.model.{k}": x.contiguous() for k, x in parallel.gathered(adapter.items()).items()}
+        if not ranks.is_first():
+            return
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self._peft_config.save_pretrained(folder)
 

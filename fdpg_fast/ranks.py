@@ -1,0 +1,146 @@
+"""The processes of a run, which torchrun starts: each knows all of a round, and only what takes long is divided.
+
+What a process finds for its part goes into a vector of zeros that is summed over all of them: exactly, for x + 0 is x.
+From there on each does the same arithmetic on the same numbers. Without torchrun there is one, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PATIENCE = timedelta(hours=6)  # the others wait meanwhile, as where one samples from servers, or draws plots
+Sent = TypeVar("Sent")
+_beside: Any = None  # a group for what a thread exchanges while the main thread uses the first
+
+
+def joined() -> bool:
+    """Whether torchrun has started this process, as one of several or as the only one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def join(device: str) -> str:
+    """Meet the other processes, if there are any; the device that is this process's."""
+    if not joined():
+        return device
+    if torch.device(device).type == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    global _beside
+    if not dist.is_initialized():
+        if os.environ["RANK"] != "0":
+            logging.getLogger("fdpg_fast").setLevel(logging.ERROR)  # the first one speaks
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+        _beside = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return device
+
+
+def is_lonely(error: BaseException) -> bool:
+    """Whether this is what a process raises when another one that it waits for is gone."""
+    return count() > 1 and (isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error)))
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+def share(total: int, width: int = 1) -> range:
+    """Which of so many things, in a row, are the part of this process, or of the `width` that it belongs to."""
+    place, parts = rank() // width, count() // width
+    return range(total * place // parts, total * (place + 1) // parts)
+
+
+def share_out(parts: Sequence[slice], costs: Sequence[int], world: int) -> list[list[slice]]:
+    """Ranges of sequences, equally many for each process and about equally long; every process finds the same.
+
+    parts, costs: ranges that fit into memory, and tokens of each sequence. A pass is of all processes at once, so where
+    the ranges are no multiple of the processes, all are cut anew: evenly, into as many more as are missing, if there
+    are as many sequences.
+    """
+
+    def cost(rows: slice) -> int:
+        return sum(costs[rows])
+
+    each = -(-len(parts) // world)
+    if len(parts) % world:
+        parts = _cut_evenly(costs, min(each * world, len(costs)))
+    shares: list[list[slice]] = [[] for _ in range(world)]
+    for rows in sorted(parts, key=cost, reverse=True):  # to the process with the fewest tokens that has a place left
+        free = [own for own in shares if len(own) < each]
+        min(free, key=lambda own: sum(map(cost, own))).append(rows)
+    return [sorted(own, key=lambda rows: rows.start) for own in shares]
+
+
+def _cut_evenly(costs: Sequence[int], count: int) -> list[slice]:
+    """So many ranges of sequences, none empty, each about as long as the others."""
+    ends = list(itertools.accumulate(costs))
+    cuts = [0]
+    for i in range(1, count):
+        wanted = ends[-1] * i / count
+        after = bisect.bisect_left(ends, wanted)  # the sequence in which the cut would lie
+        before = ends[after - 1] if after else 0
+        nearest = after + (ends[after] - wanted < wanted - before)
+        cuts.append(min(max(nearest, cuts[-1] + 1), len(costs) - count + i))
+    return [slice(a, b) for a, b in itertools.pairwise([*cuts, len(costs)])]
+
+
+def passes(parts: Iterable[slice], costs: Sequence[int]) -> list[tuple[slice, bool]]:
+    """The ranges that this process passes through a model, as many as every other; and whether they are its own.
+
+    One that has fewer repeats a range for company's sake: a pass is of all processes at once.
+    """
+    shares = share_out(list(parts), costs, count())
+    own, most = shares[rank()], max(map(len, shares))
+    company = (own or shares[0])[-1]
+    return [(rows, True) for rows in own] + [(company, False)] * (most - len(own))
+
+
+def whole(found: Iterable[tuple[slice, Tensor]], like: Tensor) -> Tensor:
+    """What each process found for some places of a vector [..., n], as all of it on every one; the shape of `like`."""
+    vector = torch.zeros_like(like)
+    for places, values in found:
+        vector[..., places] = values
+    return total(vector)
+
+
+def total(own: Tensor) -> Tensor:
+    """The sum over all processes of what each one has; replaces it."""
+    if count() > 1:
+        dist.all_reduce(own)
+    return own
+
+
+def gathered(own: Sent, beside: bool = False) -> list[Sent]:
+    """What each process has, in their order; anything that can be pickled. beside: perhaps in a thread."""
+    if count() == 1:
+        return [own]
+    everybodys: list[Sent] = [own] * count()
+    dist.all_gather_object(everybodys, own, group=_beside if beside else None)
+    return everybodys
+
+
+def from_first(own: Sent) -> Sent:
+    """What the first process has."""
+    if count() == 1:
+        return own
+    box = [own]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
