@@ -42,6 +42,8 @@ class EngineConfig(Section):
     """Completions are cut off there; a cut completion is a text without EOS."""
     max_sequences: Count = 256
     """Completions decoded side by side; bounds the memory of the key-value cache."""
+    tensor_parallel: Count = 1
+    """vllm under torchrun: processes, and so GPUs, over which one vLLM is spread; each has one of its own if 1."""
     urls: list[Annotated[str, AfterValidator(_server_address)]] = []
     """vllm_server: addresses of the servers, such as http://gpu-box:8000."""
     weight_transfer: Literal["nccl", "ipc", "disk"] = "nccl"
@@ -190,6 +192,7 @@ class TrainConfig(Section):
         is_fitted = any(isinstance(term, (DistributionalTerm, ImportedTarget)) for term in self.target)
         for section, keys, has_effect, beside in (
             ("engine", ("urls", "weight_transfer", "request_timeout"), is_served, "engine.kind: vllm_server"),
+            ("engine", ("tensor_parallel",), engine.kind in ("auto", "vllm"), "engine.kind: vllm"),
             ("engine", ("weights_dir",), engine.weight_transfer == "disk", "engine.weight_transfer: disk"),
             ("engine", ("max_sequences",), not is_served, "an engine.kind that is not a server with limits of its own"),
             ("proposal", ("every",), self.proposal.kind == "adaptive", "proposal.kind: adaptive"),

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from .. import ranks
 from ..config.schema import EngineConfig, TrainConfig
 from ..errors import UserError
 from ..measure.agreement import gap_limits
 from ..models.generation import advice
 from ..models.language_model import LanguageModel
 from ..models.load import load_model
+from .divided import DividedEngine
 from .embedded import TransformersEngine
 from .engine import Engine
 from .memory import CPU_SHARE, cache_bytes, machine_memory, room_beside_learner
@@ -36,6 +38,13 @@ def choose_engine(config: EngineConfig, device: torch.device, encoder_decoder: b
     Raises:
         UserError: it does not take this kind of model.
     """
+    if ranks.count() > 1 and config.kind == "vllm_server":
+        raise UserError("engine.kind: vllm_server takes weights from a learner of one process only; use vllm")
+    if config.tensor_parallel > 1 and (not ranks.joined() or ranks.count() % config.tensor_parallel):
+        found = f"torchrun has started {ranks.count()}" if ranks.joined() else "they are started by torchrun"
+        raise UserError(
+            f"engine.tensor_parallel: {config.tensor_parallel} wants a multiple of so many processes; {found}"
+        )
     if encoder_decoder and config.kind in ("auto", "transformers"):
         return "transformers", "the model is an encoder-decoder"
     if encoder_decoder:
@@ -105,21 +114,25 @@ def build_engine(
     limits = {"max_new_tokens": settings.max_new_tokens, "max_sequences": settings.max_sequences}
     if kind == "vllm":
         model, sleeps = policy.model, device.type == "cuda" and not samples_with_older(config)
-        room = machine_memory() // CPU_SHARE
+        room = machine_memory() // CPU_SHARE // ranks.count()
         if device.type == "cuda":
-            weight_bytes = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
+            weight_bytes = sum(p.numel() for p in model.parameters()) * policy.dtype.itemsize
             room = room_beside_learner(device, step, optimizer_bytes, weight_bytes, sleeps)
         sequences = settings.max_sequences
-        return VLLMEngine(
+        vllm = VLLMEngine(
             policy,
             config.model,
             eos_token_ids,
             **limits,
             max_length=max_length,
-            kv_cache_bytes=cache_bytes(model.config, model.dtype, room, max_length, sequences, device.type),
+            kv_cache_bytes=cache_bytes(model.config, policy.dtype, room, max_length, sequences, device.type),
             sleeps=sleeps,
             beside_learner=depth > 0,
             trust_remote_code=config.trust_remote_code,
+            width=settings.tensor_parallel,
         )
-    copy = load_model(config.model, config.dtype, str(device), config.trust_remote_code) if depth else None
-    return TransformersEngine(policy, eos_token_ids, **limits, copy=copy)
+        return DividedEngine(vllm, settings.tensor_parallel) if ranks.joined() else vllm
+    wants_copy = depth or ranks.joined()  # decoding needs all weights at every token
+    copy = load_model(config.model, config.dtype, str(device), config.trust_remote_code) if wants_copy else None
+    engine = TransformersEngine(policy, eos_token_ids, **limits, copy=copy)
+    return DividedEngine(engine) if ranks.joined() else engine

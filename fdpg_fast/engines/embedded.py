@@ -39,19 +39,27 @@ class TransformersEngine:
         self.max_new_tokens, self.max_sequences = max_new_tokens, max_sequences
 
     @torch.no_grad()
-    def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
-        """As `Engine.sample`."""
+    def sample(
+        self, contexts: Sequence[Context], samples_per_context: int, seed: int, share: range | None = None
+    ) -> Rollouts:
+        """As `PartialEngine.sample`."""
         generator = torch.Generator().manual_seed(seed)
         at_once = max(1, self.max_sequences // samples_per_context)  # contexts
-        completions: list[list[Completion]] = [[] for _ in contexts]
+        share = share or range(len(contexts))
+        completions: dict[int, list[Completion]] = {place: [] for place in share}
         for first in range(0, len(contexts), at_once):
             group = contexts[first : first + at_once]
+            own = range(max(first, share.start), min(first + len(group), share.stop))
             for begun in range(0, samples_per_context, self.max_sequences):  # one context may want more than fit
                 count = min(self.max_sequences, samples_per_context - begun)
-                for i, completion in enumerate(self._decode(group, count, generator)):
-                    completions[first + i // count].append(completion)
-                advance(count * len(group))
-        return pack(contexts, completions)
+                # drawn up front, so that a completion does not depend on which others are still growing
+                uniform = torch.rand(self.max_new_tokens, len(group), count, generator=generator, dtype=torch.float64)
+                if own:
+                    part, uniform = contexts[own.start : own.stop], uniform[:, own.start - first : own.stop - first]
+                    for i, completion in enumerate(self._decode(part, uniform.flatten(1))):
+                        completions[own.start + i // count].append(completion)
+                advance(count * len(own))
+        return pack([contexts[place] for place in share], list(completions.values()))
 
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
         """Sample from this very module: nothing to move, unless there is to be a copy."""
@@ -65,12 +73,10 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _decode(self, contexts: Sequence[Context], count: int, generator: torch.Generator) -> list[Completion]:
-        """So many completions of each context, those of a context side by side."""
-        model, device, limit = self.language_model, self.language_model.device, self.max_new_tokens
-        total, eos = count * len(contexts), self.eos_token_ids.to(device)
-        # drawn up front, so that a completion does not depend on how many others are still growing
-        uniform = torch.rand(limit, total, generator=generator, dtype=torch.float64).to(device)
+    def _decode(self, contexts: Sequence[Context], uniform: Tensor) -> list[Completion]:
+        """Completions, as many of each context, side by side, out of one number in [0, 1) a token, [T, B] float64."""
+        model, device, (limit, total) = self.language_model, self.language_model.device, uniform.shape
+        count, eos, uniform = total // len(contexts), self.eos_token_ids.to(device), uniform.to(device)
         tokens = torch.zeros(total, limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(total, limit, device=device)
         rows = torch.arange(total, device=device)  # completions in `decoding`; some have ended already

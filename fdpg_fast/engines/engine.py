@@ -17,7 +17,8 @@ class Engine(Protocol):
         version: of the weights that it samples with; −1 before the first sync.
     """
 
-    version: int
+    @property
+    def version(self) -> int: ...
 
     def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         """Draw completions; equal arguments and weights give equal completions, whatever was drawn before.

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import ranks
 from ..contexts import Context
 from ..errors import RunError, UserError, one_line
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
-from .vllm_patches import own_classes, repack_experts, sampled_logprobs_only, without_global_draws
+from .vllm_patches import keeping_groups, own_classes, repack_experts, sampled_logprobs_only, without_global_draws
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class VLLMEngine:
         kv_cache_bytes: memory for keys and values.
         sleeps: give back weights and cache during the update (one GPU for both).
         beside_learner: rounds are sampled ahead, while other threads may draw from the global generators or seed them.
+        width: processes over which one vLLM is spread, of those that torchrun has started.
         trust_remote_code: run Python code that comes with the model's repository.
 
     Raises:
@@ -55,12 +57,13 @@ class VLLMEngine:
         sleeps: bool,
         beside_learner: bool,
         trust_remote_code: bool,
+        width: int = 1,
     ):
         self._policy, self._sleeps, self._beside_learner = policy, sleeps, beside_learner
         self._on_cpu = policy.device.type == "cpu"
         self._settings: dict[str, Any] = dict(
             model=path,
-            dtype=policy.model.dtype,
+            dtype=policy.dtype,
             trust_remote_code=trust_remote_code,
             max_model_len=max_length,
             max_num_seqs=max_sequences,
@@ -74,23 +77,30 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             disable_log_stats=True,
         )
+        if ranks.joined():  # vLLM's workers are the processes that are there, in their group
+            self._settings |= dict(distributed_executor_backend="external_launcher", tensor_parallel_size=width)
         self._sampling = sampling_settings(eos_token_ids, max_new_tokens)
         self.version, self._asleep = -1, False
         self._llm = _make_llm(self._settings, policy.device)
 
-    def sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
-        """As `Engine.sample`. An engine that failed once is started again: what it held would block it for good."""
+    def sample(
+        self, contexts: Sequence[Context], samples_per_context: int, seed: int, share: range | None = None
+    ) -> Rollouts:
+        """As `PartialEngine.sample`. One that failed once is started again: what it held would block it for good."""
         if self._asleep or self.version < 0:
             raise RunError("vLLM was asked to sample without the weights that a sync brings")
+        wanted = contexts, samples_per_context, seed, share or range(len(contexts))
         try:
-            return self._generate(contexts, samples_per_context, seed)
+            return self._generate(*wanted)
         except Exception as error:
+            if ranks.joined():  # the others do not start theirs again
+                raise RunError(f"vLLM failed: {_reason(error)}; continue with --resume") from error
             log.warning("vLLM failed (%s); starting it again with weights of version %d", _reason(error), self.version)
         try:
             self.close()
             self._llm, self._asleep = _make_llm(self._settings, self._policy.device), False
             self.sync_weights(self._policy, self.version)
-            return self._generate(contexts, samples_per_context, seed)
+            return self._generate(*wanted)
         except Exception as error:
             self.close()
             raise RunError(f"vLLM failed a second time: {_reason(error)}; continue with --resume") from error
@@ -125,14 +135,16 @@ class VLLMEngine:
         """As `Engine.close`; twice is once."""
         if self._llm is None:
             return
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self._llm.llm_engine.engine_core.shutdown()
+        with keeping_groups() if ranks.joined() else contextlib.nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         gc.collect()
-        cleanup_dist_env_and_memory()
+        if not ranks.joined():
+            from vllm.distributed import cleanup_dist_env_and_memory
 
-    def _generate(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
+            cleanup_dist_env_and_memory()
+
+    def _generate(self, contexts: Sequence[Context], samples_per_context: int, seed: int, share: range) -> Rollouts:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -142,8 +154,10 @@ class VLLMEngine:
         # vLLM from the global generators. It costs nothing in vLLM's second model runner, a few percent on a CPU, a
         # kernel a row in the first on a GPU.
         second_runner = getattr(self._llm.llm_engine.vllm_config, "use_v2_model_runner", False)
-        seeded = self._beside_learner or second_runner
-        seeds = [(seed + i * samples_per_context) % 2**62 if seeded else None for i in range(len(contexts))]
+        # So are those of many processes: a request must draw the same whatever else its process samples.
+        seeded = self._beside_learner or second_runner or ranks.joined()
+        seeds = [(seed + i * samples_per_context) % 2**62 if seeded else None for i in share]
+        contexts = [contexts[i] for i in share]
         parameters = [SamplingParams(**shared, seed=first) for first in seeds]
         prompts = [{"prompt_token_ids": list(context.token_ids)} for context in contexts]
         # features may be drawing from the global generators in another thread; else vLLM may have them for itself

@@ -90,6 +90,14 @@ def without_global_draws() -> contextlib.AbstractContextManager[None]:
     )
 
 
+def keeping_groups() -> contextlib.AbstractContextManager[None]:
+    """An engine that ends leaves the process groups alone, which the learner goes on with.
+
+    Seen with vLLM 0.32: it destroys the default group, whoever has made it. May go when it destroys only its own.
+    """
+    return _replaced("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda *_, **__: None)
+
+
 @contextlib.contextmanager
 def _replaced(name: str, value: Any) -> Iterator[None]:
     """A value under a dotted name, for as long as the block runs."""
