@@ -8,6 +8,7 @@ import gc
 import os
 import select
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from .progress import lines_for_a_person
 # runs small models many times slower
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 MAX_DRAWS = 4096
+PATIENCE = 20.0  # seconds
 LESS_MEMORY = (
     "lower trainer.micro_batch_tokens, engine.max_sequences or trainer.samples_per_context, "
     "or train with dtype: bfloat16 or lora"
@@ -45,6 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, RunError, KeyboardInterrupt) as error:
         return _end(error, str(error) or "stopped")
     except Exception as error:
+        from . import ranks
+
+        if ranks.is_lonely(error):
+            return _end(error, "another process of this run has ended")
         if not is_out_of_memory(error):
             raise  # a bug of ours, and the traceback helps to mend it
         return _end(error, f"out of memory ({one_line(error)[:200] or type(error).__name__}); {LESS_MEMORY}")
@@ -54,6 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _end(error: BaseException, said: str) -> int:
     """Say in one line how the command ended and, in the error's notes, where finished work is; its exit status."""
     line = "; ".join([said, *getattr(error, "__notes__", [])])
+    if number := int(os.environ.get("RANK", 0)):
+        line = f"process {number}: {line}"
+        if isinstance(error, UserError):  # which all find: the first one says it, and torchrun ends the others
+            time.sleep(PATIENCE)
     print(f"fdpg-fast: {printable(line)}", file=sys.stderr)
     return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
@@ -165,6 +175,7 @@ def _train(options: argparse.Namespace) -> None:
     else:
         config = load_config(options.config, options.overrides)
 
+    from . import ranks
     from .doctor import describe
     from .runs.tables import before_after_table
     from .trainer import Trainer
@@ -175,7 +186,8 @@ def _train(options: argparse.Namespace) -> None:
         print(*map(printable, dump_config(config).split("\n")), does, sep="\n")
         return
     result = trainer.train()
-    print(f"\n{before_after_table(result.run_dir)}\n\nreport: {result.report}")
+    if ranks.is_first():
+        print(f"\n{before_after_table(result.run_dir)}\n\nreport: {result.report}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

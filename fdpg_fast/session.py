@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import ranks
 from .clock import Clock
 from .config.schema import TrainConfig
 from .contexts import Context, Prompting, load_contexts
@@ -55,7 +56,7 @@ class Session:
         self.config, self.resumes, rounds = config, resume, config.trainer.rounds
         if not resume:
             refuse_taken(config.run_dir)
-        self._device = choose_device(config.device)
+        self._device = ranks.join(choose_device(config.device))
         check_installed(config.tracking)
         self.divergence = last_divergence(config.divergence)
         target = build_target(config, self._device)
@@ -87,16 +88,22 @@ class Session:
         if done > rounds:
             raise UserError(f"trainer.rounds: {rounds} is less than the {done} that the run has done")
         if config.lora is None:
-            policy = self._load(config.model if self.checkpoint is None else str(self.checkpoint))
+            policy = self._load(config.model if self.checkpoint is None else str(self.checkpoint), is_trained=True)
         else:
             policy = base = LoRAPolicy(base, config.lora, self.seed("lora", 0), self.checkpoint)
+        if ranks.joined():
+            base.divide(None)
+            if policy is not base:
+                policy.divide(base.dtype)
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
-        self.micro_batch_tokens = config.trainer.micro_batch_tokens or default_micro_batch_tokens(policy.model)
+        self.micro_batch_tokens = config.trainer.micro_batch_tokens or default_micro_batch_tokens(policy)
         # no activations are kept in scoring: larger micro-batches fit, and waste less
         self.scorer = Scorer(target, base, self.tokenizer, 4 * self.micro_batch_tokens, config.keep_special_tokens)
         proposal = None
         if config.proposal.kind == "adaptive":
             proposal = AdaptiveProposal(config.proposal.every, self._load(config.model))
+            if ranks.joined():
+                proposal.model.divide(None)
             proposal.model.take_weights(policy)
         self.sampling = Sampling(config, policy, self.micro_batch_tokens, proposal)
         learner = Learner(policy, config.loss, config.optimizer, rounds, self.micro_batch_tokens)
@@ -190,9 +197,11 @@ class Session:
         """Close the engine, if it was started."""
         self.sampling.close()
 
-    def _load(self, path: str) -> LanguageModel:
+    def _load(self, path: str, is_trained: bool = False) -> LanguageModel:
         with activity(f"loading {path}"):
-            return load_model(path, self.config.dtype, self._device, self.config.trust_remote_code)
+            # spread over processes, what is trained is its own master
+            dtype = "float32" if is_trained and ranks.joined() else self.config.dtype
+            return load_model(path, dtype, self._device, self.config.trust_remote_code)
 
 
 def choose_device(name: str) -> str:

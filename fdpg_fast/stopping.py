@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from . import ranks
+
 # what a process does about them if nobody has said anything else: nohup ignores SIGHUP, job managers bring handlers
 _DEFAULTS: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,
@@ -36,7 +38,7 @@ def stoppable(at_rest: Callable[[], bool]) -> Iterator[None]:
     def stop(number: int, _frame: Any) -> None:
         restore()
         _received.append(number)
-        if at_rest():
+        if at_rest() and ranks.count() == 1:  # several stop at the same place
             check()
 
     here = threading.current_thread() is threading.main_thread()
@@ -58,6 +60,8 @@ def signalled() -> BaseException | None:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt or Stopped where a signal has come."""
+    """Raise KeyboardInterrupt or Stopped where a signal has come; all processes of a run ask at once."""
+    if ranks.count() > 1:
+        _received[:] = [number for numbers in ranks.gathered(_received[:1]) for number in numbers]
     if error := signalled():
         raise error

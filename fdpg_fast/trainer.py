@@ -18,7 +18,6 @@ from .measure.evaluate import Evaluation
 from .preparation import prepare
 from .runs.metrics import Round
 from .runs.recorder import Recorder
-from .runs.report import write_report
 from .session import Session
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class Trainer:
                 run.record(self.round(index))
             if evaluate:
                 after = self._evaluate(run)
-            return RunResult(run.folder.path, before, after, write_report(run.folder.path) if evaluate else None)
+            return RunResult(run.folder.path, before, after, run.report() if evaluate else None)
 
     def round(self, index: int) -> Round:
         """Sync, sample, score, estimate and step, once. Until the step nothing has happened to what is trained."""

@@ -29,9 +29,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import ranks
 from ..contexts import Context
 from ..errors import UserError, disk_errors
 from ..learner import Learner
+from ..models import parallel
 from ..partition import Estimates
 from ..rollouts import Rollouts
 from ..sampling import Sampling
@@ -76,9 +78,13 @@ class TrainerState:
 
 def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokenizer: Any) -> Path:
     """Write the checkpoint of `settled.round` rounds and delete old ones; a RunError leaves what was there."""
+    moving = _moving(state)
     folder = run_dir / "checkpoints"
     final = folder / f"round-{settled.round:06d}"
     temporary = folder / f".writing-{final.name}"
+    if not ranks.is_first():
+        state.learner.policy.save(temporary)  # gathers, and leaves the writing to the first
+        return final
     try:
         with disk_errors(f"writing checkpoint {final}"):
             for unfinished in folder.glob(".writing-*"):  # of a process that was killed
@@ -87,7 +93,7 @@ def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokeni
             state.learner.policy.save(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / STATE).parent.mkdir()
-            save_file(_moving(state) | settled.tensors, temporary / TENSORS)
+            save_file(moving | settled.tensors, temporary / TENSORS)
             (temporary / STATE).write_text(json.dumps(settled.trainer, default=np.ndarray.tolist))
             files = sorted(path for path in temporary.rglob("*") if path.is_file())  # of a tokenizer in folders too
             sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in files]
@@ -135,10 +141,13 @@ def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], l
 
     optimizer, estimates, sampling = state.learner.optimizer, state.estimates, state.sampling
     groups = optimizer.state_dict()["param_groups"]
-    moments = {index: of(f"optimizer.{index}.") for index in groups[0]["params"]}
+    moments = {
+        index: {name: parallel.part_of(moment, parameter) for name, moment in of(f"optimizer.{index}.").items()}
+        for index, parameter in enumerate(optimizer.param_groups[0]["params"])
+    }
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for index, master in enumerate(state.learner.masters):
-        master.copy_(tensors[f"master.{index}"])
+        master.detach().copy_(parallel.part_of(tensors[f"master.{index}"], master))
     estimates.load_state(of("estimates."))
     if sampling.proposal is not None:
         sampling.proposal.load_state(of("proposal."))
@@ -153,12 +162,12 @@ def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], l
 
 
 def _moving(state: TrainerState) -> dict[str, Tensor]:
-    """What moves with the weights, at the end of a round."""
+    """What moves with the weights, at the end of a round; whole on the first process, nothing on the others."""
     groups = {f"optimizer.{i}.": moments for i, moments in state.learner.optimizer.state_dict()["state"].items()}
     groups["master."] = {str(i): master for i, master in enumerate(state.learner.masters)}
     if state.sampling.proposal is not None:
         groups["proposal."] = state.sampling.proposal.state()
-    return _named(groups)
+    return parallel.gathered(_named(groups).items())
 
 
 def _named(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -54,6 +54,10 @@ class RunFolder:
         with disk_errors(f"writing {self.path / name}"), open(self.path / name, "a", **TEXT) as file:
             file.write(to_json(row) + "\n")
 
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        write_whole(self.path / name, text)
+
     def forget_from(self, round_index: int) -> dict[str, int]:
         """Drop what rounds ≥ round_index left in the .jsonl files, to be written again; the last round of each file."""
         last = {}
@@ -75,6 +79,22 @@ class RunFolder:
 
     def close(self) -> None:
         self._lock.close()
+
+
+class NoFolder(RunFolder):
+    """The folder of a run that another process writes: what would go there is dropped."""
+
+    def __init__(self, path: str | Path):
+        self.path, self._made = Path(path), []
+
+    def append(self, name: str, row: Json) -> None: ...
+
+    def write(self, name: str, text: str) -> None: ...
+
+    def forget_from(self, round_index: int) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None: ...
 
 
 def refuse_taken(run_dir: str) -> None:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any, Self
 
+from .. import ranks
 from ..config.load import dump_config
 from ..config.schema import TrainConfig
 from ..divergence import last_divergence
@@ -18,8 +19,9 @@ from ..measure.evaluate import Evaluation
 from ..rollouts import Rollouts
 from ..stopping import Stopped, check, signalled, stoppable
 from .checkpoint import Settled, TrainerState, checkpoints, round_of, save_checkpoint
-from .folder import ORIGIN, TRACKING, Json, RunFolder, refuse_taken, write_whole
+from .folder import ORIGIN, TRACKING, Json, NoFolder, RunFolder, refuse_taken
 from .metrics import Round, progress_line, round_metrics
+from .report import write_report
 from .tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -35,15 +37,15 @@ class Recorder:
 
     def __init__(self, config: TrainConfig, feature_names: list[str], tokenizer: Any, origin: Json, *, resume: bool):
         self._config, self._names, self._tokenizer, self._resume = config, feature_names, tokenizer, resume
-        self.folder = RunFolder(config.run_dir)
+        self.folder = RunFolder(config.run_dir) if ranks.is_first() else NoFolder(config.run_dir)
         with contextlib.ExitStack() as opened:
             opened.callback(self.folder.close)
-            if not resume:
+            if not resume and ranks.is_first():
                 refuse_taken(config.run_dir)  # again: another process may have begun one since
                 (self.folder.path / TRACKING).unlink(missing_ok=True)  # hidden, and left when the rest was removed
             self.folder.rows()  # what is damaged is refused before anything is written
-            write_whole(self.folder.path / "config.yaml", dump_config(config))  # a resumed run may have more rounds now
-            write_whole(self.folder.path / ORIGIN, json.dumps(origin))
+            self.folder.write("config.yaml", dump_config(config))  # a resumed run may have more rounds now
+            self.folder.write(ORIGIN, json.dumps(origin))
             self._until_done = opened.pop_all()
         self._trackers: list[Tracker] = []
         self._watch, self._first, self._seconds = Watch(), 0, 0.0
@@ -88,7 +90,7 @@ class Recorder:
             sent = self.folder.forget_from(state.round)
             origin = f"after {checkpoint.name}" if checkpoint else "from round 0: it has no checkpoint yet"
             log.info("resuming %s %s", self.folder.path, origin)
-        for name in self._config.tracking:
+        for name in self._config.tracking if ranks.is_first() else ():
             self._trackers.append(Tracker(name, self._config, state.round, sent))
             self._until_done.callback(self._trackers[-1].close)
 
@@ -125,13 +127,18 @@ class Recorder:
         self._complain(metrics)
         check()
 
+    def report(self) -> Path:
+        """Write report.html; its path."""
+        return write_report(self.folder.path) if ranks.is_first() else self.folder.path / "report.html"
+
     def _leave_checkpoint(self, finished: int, error: BaseException) -> str:
         """Write what a run that ends early has done since its last checkpoint, and say in words what there is."""
         path, state = self.folder.path, self._state
         written, failure = max(map(round_of, checkpoints(path)), default=0), ""
         if state is not None and state.settled is not None and state.at_rest and not isinstance(error, Diverged):
             try:
-                if written < finished:
+                # writing takes all processes: they are together only where they have agreed to stop
+                if written < finished and (ranks.count() == 1 or isinstance(error, (Stopped, KeyboardInterrupt))):
                     written = round_of(self._save(state.settled))
             except RunError as full:
                 failure = f"{full}; "

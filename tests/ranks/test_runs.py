@@ -1,0 +1,122 @@
+"""Runs of two processes against the same runs of one: what they measure in every round, and what they leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from support import processes, runs
+from support.architectures import save_architecture
+
+ROUNDS = 5
+BEGINS = {"kind": "pointwise", "feature": {"kind": "regex", "name": "begins", "pattern": "^[ -Z]"}}
+# sums of both signs and differences of nearly equal numbers: held against 1e-4 nats, not against themselves
+NEARLY_ZERO = ("z/log_z", "engine/", "policy/kl_to_base", "policy/log_ratio_max", "proposal/kl_gain")
+
+
+@dataclass
+class Case:
+    """A run, and which model it trains."""
+
+    model: str = "tied"
+    sections: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "tied": Case(),
+    "untied": Case("untied"),
+    "LoRA": Case("untied", {"lora": {"rank": 4}}),
+    "fewer sequences than processes": Case(
+        sections={"trainer": {"contexts_per_round": 1, "samples_per_context": 1}, "loss": {"baseline": "none"}}
+    ),
+    "one micro-batch a sequence": Case(sections={"trainer": {"micro_batch_tokens": 1}}),
+    "very uneven lengths": Case(
+        # all completions of length 60 hold a letter, and of a target that all meet there is nothing to learn but noise
+        sections={"engine": {"max_new_tokens": 60}, "trainer": {"micro_batch_tokens": 64}, "target": [BEGINS]}
+    ),
+    "a round ahead": Case(sections={"trainer": {"pipeline_depth": 1}}),
+    "adaptive proposal": Case(sections={"proposal": {"kind": "adaptive", "every": 2}}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "tied": tiny_model,
+        "untied": save_architecture("qwen3", folder / "untied", tiny_model),
+    }
+
+
+def write(case: Case, models: dict[str, Path], folder: Path, run_dir: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    sections = {"contexts": {"train": str(runs.write_contexts(folder, *runs.PROMPTS))}} | case.sections
+    config = runs.settings(models[case.model], folder / run_dir, **sections)
+    config = runs.merged(config, {"engine": {"kind": "transformers"}, "trainer": {"rounds": ROUNDS}})
+    path = folder / f"{run_dir}.yaml"
+    path.write_text(runs.yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory) -> Path:
+    """Every case, trained by two processes and by one."""
+    folder = tmp_path_factory.mktemp("runs")
+    ended = processes.run(*(["train", write(case, models, folder / name, "two")] for name, case in CASES.items()))
+    assert ended.returncode == 0, ended.stderr
+    for name, case in CASES.items():
+        assert runs.call("train", write(case, models, folder / name, "one")) == 0
+    return folder
+
+
+def differences(ours: Path, expected: Path) -> dict[str, float]:
+    """Of each metric the largest difference in all rounds; relative, but for what is nearly zero."""
+    largest: dict[str, float] = {}
+    pairs = zip(runs.rows(ours / "metrics.jsonl"), runs.rows(expected / "metrics.jsonl"), strict=True)
+    for a, b in pairs:
+        assert a.keys() == b.keys()
+        for key in a:
+            if key.startswith(("time/", "memory/")) or a[key] == b[key]:
+                continue
+            scale = 1.0 if key.startswith(NEARLY_ZERO) else b["policy/length"] if key == "loss" else abs(b[key])
+            largest[key] = max(largest.get(key, 0.0), abs(a[key] - b[key]) / scale)
+    return largest
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_measure_what_one_does(finished, name):
+    found = differences(finished / name / "two", finished / name / "one")
+    assert {key: value for key, value in found.items() if not value <= 1e-4} == {}
+
+
+def test_a_checkpoint_goes_on_with_any_number_of_processes(models, tmp_path):
+    """2 → 2 to the last bit; 2 → 1 and 1 → 2 as near as sums in another order are."""
+    names = ("two", "one", "2 to 2", "2 to 1", "1 to 2")
+    paths = {name: write(Case("untied"), models, tmp_path / name, "run") for name in names}
+
+    def train(name: str) -> list[object]:
+        return ["train", paths[name], f"--trainer.rounds={2 if ' ' in name else 4}"]
+
+    def resume(name: str) -> list[object]:
+        return ["train", "--resume", tmp_path / name / "run", "--trainer.rounds=4"]
+
+    assert runs.call(*train("one")) == runs.call(*train("1 to 2")) == 0
+    ended = processes.run(train("two"), train("2 to 2"), resume("2 to 2"), train("2 to 1"), resume("1 to 2"))
+    assert ended.returncode == 0, ended.stderr
+    assert runs.call(*resume("2 to 1")) == 0
+
+    bitwise = [runs.record(tmp_path / name / "run") for name in ("2 to 2", "two")]
+    for record in bitwise:  # which has rows of where the first part ended
+        record.pop("evaluation.jsonl"), record.pop("samples.jsonl")
+    runs.assert_equal(*bitwise)
+    for name, whole in (("2 to 1", "two"), ("1 to 2", "one")):
+        both = [tmp_path / folder / "run" for folder in (name, whole)]
+        found = differences(*both)
+        assert {key: value for key, value in found.items() if not value <= 1e-5} == {}
+        ours, theirs = (AutoModelForCausalLM.from_pretrained(run / "checkpoints/round-000004") for run in both)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert float((a - b).detach().abs().mean()) < 1e-6

@@ -1,0 +1,83 @@
+"""Runs of several processes: torchrun starts them once, and they train one config after another.
+
+torchrun … -m support.processes CONFIG.yaml …
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(*commands: list[object], count: int = 2) -> subprocess.Popen[str]:
+    """fdpg-fast's commands, each as a list of arguments, under torchrun."""
+    worker = [*TORCHRUN, "--nproc-per-node", str(count), "-m", "support.processes"]
+    arguments = [json.dumps([str(argument) for argument in command]) for command in commands]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*worker, *arguments], env=environment(), **pipes)
+
+
+def run(*commands: list[object], count: int = 2) -> subprocess.CompletedProcess[str]:
+    """The same, when all processes have ended."""
+    process = start(*commands, count=count)
+    stdout, stderr = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def save_gradients(config: str, path: str) -> None:
+    """Of a run's first round, by name, whole and on the first process; and the loss."""
+    import torch
+
+    from fdpg_fast import ranks
+    from fdpg_fast.clock import Clock
+    from fdpg_fast.config.load import load_config
+    from fdpg_fast.models import parallel
+    from fdpg_fast.session import Session
+
+    with contextlib.closing(Session(load_config(config))) as session:
+        assert session.engine is not None
+        rollouts = session.sampling.take(0, session.round_contexts, Clock())
+        # whatever goes into the loss comes from equal passes, and so is equal to the last bit
+        tokens = session.scorer.micro_batch_tokens = session.micro_batch_tokens
+        rollouts = dataclasses.replace(rollouts, behavior_logprob=session.base.token_logprobs(rollouts, tokens))
+        scores = session.scorer(rollouts, Clock())
+        log_z, baseline = session.state.estimates.update(rollouts, scores, session.divergence)
+        learner = session.state.learner
+        loss, _ = learner.backward(rollouts, scores.log_score, log_z, baseline, session.divergence)
+        parameters = learner.policy.model.named_parameters()
+        gradients = {name: x.grad for name, x in parameters if x.grad is not None}
+        gradients = {name: x.to_dense() if x.layout == torch.sparse_coo else x for name, x in gradients.items()}
+        found = {name: parallel.full(x) for name, x in gradients.items()} | {"loss": loss}
+        if ranks.is_first():
+            torch.save(found, path)
+
+
+def do(command: list[str]) -> int:
+    """A command of fdpg-fast, or `gradients CONFIG PATH`; its exit status."""
+    from fdpg_fast.cli import main, prepare_environment
+
+    prepare_environment()
+    if command[0] != "gradients":
+        return main(command)
+    save_gradients(*command[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    for command in sys.argv[1:]:
+        if status := do(json.loads(command)):
+            sys.exit(status)
