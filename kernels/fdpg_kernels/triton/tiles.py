@@ -3,7 +3,7 @@
 The rule, from counts of bytes and instructions (docs/kernels.md):
 * a tile of 128×256 asks L2 for a byte every 85 operations, one of 128×128 every 64. The wide one holds an SM alone,
   so its epilogue has nothing beside it: the price of 128×256 exponentials, whatever D is. Two square ones hide each
-  other's. By estimate the wide one is faster from D ≈ 600 on a Hopper and from D ≈ 950 on a Blackwell;
+  other's. By estimate (benchmarks/estimate.py) the wide one is faster from D ≈ 690 on an H200, from 970 on a B200;
 * a bias, a soft cap or row temperatures need registers: a square tile, alone, with its loads four deep instead;
 * chips that multiply from registers (Ampere, Ada, consumer Blackwells) load square tiles through pointers: by TMA they
   spill with Triton 3.6;
