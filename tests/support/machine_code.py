@@ -10,9 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import triton
+from triton import knobs
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")  # tensor-core instructions of the three generations
 INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);")
 
@@ -29,7 +28,7 @@ def read(cubin: bytes) -> Code:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, text = _run("cuobjdump", "-res-usage", str(path)), _run("nvdisasm", "-c", str(path))
+        usage, text = _run("cuobjdump", "-res-usage", path), _run("nvdisasm", "-c", path)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
     opcodes, targets, conditional = [], [], []
@@ -69,5 +68,6 @@ def _epilogue(opcodes: list[str], jumps: list[int | None], conditional: list[boo
     raise ValueError("the code after the products has no end")
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
+def _run(tool: str, option: str, cubin: Path) -> str:
+    command = [getattr(knobs.nvidia, tool).path, option, str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

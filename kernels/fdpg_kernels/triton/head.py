@@ -230,6 +230,7 @@ class Products:
             GUARDED=flag is not None, TMA=config.tma, EVEN_D=self.depth % config.BD == 0, UPCAST=INTERPRETED,
             **self.flags, BM=config.BM, BV=config.BV, BD=config.BD, GROUP_M=config.group_rows, FLAG_ROWS=ROWS,
             SPLIT=self.stored[1] > 1, num_warps=config.num_warps, num_stages=config.num_stages,
+            maxnreg=config.registers,
             enable_fp_fusion=True,  # one FFMA for scale and shift of a logit; later Tritons leave it off
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 WIDE_FROM = 768  # D
+REGISTERS = 65_536  # of an SM
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Config:
     tma: bool
     programs_per_sm: int
     group_rows: int = 16
+
+    @property
+    def registers(self) -> int:
+        """That a thread may take. Told nothing, the assembler spills where it sees room for one program more."""
+        return min(255, REGISTERS // (32 * self.num_warps * self.programs_per_sm))
 
 
 WIDE = Config(128, 256, 64, num_warps=8, num_stages=3, tma=True, programs_per_sm=1)
