@@ -1,7 +1,7 @@
 """Kernels compiled for GPUs that are not here: what their machine code must hold.
 
-All of sm_90's, and of the other chips' those with the most to keep in registers; `python -m support.ahead_of_time`
-compiles the rest. The compiling runs in a process of its own: here kernels belong to Triton's interpreter.
+Of sm_90 those that bfloat16 and aligned rows ask for, of all chips those with the most to keep in registers;
+`python -m support.ahead_of_time` compiles the rest. The compiling runs in a process of its own: here kernels belong to Triton's interpreter.
 """
 
 import json
@@ -15,10 +15,12 @@ from support.ahead_of_time import faults
 
 PROGRAM = """
 import json
+from fdpg_kernels.triton.tiles import CANDIDATES, UNALIGNED
 from support.ahead_of_time import build_all, cases
 anchored = [case for case in cases() if "anchored" in case.name]
-crowded = {(case.chip, case.config, case.constants["SPLIT"]): case for case in anchored}
-for made in build_all([case for case in cases() if case.chip == 90 or case in crowded.values()]):
+crowded = {(case.chip, case.config): case for case in anchored}  # the last has bias, cap and halves, if any has
+usual = [c for c in cases() if c.chip == 90 and c.config not in (UNALIGNED, *CANDIDATES) and "float" not in c.name]
+for made in build_all(usual + [case for case in crowded.values() if case not in usual]):
     print(json.dumps(made))
 """
 
