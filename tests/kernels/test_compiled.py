@@ -1,7 +1,8 @@
 """Kernels compiled for GPUs that are not here: what their machine code must hold.
 
 Of sm_90 those that bfloat16 and aligned rows ask for, of all chips those with the most to keep in registers;
-`python -m support.ahead_of_time` compiles the rest. The compiling runs in a process of its own: here kernels belong to Triton's interpreter.
+`python -m support.ahead_of_time` compiles the rest. The compiling runs in a process of its own:
+here kernels belong to Triton's interpreter.
 """
 
 import json

@@ -76,8 +76,7 @@ def cases() -> Iterator[Case]:
                     yield _gemm(chip, config, anchored, feature, constants)
                     if anchored and {"GUARDED", "beta_ptr"} & constants.keys() and config not in tiles.CANDIDATES:
                         yield _gemm(chip, config, anchored, feature, constants, "float16")
-                        # halves are aligned by their making; on Blackwells they take the square tile
-                        if config != tiles.UNALIGNED and not (plain_only and chip in (100, 103)):
+                        if config != tiles.UNALIGNED and not plain_only:  # halves are aligned by their making
                             yield _gemm(chip, config, anchored, feature, constants, HALVES)
         yield from _row_kernels(chip)
 

@@ -64,8 +64,7 @@ class Products:
             properties = torch.cuda.get_device_properties(hidden.device)
             capability = 10 * properties.major + properties.minor
             self.processors, l2_bytes = properties.multi_processor_count, properties.L2_cache_size
-        plain = self.bias is None and head.softcap is None and self.temperature is None
-        plain = plain and not (split and capability >= 100)  # the widest tile would spill
+        plain = self.bias is None and head.softcap is None and self.temperature is None and not split
         # a summand of float32 has whole tiles, for the next one follows, and the product runs through three
         self.depth = triton.cdiv(self.width, WHOLE) * WHOLE if split else self.width
         wide, aligned = self.depth * (2 * split + 1), aligned or split

@@ -4,7 +4,8 @@ The rule, from counts of bytes and instructions (docs/kernels.md):
 * a tile of 128×256 asks L2 for a byte every 85 operations, one of 128×128 every 64. The wide one holds an SM alone,
   so its epilogue has nothing beside it: the price of 128×256 exponentials, whatever D is. Two square ones hide each
   other's. By estimate (benchmarks/estimate.py) the wide one is faster from D ≈ 690 on an H200, from 970 on a B200;
-* a bias, a soft cap or row temperatures need registers: a square tile, alone, with its loads four deep instead;
+* a bias, a soft cap, row temperatures or float32 in two halves need registers: a square tile, alone, with its loads
+  four deep instead;
 * chips that multiply from registers (Ampere, Ada, consumer Blackwells) load square tiles through pointers: by TMA they
   spill with Triton 3.6;
 * TMA needs rows that start at multiples of 16 bytes, wide loads through pointers a D that ends with a tile. What has
@@ -80,7 +81,7 @@ def choose(capability: int, width: int, *, aligned: bool, plain: bool, l2_bytes:
         capability: 90 is a Hopper; 0 Triton's interpreter.
         width: D.
         aligned: every row of hidden, head and E starts at a multiple of 16 bytes.
-        plain: neither bias nor soft cap nor row temperatures.
+        plain: neither bias nor soft cap nor row temperatures nor halves of float32.
         l2_bytes: size of the chip's L2.
     """
     if capability == 0:
