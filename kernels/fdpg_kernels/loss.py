@@ -9,21 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import divergences, operators, reference
-from .arguments import (
-    IGNORED,
-    Head,
-    Number,
-    Options,
-    Sequences,
-    as_local,
-    as_tensor,
-    check_memory,
-    check_sequences,
-    check_targets,
-    make_head,
-    result_dtype,
-    to_device,
-)
+from .arguments import IGNORED, Head, Number, Options, Sequences, as_tensor, result_dtype, to_device
+from .checks import as_local, check_memory, check_sequences, check_targets, make_head
 from .divergences import Divergence
 from .operators import as_schema, choose_impl
 from .ops import linear_logprob, make_sequences

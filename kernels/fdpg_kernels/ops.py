@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 from torch import Tensor
 
 from . import divergences, operators
-from .arguments import (
-    Number,
-    Options,
-    Sequences,
-    as_tensor,
-    check_sequences,
-    check_targets,
-    make_head,
-)
+from .arguments import Number, Options, Sequences, as_tensor
+from .checks import check_sequences, check_targets, make_head
 from .divergences import Divergence
 from .logprob import LinearLogprob, as_asked, token_logprobs
 from .operators import choose_impl

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .arguments import IGNORED, Logprobs, Number, make_head, result_dtype
+from .arguments import IGNORED, Logprobs, Number, result_dtype
+from .checks import make_head
 from .logprob import as_asked, token_logprobs
 from .operators import choose_impl
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdpg_kernels import Divergence, fdpg_loss
-from fdpg_kernels.arguments import Head, Sequences, make_head
+from fdpg_kernels.arguments import Head, Sequences
+from fdpg_kernels.checks import make_head
 from fdpg_kernels.chunks import even_chunks, pack, plan
 from fdpg_kernels.triton import head as head_module
 from support.kernel_cases import head_batch, packing

@@ -77,7 +77,7 @@ def test_temperatures_that_are_refused(temperature, message):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_where_nobody_may_look_a_wrong_temperature_is_nan(monkeypatch, impl):
-    monkeypatch.setattr("fdpg_kernels.arguments._may_look", lambda tensor: False)
+    monkeypatch.setattr("fdpg_kernels.checks._may_look", lambda tensor: False)
     temperature = torch.ones(16)
     temperature[[2, 5, 7]] = torch.tensor([0.0, -1.0, torch.inf])
     arguments = {k: x for k, x in single().items() if k in (*LEAVES, "target_ids")}

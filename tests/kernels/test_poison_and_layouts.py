@@ -179,7 +179,7 @@ def test_without_a_ratio_nothing_of_the_sampler_reaches_the_gradient(case):
 @pytest.mark.parametrize("name", ALLOW_ZEROS)
 def test_where_nobody_may_look_a_nan_comes_out_as_nan(monkeypatch, name, where, ratio, target):
     """As on a GPU, which is not asked to wait: no number may come of a NaN, in any implementation."""
-    monkeypatch.setattr("fdpg_kernels.arguments._may_look", lambda tensor: False)
+    monkeypatch.setattr("fdpg_kernels.checks._may_look", lambda tensor: False)
     arguments = dict(
         policy_logprob=torch.tensor([-1.0, -2.0], dtype=torch.float64),
         target_log_score=torch.tensor([target, -2.0], dtype=torch.float64),
