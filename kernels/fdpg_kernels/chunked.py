@@ -4,39 +4,28 @@ Notation: C rows of a chunk, V vocabulary, D hidden size. A row keeps E = exp(z 
 the softmax: log π(y) = z_y − max − log s, and d log π(y)/dz = 1[y] − E/s. The row scale (1/s, the incoming
 gradient, the temperature) is applied to [C, D] matrices, so the [C, V] block is touched a few times only.
 
-Log-probs need no block: they walk through the vocabulary in [C, V'] tiles that stay in a cache, and so does their
-backward pass, which has the log-sum-exp kept and forms the logits again. The loss keeps a block, for its backward pass
-follows as soon as weights are known.
+Log-probs need no block, they walk through the vocabulary. The loss keeps one, for its backward pass follows as soon as
+weights are known; of a head that has to be cast to float32 it would need a copy, so that loss walks too, twice.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import (
-    Gradients,
-    Head,
-    LogitGradients,
-    Logprobs,
-    Number,
-    Options,
-    Sequences,
-    Wants,
-    is_ignored,
-    result_dtype,
-)
-from .chunks import CHUNK_ROWS, Sums, card_bytes, even_chunks, plan
+from .arguments import Gradients, Head, LogitGradients, Number, Options, Sequences, Wants, result_dtype
+from .chunks import CHUNK_ROWS, Sums, card_bytes, plan
 from .reference import SequenceWeights
 from .sequence_weights import sequence_weights as sequence_weights
+from .vocabulary_walk import linear_logprob as linear_logprob
+from .vocabulary_walk import linear_logprob_backward as linear_logprob_backward
+from .vocabulary_walk import to_logits, to_slope
 
-BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block on a CPU
+BLOCK_BYTES = 32 * 2**20  # of the one [C, V] block on a CPU, at least
 BLOCK_ROWS = 1024  # at most; a small vocabulary needs no more
-FLOOR = -200.0  # below it exp is 0 in float32 and nothing in float64; −inf·0 would be NaN
-TILE_BYTES = 8 * 2**20  # of the one [C, V'] tile; smaller and larger ones were slower
+FAST_ROWS = 256  # fewer are slow: each block passes once over the head's gradient
 
 
 @dataclass(frozen=True)
@@ -52,60 +41,32 @@ class _Block:
 
 
 class _Products:
-    """The LM head in the dtype that is computed with, and the gradients that accumulate while chunks pass by."""
+    """The LM head, and the gradients that accumulate while chunks pass by."""
 
-    def __init__(self, head: Head, wants_weight: bool = False, wants_bias: bool = False, hidden: Tensor | None = None):
-        compute = result_dtype(head.weight)
-        self.head = head
-        self.weight = head.weight.detach().to(compute)  # [V, D]
-        self.bias = None if head.bias is None else head.bias.detach().to(compute)  # [V]
-        self.sums = Sums(  # accumulated in float32 over chunks: a bfloat16 sum of many chunks drifts
-            None if hidden is None else torch.empty_like(hidden),
-            torch.empty_like(self.weight) if wants_weight else None,
-            torch.zeros_like(self.bias) if wants_bias and self.bias is not None else None,
+    def __init__(self, hidden: Tensor, head: Head, wants: Wants):
+        self.head, self.weight = head, head.weight.detach()  # [V, D]
+        self.bias = None if head.bias is None else head.bias.detach()  # [V]
+        self.sums = Sums(
+            torch.empty_like(hidden) if wants[0] else None,
+            torch.empty_like(self.weight) if wants[1] else None,
+            torch.zeros_like(self.bias) if wants[2] and self.bias is not None else None,
         )
 
-    @property
-    def chunk_rows(self) -> int:
+    def chunk_rows(self, num_rows: int) -> int:
+        """Rows of a block of logits, where there are so many: a third of them is a ninth of what plain PyTorch has."""
         row_bytes, chunk_bytes = self.weight.element_size() * max(1, len(self.weight)), self.head.chunk_bytes
         if chunk_bytes is not None:
             return max(1, chunk_bytes // row_bytes)
         if self.weight.device.type == "cpu":
-            return max(1, min(BLOCK_ROWS, BLOCK_BYTES // row_bytes))
+            return max(1, min(BLOCK_ROWS, max(BLOCK_BYTES // row_bytes, min(FAST_ROWS, num_rows // 3))))
         return max(1, min(CHUNK_ROWS, card_bytes(self.weight.device) // row_bytes))
-
-    def tiles(self, num_rows: int) -> list[slice]:
-        """Ranges of the vocabulary whose logits of so many rows make a tile."""
-        return even_chunks(0, len(self.weight), max(1, TILE_BYTES // (self.weight.element_size() * num_rows)))
-
-    def take(self, hidden: Tensor, target_ids: Tensor, rows: Any) -> tuple[Tensor, Tensor, Number]:
-        """Hidden states [C, D], targets [C] and temperature, one or [C, 1], of these rows."""
-        one_each = self.head.row_temperature
-        temperature = self.head.temperature if one_each is None else one_each[rows, None]
-        return hidden[rows].to(self.weight.dtype), target_ids[rows].long(), temperature
-
-    def logits(self, x: Tensor, temperature: Number, columns: slice = slice(None)) -> Tensor:
-        """Logits of these rows and vocabulary entries, [C, V']."""
-        logits = torch.mm(x, self.weight[columns].T)
-        if self.bias is not None:
-            logits += self.bias[columns]
-        if self.head.softcap is not None:
-            logits.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
-        if isinstance(temperature, Tensor) or temperature != 1.0:
-            logits.div_(temperature)
-        return logits
-
-    def slope(self, logits: Tensor, temperature: Number) -> Tensor | None:
-        """d logit / d product where a soft cap bends it, but for the temperature; the shape of logits."""
-        if self.head.softcap is None:
-            return None
-        return (logits * (temperature / self.head.softcap)).square_().neg_().add_(1)
 
     def forward(self, hidden: Tensor, target_ids: Tensor, rows: slice) -> tuple[Tensor, _Block]:
         """log-probs [C] of these rows and what the backward needs of them."""
-        x, targets, temperature = self.take(hidden, target_ids, rows)
-        logits = self.logits(x, temperature)
-        slope = self.slope(logits, temperature)
+        x, targets, one_each = hidden[rows], target_ids[rows].long(), self.head.row_temperature
+        temperature = self.head.temperature if one_each is None else one_each[rows, None]
+        logits = to_logits(torch.mm(x, self.weight.T), self.bias, self.head, temperature)
+        slope = to_slope(logits, self.head, temperature)
         target_logit = logits.gather(1, targets[:, None])[:, 0]
         largest = logits.amax(dim=1, keepdim=True)
         exponentials = logits.sub_(largest).exp_()
@@ -119,94 +80,18 @@ class _Products:
         minus_one_hot.scatter_add_(1, block.targets[:, None], -block.total[:, None])
         if block.slope is not None:
             minus_one_hot.mul_(block.slope)
-        accumulate(into, minus_one_hot, block.x * scale, scale)
+        if into.weight is not None:
+            into.weight.addmm_(minus_one_hot.T, block.x * scale, beta=0 if into.is_first else 1)
+        if into.bias is not None:
+            into.bias.addmv_(minus_one_hot.T, scale[:, 0])
         into.is_first = False
         if into.hidden is not None:
             into.rows(rows).copy_(torch.mm(minus_one_hot, self.weight).mul_(scale))
 
-    def gradients(self, hidden_grad: Tensor | None) -> Gradients:
+    def gradients(self) -> Gradients:
         if self.sums.weight is not None and self.sums.is_first:  # no rows came
             self.sums.weight.zero_()
-        return self.head.gradients(hidden_grad, self.sums.weight, self.sums.bias)
-
-
-def accumulate(into: Sums, minus_one_hot: Tensor, scaled: Tensor, scale: Tensor, columns: slice = slice(None)) -> None:
-    """Add what these rows [C, V'], with scale·hidden [C, D], are to the head's gradient."""
-    if into.weight is not None:
-        into.weight[columns].addmm_(minus_one_hot.T, scaled, beta=0 if into.is_first else 1)
-    if into.bias is not None:
-        into.bias[columns].addmv_(minus_one_hot.T, scale[:, 0])
-
-
-def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, with_entropy: bool = False) -> Logprobs:
-    """log π of ids [N, K], and log-sum-exp and entropy of each row."""
-    products = _Products(head)
-    logprob, lse = products.weight.new_zeros(target_ids.shape), hidden.new_zeros(len(hidden), dtype=torch.float64)
-    entropy = products.weight.new_zeros(len(hidden)) if with_entropy else None
-    for rows in _live_chunks(target_ids, BLOCK_ROWS):
-        x, targets, temperature = products.take(hidden, target_ids, rows)
-        target_logit = x.new_full(targets.shape, torch.nan)  # stays where a target lies outside the vocabulary
-        total, moment = x.new_zeros(len(x)), x.new_zeros(len(x))  # Σ e and Σ e·(z − largest) of e = exp(z − largest)
-        largest = x.new_full((len(x),), torch.finfo(x.dtype).min)  # not −inf: a whole tile may be −inf by its bias
-        for columns in products.tiles(len(x)):
-            logits = products.logits(x, temperature, columns)
-            local, inside = _local(targets, columns)
-            target_logit = torch.where(inside, logits.gather(1, local), target_logit)
-            previous, largest = largest, torch.maximum(largest, logits.amax(1))
-            rescale = (previous - largest).exp()
-            logits.sub_(largest[:, None])
-            if entropy is not None:
-                exponentials = logits.exp()
-                logits.clamp_(min=FLOOR)
-                moment = (moment + (previous - largest) * total) * rescale + torch.linalg.vecdot(exponentials, logits)
-                total = total * rescale + exponentials.sum(1)
-                del exponentials
-            else:
-                total = total * rescale + logits.exp_().sum(1)
-            del logits  # or it would live beside the next one
-        lse[rows] = largest.double() + total.log()
-        logprob[rows] = target_logit - largest[:, None] - total.log()[:, None]
-        if entropy is not None:
-            entropy[rows] = total.log() - moment / total
-    return Logprobs(logprob, lse, entropy)
-
-
-def linear_logprob_backward(
-    hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, given: LogitGradients, wants: Wants
-) -> Gradients:
-    """Gradients of hidden, weight and bias from those of the logits, which are formed again."""
-    products = _Products(head, *wants[1:])
-    hidden_grad = torch.zeros_like(hidden) if wants[0] else None
-    for rows in _live_chunks(target_ids, BLOCK_ROWS):
-        x, targets, temperature = products.take(hidden, target_ids, rows)
-        x_grad, ones = torch.zeros_like(x), x.new_ones(len(x), 1)
-        lse = results.lse[rows, None].to(x.dtype)
-        lost = (lse - results.lse[rows, None]).to(x.dtype)  # log π = z − lse + lost
-        alpha, beta = given.alpha[rows, None] * lost.exp(), None
-        if given.beta is not None:
-            beta = given.beta[rows, None] * lost.exp()
-            alpha = alpha + beta * lost
-        for columns in products.tiles(len(x)):
-            logits = products.logits(x, temperature, columns)
-            slope = products.slope(logits, temperature)
-            if beta is None:
-                gradient = logits.sub_(lse).exp_().mul_(alpha)
-            else:
-                probabilities = logits.sub_(lse).exp()
-                gradient = logits.clamp_(min=FLOOR).mul_(beta).add_(alpha).mul_(probabilities)
-                del probabilities
-            local, inside = _local(targets, columns)
-            gradient.scatter_add_(1, local, given.at_target[rows] * inside)
-            if slope is not None:
-                gradient.mul_(slope)
-            accumulate(products.sums, gradient, x, ones, columns)
-            if hidden_grad is not None:
-                x_grad.addmm_(gradient, products.weight[columns])
-            del logits, gradient, slope  # or they would live beside the next ones
-        products.sums.is_first = False
-        if hidden_grad is not None:
-            hidden_grad[rows] = x_grad.to(hidden.dtype)
-    return products.gradients(hidden_grad)
+        return self.head.gradients(self.sums.hidden, self.sums.weight, self.sums.bias)
 
 
 def fdpg_loss(
@@ -217,12 +102,10 @@ def fdpg_loss(
     Forward and backward in one pass over the rows, none of them ignored: the upstream gradient of a loss is one scalar.
     """
     cu_seqlens, behavior, score, log_z, total = sequences
-    if not any(wants):
-        logprob = linear_logprob(hidden, target_ids[:, None], head).logprob[:, 0]
-        weights = sequence_weights(logprob, sequences, options)
-        return _loss(weights, total, logprob.dtype), weights, (None, None, None)
+    if not any(wants) or head.weight.dtype != result_dtype(head.weight):
+        return _walking_twice(hidden, target_ids[:, None], head, sequences, options, wants)
 
-    products = _Products(head, *wants[1:], hidden=hidden if wants[0] else None)
+    products = _Products(hidden, head, wants)
     sums, dtype = products.sums, products.weight.dtype
     ends, num_sequences = cu_seqlens.tolist(), len(cu_seqlens) - 1
     log_z = log_z.to(hidden.device).expand(num_sequences)
@@ -230,7 +113,7 @@ def fdpg_loss(
     baseline = baseline.to(hidden.device).expand(num_sequences)
 
     found = []
-    for group in plan(ends, products.chunk_rows):
+    for group in plan(ends, products.chunk_rows(len(hidden))):
         span, token_logprob = slice(group.first, group.last), [hidden.new_empty(0)]
         unit = sums.apart(group.rows) if len(group.chunks) > 1 else None
         for rows in group.chunks:
@@ -252,22 +135,24 @@ def fdpg_loss(
 
     in_order = (weights for _, weights in sorted(found, key=lambda pair: pair[0]))
     weights = SequenceWeights(*(torch.cat(column) for column in zip(*in_order, strict=True)))
-    return _loss(weights, total, dtype), weights, products.gradients(sums.hidden)
+    return _loss(weights, total, dtype), weights, products.gradients()
+
+
+def _walking_twice(
+    hidden: Tensor, target_ids: Tensor, head: Head, sequences: Sequences, options: Options, wants: Wants
+) -> tuple[Tensor, SequenceWeights, Gradients]:
+    """`fdpg_loss` in four products: log-probs, and when all weights are known the gradients, if any are wanted."""
+    results = linear_logprob(hidden, target_ids, head)
+    weights = sequence_weights(results.logprob[:, 0], sequences, options)
+    gradients: Gradients = (None, None, None)
+    if any(wants):
+        lengths = sequences.cu_seqlens.to(hidden.device).diff()
+        factor = (-weights.weight / sequences.total).to(results.logprob.dtype).repeat_interleave(lengths)
+        factor /= head.temperature if head.row_temperature is None else head.row_temperature
+        given = LogitGradients(factor[:, None], -factor, None)
+        gradients = linear_logprob_backward(hidden, target_ids, head, results, given, wants)
+    return _loss(weights, sequences.total, results.logprob.dtype), weights, gradients
 
 
 def _loss(weights: SequenceWeights, total: int, dtype: torch.dtype) -> Tensor:
     return (-(weights.weight * weights.policy_logprob).sum() / total).to(dtype)
-
-
-def _local(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Column of each target in this tile, any where it lies outside; and whether it lies inside, [C, K]."""
-    local = (targets - columns.start).clamp(0, columns.stop - columns.start - 1)
-    return local, (targets >= columns.start) & (targets < columns.stop)
-
-
-def _live_chunks(target_ids: Tensor, rows: int) -> list[Any]:
-    """Index expressions of at most `rows` rows each that together name every row not ignored."""
-    live = ~is_ignored(target_ids)
-    if bool(live.all()):
-        return even_chunks(0, len(target_ids), rows)
-    return list(live.nonzero(as_tuple=True)[0].split(rows)) if bool(live.any()) else []

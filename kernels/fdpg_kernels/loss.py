@@ -71,7 +71,8 @@ def fdpg_loss(
         weight_grad_out: `backward` adds the gradient in weight to it, [V, D] in float32 (float64 for float64 inputs)
             or weight's dtype; weight itself then gets none.
         chunk_bytes: of the block [chunk, V] of logits or their exponentials, more or less by a sequence, and one row at
-            least; None for 32 MiB on a CPU, and on a GPU a fiftieth of its memory, at least 1 GiB.
+            least; None for a fiftieth of a GPU's memory, at least 1 GiB; on a CPU for 32 MiB, or 256 rows where there
+            are three times as many. The chunked loss of a 16-bit head needs no block, and four products.
         impl: "auto" | "triton" | "chunked" | "reference".
 
     Returns:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fdpg_kernels import LinearLogprob, chunked, linear_logprob
+from fdpg_kernels import LinearLogprob, linear_logprob, vocabulary_walk
 
 IMPLEMENTATIONS = ("chunked", "triton")
 HEADS = {
@@ -17,8 +17,8 @@ FLAGS = dict(return_entropy=True, return_lse=True)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "BLOCK_ROWS", 5)
-    monkeypatch.setattr(chunked, "TILE_BYTES", 5 * 16 * 4)
+    monkeypatch.setattr(vocabulary_walk, "TILE_ROWS", 5)
+    monkeypatch.setattr(vocabulary_walk, "TILE_BYTES", 5 * 16 * 4)
     monkeypatch.setattr("fdpg_kernels.triton.head.CHUNK_ROWS", 16)
     monkeypatch.setattr("fdpg_kernels.triton.head.STATISTICS_BYTES", 2048)
 

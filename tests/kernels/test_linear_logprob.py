@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fdpg_kernels import chunked, linear_logprob
+from fdpg_kernels import linear_logprob, vocabulary_walk
 
 SHAPES = [(1, 1, 1), (1, 3, 2), (2, 1, 7), (7, 5, 13), (33, 17, 101), (64, 64, 257), (130, 3, 1031)]  # N, D, V
 OPTIONS = [
@@ -36,8 +36,8 @@ def reference(hidden, weight, target_ids, bias, upstream, **options):
 
 def few_rows(monkeypatch, rows, vocab, itemsize):
     """Chunks of `rows` rows, and tiles of a third of the vocabulary and a bit."""
-    monkeypatch.setattr(chunked, "BLOCK_ROWS", rows)
-    monkeypatch.setattr(chunked, "TILE_BYTES", rows * (vocab // 3 + 1) * itemsize)
+    monkeypatch.setattr(vocabulary_walk, "TILE_ROWS", rows)
+    monkeypatch.setattr(vocabulary_walk, "TILE_BYTES", rows * (vocab // 3 + 1) * itemsize)
 
 
 def test_the_definition_is_log_softmax():

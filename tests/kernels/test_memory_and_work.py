@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fdpg_kernels import chunked, fdpg_loss, linear_logprob
+from fdpg_kernels import chunked, fdpg_loss, linear_logprob, vocabulary_walk
+from fdpg_kernels.arguments import Head
 from support.kernel_cases import packing
 from support.storages import Storages
 
@@ -16,7 +17,8 @@ HEAD, HIDDEN = V * D * 4, N * D * 4  # bytes of the gradients
 @pytest.fixture
 def inputs(monkeypatch):
     monkeypatch.setattr(chunked, "BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(chunked, "TILE_BYTES", BLOCK)
+    monkeypatch.setattr(chunked, "FAST_ROWS", ROWS)
+    monkeypatch.setattr(vocabulary_walk, "TILE_BYTES", BLOCK)
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, D, generator=rng, requires_grad=True)
     weight = torch.randn(V, D, generator=rng, requires_grad=True)
@@ -58,6 +60,24 @@ def test_fdpg_loss(inputs, length):
     assert seen.alive <= HEAD + HIDDEN + 100 * N  # the gradients, waiting for backward to scale them
     loss.backward()
     assert inputs[0].grad.shape == (N, D) and inputs[1].grad.shape == (V, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_of_16_bits_has_no_float32_beside_it(inputs, dtype):
+    """Nor has its gradient: what lives with a tile are hidden states and their gradient in float32."""
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in inputs[:2])
+    others = sequences(ROWS // 2)
+    with Storages(hidden, weight, inputs[2], *others) as seen:
+        fdpg_loss(hidden, weight, inputs[2], *others, impl="chunked").loss.backward()
+    gradients = (HIDDEN + HEAD) // 2
+    assert seen.peak() <= BLOCK + gradients + 2 * HIDDEN + HEAD // 4 + 200 * N
+
+
+def test_blocks_have_as_many_rows_as_are_fast_or_a_ninth_of_the_memory_of_plain_pytorch():
+    vocabulary = 128_256
+    head = Head(torch.empty(vocabulary, 0), None, 1.0, None)
+    rows = [chunked._Products(torch.empty(0, 0), head, (False,) * 3).chunk_rows(n) for n in (64, 300, 10_000)]
+    assert rows == [65, 100, 256]
 
 
 def test_no_gradient_is_formed_under_no_grad(inputs):

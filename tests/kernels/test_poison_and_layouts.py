@@ -28,7 +28,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr("fdpg_kernels.chunked.BLOCK_BYTES", 4 * 11 * 8)
-    monkeypatch.setattr("fdpg_kernels.chunked.BLOCK_ROWS", 4)
+    monkeypatch.setattr("fdpg_kernels.vocabulary_walk.TILE_ROWS", 4)
     monkeypatch.setattr("fdpg_kernels.triton.head.CHUNK_ROWS", 16)
 
 
