@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdpg_kernels.triton import gemm, rows, tiles
+from fdpg_kernels.triton import entries, gemm, rows, tiles
 from fdpg_kernels.triton import weigh as weights
 from fdpg_kernels.triton.tiles import Config
 
@@ -134,10 +134,10 @@ def _row_kernels(chip: int) -> Iterator[Case]:
         (rows.target_logits, both | dict(ANCHORED=True, BT=16, BD=128)),
         (rows.sum_rows, dict(BT=32, BS=128)),
         (rows.finish_statistics, dict(GUARDED=True, BT=32, BS=128)),
-        (rows.prepare_gradients, dict(e_low_ptr=None, scaled_low_ptr=None, HAS_SOFTCAP=True, BT=32, BD=128)),
-        (rows.prepare_gradients, dict(HAS_SOFTCAP=True, BT=32, BD=64), halves),
-        (rows.write_targets, dict(e_low_ptr=None, HAS_SOFTCAP=True, BT=128)),
-        (rows.write_targets, dict(HAS_SOFTCAP=True, BT=128), halves),
+        (entries.prepare_gradients, dict(e_low_ptr=None, scaled_low_ptr=None, HAS_SOFTCAP=True, BT=32, BD=128)),
+        (entries.prepare_gradients, dict(HAS_SOFTCAP=True, BT=32, BD=64), halves),
+        (entries.write_targets, dict(e_low_ptr=None, HAS_SOFTCAP=True, BT=128)),
+        (entries.write_targets, dict(HAS_SOFTCAP=True, BT=128), halves),
     ):
         yield Case(kernel.__name__, chip, kernel, types | dict(*others), constants, dict(num_warps=4))
 

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..arguments import IGNORED, Gradients, Head, LogitGradients, Logprobs, Wants, is_ignored
 from ..chunks import CHUNK_ROWS, Sums, card_bytes, even_chunks, plan
-from . import gemm, rows, tiles
+from . import entries, gemm, rows, tiles
 from .precision import INTERPRETED, Operand, accumulate, as_two, product, stored_as, summands
 
 LOG2_E = 1 / math.log(2)
@@ -145,7 +145,7 @@ class Products:
         e, scale = self._buffer(height), self._floats(height)
         dtype, count = self.stored
         scaled, depth = torch.empty(count, height, self.width, dtype=dtype, device=self.hidden.device), DEPTH // count
-        rows.prepare_gradients[(triton.cdiv(height, 32), triton.cdiv(self.width, depth))](
+        entries.prepare_gradients[(triton.cdiv(height, 32), triton.cdiv(self.width, depth))](
             self.hidden, *as_two(scaled), *as_two(e), self.target_ids, self.target, self.top, self.total,
             weight, sequence_index, scale, self.temperature,
             chunk.start, height, self.width, self.vocabulary, self.width, self.pitch,
@@ -167,7 +167,7 @@ class Products:
         beta = None if given.beta is None else given.beta[chunk] / LOG2_E  # the product's log π has base 2
         self._multiply(chunk, (), anchored=True, slant=(given.alpha[chunk], beta))
         f, into = self._buffer(height)[..., : self.vocabulary], self.sums
-        rows.write_targets[(triton.cdiv(height * ids, 128),)](
+        entries.write_targets[(triton.cdiv(height * ids, 128),)](
             *as_two(f), self.target_ids, results.logprob, results.lse, *given, self.temperature,
             chunk.start, height * ids, ids, self.vocabulary, self.pitch, self.head.temperature, self.cap,
             HAS_SOFTCAP=self.head.softcap is not None, BT=128,
