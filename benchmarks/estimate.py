@@ -128,16 +128,20 @@ def ratio(chip: Chip, shape: tuple[int, ...], when: str, case: int, epilogues: d
     return seconds / (bare(chip, n, v, d) + bare(chip, n, d, v) + bare(chip, v, d, n))
 
 
-def main(compiled: str) -> None:
-    made = {
-        (k["chip"], k["name"]): k.get("epilogue_per_logit") for k in json.loads(Path(compiled).read_text())["kernels"]
-    }
-    epilogues = {
-        (chip.capability, bv, ragged): made[chip.capability, f"anchored 128×{bv}×64 TMA, {feature}"]
+def epilogues_of(compiled: Path) -> dict[tuple[int, int, bool], float]:
+    """Instructions for each logit by chip, BV and whether V is ragged."""
+    kernels = json.loads(compiled.read_text())["kernels"]
+    made = {(kernel["chip"], kernel["name"], kernel["warps"]): kernel.get("epilogue_per_logit") for kernel in kernels}
+    return {
+        (chip.capability, bv, ragged): made[chip.capability, f"anchored 128×{bv}×64 TMA, {feature}", 8]
         for chip in CHIPS
         for bv in (128, 256)
         for ragged, feature in ((False, "plain"), (True, "ragged V"))
     }
+
+
+def main(compiled: str) -> None:
+    epilogues = epilogues_of(Path(compiled))
     print("| N·D·V |", " | ".join(f"{chip.name} {when}" for chip in CHIPS for when in ("before", "after")), "|")
     print("|---" * 5 + "|")
     for shape in SHAPES:

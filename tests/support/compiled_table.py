@@ -21,16 +21,17 @@ HEAD = """\
 Every kernel for every chip, compiled without a GPU by `python -m support.ahead_of_time` and read off the machine code.
 Instructions are counted for each logit of a tile and thread, once in the whole kernel and once after the loop over D:
 that is the epilogue of a tile, without the masks that only the last column of a ragged vocabulary takes and without the
-exact hyperbolic tangent that only a tile with a logit beyond its soft cap takes.
+exact hyperbolic tangent that only a tile with a logit beyond its soft cap takes. Inputs are bfloat16; the rows of
+float16, the same code but for the types, are left out.
 """
 
 
-def summary(made: dict[str, Any]) -> str:
-    kernels = made["kernels"]
+def summary(path: str, made: dict[str, Any]) -> str:
+    kernels, chips = made["kernels"], {record["chip"] for record in made["kernels"]}
     wrong = [line for record in kernels for line in faults(record)]
     return (
-        f"Triton {made['triton']}: {len(kernels)} kernels for {len({record['chip'] for record in kernels})} chips, "
-        f"at most {max(record['registers'] for record in kernels)} registers; "
+        f"* Triton {made['triton']} ([raw](../{path})): {len(kernels)} kernels for {len(chips)} chips, at most "
+        f"{max(record['registers'] for record in kernels)} registers; "
         + (f"**{len(wrong)} faults**: {'; '.join(wrong)}." if wrong else "no spill, no fault.")
     )
 
@@ -55,9 +56,10 @@ def main(newest: str, oldest: str) -> None:
     new, old = (json.loads(Path(path).read_text()) for path in (newest, oldest))
     columns = ("chip", "kernel", "warps, stages", "registers", "shared memory", "tensor-core instructions")
     columns += ("bulk loads", "instructions / logit after the loop", "in all")
-    lines = [HEAD, f"{summary(new)} {summary(old)}", "", f"The table is of Triton {new['triton']}.", ""]
+    lines = [HEAD, summary(newest, new), summary(oldest, old), "", f"The table is of Triton {new['triton']}.", ""]
     lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    TABLE.write_text("\n".join(lines + [row(made) for made in new["kernels"]]) + "\n")
+    lines += [row(made) for made in new["kernels"] if not made["name"].endswith("float16")]
+    TABLE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
