@@ -58,9 +58,9 @@ SHAPES = (  # the most telling first: the time budget cuts from the end
     Shape("odd", 8200, 1000, 50257),
 )
 BREAKDOWN = (SHAPES[1], SHAPES[0], SHAPES[2])
-WARM_ROWS, WARM_COLUMNS = 48, 512  # enough to compile with
+WARM_ROWS, WARM_COLUMNS = 48, 256  # enough to compile with
 SMOKE_SHAPES = (Shape("tiny", 512, 64, 1024), Shape("tiny odd", 392, 40, 509))
-SMOKE_BREAKDOWN = (Shape("tiny", 48, 32, 96, (8, 24)),)  # small enough for Triton's interpreter
+SMOKE_BREAKDOWN = (Shape("tiny", 32, 32, 64, (8, 24)),)  # small enough for Triton's interpreter
 
 
 class Gradients(NamedTuple):

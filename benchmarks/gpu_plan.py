@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from benchmarks import gpu_breakdown, gpu_cases, gpu_checks, gpu_shapes, gpu_timer
@@ -52,6 +53,12 @@ def make_plan(options: argparse.Namespace, capability: int) -> list[Phase]:
         Phase("breakdown", [list(_breakdown(shape, configs, device, repeats)) for shape in breakdown], 1, 0.65),
         Phase("shapes", [absent, *whole], 1, 1.0),
     ]
+
+
+def afresh(phase: Phase) -> Phase:
+    """The same steps once more, under other names."""
+    jobs = [[replace(step, name=f"{step.name}, afresh") for step in job] for job in phase.jobs]
+    return phase._replace(name=f"{phase.name}, afresh", jobs=jobs)
 
 
 def tiles_by_name(capability: int) -> dict[str, Config]:

@@ -24,8 +24,14 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES: Any = multiprocessing.get_context("forkserver")
 POLL = 0.05  # seconds between looks at a process
+
+
+def start_afresh() -> None:
+    """Every process imports for itself from now on."""
+    global PROCESSES
+    PROCESSES = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 # what no plan would have in it, as a module that processes of the run can import
 TROUBLE = """
-import os, signal, time
+import multiprocessing, os, signal, time
 from benchmarks import gpu_checks, gpu_methods, gpu_shapes
 from benchmarks.gpu_cases import SMOKE_SHAPES, Method
 from support import kernel_checks
@@ -48,6 +48,11 @@ def check_is_off(name):
     kernel_checks.linear_logprob = lambda *x, impl, **o: right(*x, impl=impl, **o) + 1e-3 * (impl == "triton")
     yield from gpu_checks.check("log-probs, plain", "cpu")
 
+def no_fork(name):
+    if os.getppid() != multiprocessing.parent_process().pid:
+        raise RuntimeError("initialization error")  # as CUDA says where a parent has used it
+    yield {"found": name}
+
 def slow(name):
     yield {"found": name}
     time.sleep(0.5)
@@ -66,7 +71,8 @@ def change(plan):
     return [*plan, Phase("trouble", [steps], 1, 1.0)]
 
 def only_slow(plan):
-    return [Phase("slow", [[Step("slow", str(n), trouble.slow, (n,)) for n in range(100)]], 1, 1.0)]
+    ceilings = Phase("ceilings", [[Step("ceilings", "products", trouble.no_fork, ("products",))]], 1, 1.0)
+    return [ceilings, Phase("slow", [[Step("slow", str(n), trouble.slow, (n,)) for n in range(100)]], 1, 1.0)]
 
 if __name__ == "__main__":
     sys.exit(gpu.main(sys.argv[2:], {"change": change, "only_slow": only_slow}[sys.argv[1]]))
@@ -97,7 +103,7 @@ def lines_of(folder: Path) -> list[dict]:
 def run(tmp_path_factory):
     """The folder of a whole run, and what it printed."""
     folder = tmp_path_factory.mktemp("gpu")
-    arguments, environment = command(folder, "change", "--without", "PyTorch checkpointed")
+    arguments, environment = command(folder, "change", "--without", "PyTorch checkpointed", "--without", "TRL chunked")
     done = subprocess.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1, done.stdout + done.stderr  # an op was wrong, and was no reason to stop
     return folder, done.stdout
@@ -201,11 +207,11 @@ def test_tables_and_figure(run):
     assert len(list(path.parent.iterdir())) == 4  # lines, JSON, tables, figure
 
 
-def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path):
+def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path, benchmark_modules):
     arguments, environment = command(tmp_path, "only_slow")
     process = subprocess.Popen(arguments, env=environment, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "out").exists() or sum(line["event"] == "end" for line in lines_of(tmp_path)) < 2:
+    while not any(line["event"] == "end" and line["phase"] == "slow" for line in lines_of(tmp_path)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -217,33 +223,38 @@ def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path):
     (path,) = (tmp_path / "out").glob("*.jsonl")
     with open(path, "a") as file:
         file.write('{"event": "found", "cut": "sho')
-    report = [sys.executable, "-m", "benchmarks.gpu_report", str(path)]
-    done = subprocess.run(report, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0 and "slow: " in done.stdout, done.stderr
+    report = benchmark_modules("gpu_report")
+    assert any(text.startswith("slow: ") for text in report.summary(report.write(path, figure=True)))
     steps = json.loads(path.with_suffix(".json").read_text())["steps"]
-    assert [step["status"] for step in steps[:2]] == ["ok", "ok"] and steps[0]["second"] == 0
+    assert [step["step"] for step in steps[:3]] == ["products", "products, afresh", "0"]
+    assert [step["status"] for step in steps[:3]] == ["failed", "ok", "ok"] and steps[2]["second"] == 0
     assert steps[-1]["status"] in ("ok", "unfinished")
     assert "# cpu" in path.with_suffix(".md").read_text()
 
 
-def test_time_budget_names_what_it_left_out(tmp_path):
-    arguments, environment = command(tmp_path, "change", "--minutes", "0")
-    done = subprocess.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def benchmark_modules(monkeypatch):
+    for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS", "PYTORCH_NVML_BASED_CUDA_CHECK"):  # the command sets them
+        monkeypatch.setenv(name, "1")
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_time_budget_names_what_it_left_out(tmp_path, benchmark_modules):
+    options = ["--device", "cpu", "--smoke", "--minutes", "0", "--out", str(tmp_path / "out")]
+    assert benchmark_modules("gpu").main(options) == 0
     lines = [line for line in lines_of(tmp_path) if "step" in line]
     assert {line["status"] for line in lines} == {"left out"} and len(lines) > 50
     assert all("--minutes" in line["reason"] for line in lines)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_says_that_it_needs_a_gpu(tmp_path):
-    arguments = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)]
-    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "NVIDIA GPU" in done.stderr
+def test_says_that_it_needs_a_gpu(tmp_path, benchmark_modules, capsys):
+    assert benchmark_modules("gpu").main(["--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1 and "NVIDIA GPU" in said
 
 
-def test_large_shapes_are_not_for_the_cpu(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY))
-    gpu = importlib.import_module("benchmarks.gpu")
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 2
+def test_large_shapes_are_not_for_the_cpu(tmp_path, benchmark_modules, capsys):
+    assert benchmark_modules("gpu").main(["--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "--smoke" in capsys.readouterr().err
