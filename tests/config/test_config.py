@@ -56,6 +56,7 @@ KEYS = [
     "engine.kind",
     "engine.max_new_tokens",
     "engine.max_sequences",
+    "engine.tensor_parallel",
     "engine.urls",
     "engine.weight_transfer",
     "engine.weights_dir",
