@@ -224,7 +224,7 @@ def test_stale_weights_are_not_sampled_from(running):
     engine.sync_weights(policy, 5)
     engine._llm.update_weight_version("4")
     with pytest.raises(RunError, match="weights of version {'4'}, not 5"):
-        engine._generate(CONTEXTS, 1, 0)
+        engine._generate(CONTEXTS, 1, 0, range(len(CONTEXTS)))
     engine.sync_weights(policy, 5)
 
 
