@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None, change: Callable[[list], list] = lambda 
             print(f"{time.monotonic() - started:.0f} s: {phase.name}", flush=True)
             for _ in attend(lines, phase.jobs, parallel=phase.parallel, deadline=deadline, end=end):
                 result = gpu_report.write(path)
-                if phase.name == "ceilings" and result["steps"][-1]["status"] in ("failed", "died", "hung"):
+                last = result["steps"][-1]["status"] if result["steps"] else "not begun"
+                if phase.name == "ceilings" and last in ("failed", "died", "hung"):
                     gpu_process.start_afresh()  # some import has touched the device after all
                     phases.appendleft(gpu_plan.afresh(phase))
     result = gpu_report.write(path, figure=True)

@@ -90,7 +90,8 @@ def command(folder: Path, change: str, *options: str) -> tuple[list[str], dict[s
     (folder / "nvidia-smi").write_text(NVIDIA_SMI)
     (folder / "nvidia-smi").chmod(0o755)
     given = ["--device", "cpu", "--smoke", "--repeats", "2", "--out", str(folder / "out"), *options]
-    paths = os.pathsep.join([str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    parts = [folder, REPOSITORY, REPOSITORY / "kernels", REPOSITORY / "tests"]  # trouble.py comes before gpu.py
+    paths = os.pathsep.join([*map(str, parts), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     return [sys.executable, "-W", "ignore", str(folder / "launch.py"), change, *given], environment
 
