@@ -73,20 +73,23 @@ def share_out(parts: Sequence[slice], costs: Sequence[int], world: int) -> list[
 
     parts, costs: ranges that fit into memory, and tokens of each sequence. A pass is of all processes at once, so where
     the ranges are no multiple of the processes, all are cut anew: evenly, into as many more as are missing, if there
-    are as many sequences.
+    are as many sequences. And a pass takes as long as its longest range: those of one pass are about equally long too.
     """
+    if world == 1:
+        return [list(parts)]
 
     def cost(rows: slice) -> int:
         return sum(costs[rows])
 
-    each = -(-len(parts) // world)
-    if len(parts) % world:
-        parts = _cut_evenly(costs, min(each * world, len(costs)))
+    if missing := -len(parts) % world:
+        parts = _cut_evenly(costs, min(len(parts) + missing, len(costs)))
+    longest_first = sorted(parts, key=cost, reverse=True)
     shares: list[list[slice]] = [[] for _ in range(world)]
-    for rows in sorted(parts, key=cost, reverse=True):  # to the process with the fewest tokens that has a place left
-        free = [own for own in shares if len(own) < each]
-        min(free, key=lambda own: sum(map(cost, own))).append(rows)
-    return [sorted(own, key=lambda rows: rows.start) for own in shares]
+    for i in range(0, len(parts), world):  # of each pass the longest range to the process with the fewest tokens so far
+        fewest_first = sorted(shares, key=lambda own: sum(map(cost, own)))
+        for own, rows in zip(fewest_first, longest_first[i : i + world], strict=False):
+            own.append(rows)
+    return shares
 
 
 def _cut_evenly(costs: Sequence[int], count: int) -> list[slice]:

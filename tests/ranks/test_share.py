@@ -28,9 +28,12 @@ def test_log_normal_lengths_are_balanced(world, tokens, spread):
     batch = rollouts(drawn.exp().clamp(1, 8192).long())
     lengths = batch.lengths.tolist()
     shares = share_out(list(batch.micro_batches(tokens)), lengths, world)
-    costs = [sum(sum(lengths[rows]) for rows in own) for own in shares]
-    assert max(costs) <= 1.05 * sum(costs) / world
+    costs = [[sum(lengths[rows]) for rows in own] for own in shares]
+    assert max(map(sum, costs)) <= 1.05 * sum(map(sum, costs)) / world
     assert len({len(own) for own in shares}) == 1
+    # a pass takes as long as its longest range: no other passes made of the same ranges take less time
+    slowest = [max(of_one_pass) for of_one_pass in zip(*costs, strict=True)]
+    assert slowest == sorted(sum(costs, []), reverse=True)[::world]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
