@@ -2,10 +2,10 @@
 
     checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder), or
                                 a LoRA adapter as peft saves it (peft.AutoPeftModelForCausalLM.from_pretrained does)
-                                trainer/state.tensors: optimizer, Z, baseline, torch's generator, rollouts sampled
-                                ahead, an adaptive proposal; safetensors by another suffix, for loaders and uploads of
-                                models take every *.safetensors that they find
-                                trainer/state.json: round, λ, the other generators
+                                trainer/state.tensors: optimizer, Z, baseline, rollouts sampled ahead, an adaptive
+                                proposal; safetensors by another suffix, for loaders and uploads of models take every
+                                *.safetensors that they find
+                                trainer/state.json: round, λ, the generators of each process
                                 SHA256SUMS: of every file, as `sha256sum --check` reads it
 
 A checkpoint is written under a temporary name, flushed and renamed: a killed process leaves the older one whole.
@@ -49,6 +49,7 @@ class Settled:
     round: int
     tensors: dict[str, Tensor]
     trainer: dict[str, Any]  # what JSON holds
+    generators: dict[str, Any]  # of this process; features may draw from them
 
 
 @dataclass
@@ -72,13 +73,13 @@ class TrainerState:
         groups = {f"ahead.{i}.": rollouts.tensors() for i, rollouts in enumerate(self.sampling.ahead)}
         groups["estimates."] = self.estimates.state()
         trainer: dict[str, Any] = {"round": self.round, "exponents": self.exponents}
-        trainer |= {"python": random.getstate(), "numpy": np.random.get_state()}  # features may draw from them
-        return Settled(self.round, _named(groups) | {"torch_generator": torch.get_rng_state()}, trainer)
+        generators = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+        return Settled(self.round, _named(groups), trainer, generators)
 
 
 def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokenizer: Any) -> Path:
     """Write the checkpoint of `settled.round` rounds and delete old ones; a RunError leaves what was there."""
-    moving = _moving(state)
+    moving, generators = _moving(state), ranks.gathered(settled.generators)
     folder = run_dir / "checkpoints"
     final = folder / f"round-{settled.round:06d}"
     temporary = folder / f".writing-{final.name}"
@@ -94,7 +95,8 @@ def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokeni
             tokenizer.save_pretrained(temporary)
             (temporary / STATE).parent.mkdir()
             save_file(moving | settled.tensors, temporary / TENSORS)
-            (temporary / STATE).write_text(json.dumps(settled.trainer, default=np.ndarray.tolist))
+            trainer = settled.trainer | {"generators": generators}
+            (temporary / STATE).write_text(json.dumps(trainer, default=lambda array: array.tolist()))
             files = sorted(path for path in temporary.rglob("*") if path.is_file())  # of a tokenizer in folders too
             sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in files]
             (temporary / SUMS).write_text("".join(sums))
@@ -155,10 +157,12 @@ def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], l
     while fields := of(f"ahead.{len(sampling.ahead)}."):
         sampling.ahead.append(Rollouts(contexts=tuple(contexts(state.round + len(sampling.ahead))), **fields))
     state.exponents = None if trainer["exponents"] is None else tuple(map(tuple, trainer["exponents"]))
-    version, internal, gauss = trainer["python"]
+    generators = trainer["generators"]
+    own = generators[ranks.rank() % len(generators)]  # of more processes than before some begin alike, as in a new run
+    version, internal, gauss = own["python"]
     random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(trainer["numpy"])
-    torch.set_rng_state(tensors["torch_generator"])
+    np.random.set_state(own["numpy"])
+    torch.set_rng_state(torch.tensor(own["torch"], dtype=torch.uint8))
 
 
 def _moving(state: TrainerState) -> dict[str, Tensor]:

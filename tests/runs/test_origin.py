@@ -177,16 +177,25 @@ def lose(name: str, tensor: str):
     return damage
 
 
+def forget(name: str, key: str):
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        del content[key]
+        (folder / name).write_text(json.dumps(content))
+
+    return damage
+
+
 LOSSES = {
     "estimates": (lose("trainer/state.tensors", "estimates.log_sum"), "log_sum", {}),
-    "generator": (lose("trainer/state.tensors", "torch_generator"), "torch_generator", {}),
+    "generators": (forget("trainer/state.json", "generators"), "generators", {}),
     "adapter": (lose("adapter_model.safetensors", "0.self_attn.q_proj.lora_B.weight"), "lora_B", {"lora": {"rank": 2}}),
     "weights": (lose("model.safetensors", "0.self_attn.q_proj.weight"), "q_proj", {}),
 }
 
 
 @pytest.mark.parametrize(("damage", "named", "sections"), LOSSES.values(), ids=LOSSES.keys())
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_though_its_sums_are_right(
+def test_a_checkpoint_that_lacks_something_is_refused_though_its_sums_are_right(
     damage, named, sections, tiny_model, tmp_path, capsys
 ):
     run_dir = runs.train(tiny_model, tmp_path, **sections)

@@ -163,7 +163,8 @@ def record(run_dir: Path) -> dict[str, Any]:
             continue
         if path.name == "state.json":
             state = strict(path.read_text())
-            kept[str(path.relative_to(run_dir))] = {k: v for k, v in state.items() if k not in ("python", "numpy")}
+            state["generators"] = [own["torch"] for own in state["generators"]]
+            kept[str(path.relative_to(run_dir))] = state
         elif path.name != "SHA256SUMS":
             kept[str(path.relative_to(run_dir))] = path.read_bytes()
     return kept
