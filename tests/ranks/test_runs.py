@@ -14,6 +14,7 @@ from support.architectures import save_architecture
 
 ROUNDS = 5
 BEGINS = {"kind": "pointwise", "feature": {"kind": "regex", "name": "begins", "pattern": "^[ -Z]"}}
+RARE = "^[A-Z]"
 # sums of both signs and differences of nearly equal numbers: held against 1e-4 nats, not against themselves
 NEARLY_ZERO = ("z/log_z", "engine/", "policy/kl_to_base", "policy/log_ratio_max", "proposal/kl_gain")
 
@@ -24,6 +25,7 @@ class Case:
 
     model: str = "tied"
     sections: dict[str, Any] = field(default_factory=dict)
+    by_torchrun: bool = False  # the run of one process too
 
 
 CASES = {
@@ -40,6 +42,18 @@ CASES = {
     ),
     "a round ahead": Case(sections={"trainer": {"pipeline_depth": 1}}),
     "adaptive proposal": Case(sections={"proposal": {"kind": "adaptive", "every": 2}}),
+    "rounds without a sample in support": Case(
+        sections={
+            "target": [{"kind": "pointwise", "feature": {"kind": "regex", "name": "rare", "pattern": RARE}}],
+            "loss": {"baseline": "none"},  # or a round of which all is in support would be skipped too
+        }
+    ),
+    "bfloat16": Case(
+        # one process alone rounds the sum of its gradients; micro-batches are equal, for what they hold decides how
+        # a log-prob is rounded
+        sections={"dtype": "bfloat16", "trainer": {"micro_batch_tokens": 1}},
+        by_torchrun=True,
+    ),
 }
 
 
@@ -68,8 +82,10 @@ def finished(models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     ended = processes.run(*(["train", write(case, models, folder / name, "two")] for name, case in CASES.items()))
     assert ended.returncode == 0, ended.stderr
-    for name, case in CASES.items():
-        assert runs.call("train", write(case, models, folder / name, "one")) == 0
+    alone = {name: ["train", write(case, models, folder / name, "one")] for name, case in CASES.items()}
+    ended = processes.run(*(alone.pop(name) for name, case in CASES.items() if case.by_torchrun), count=1)
+    assert ended.returncode == 0, ended.stderr
+    assert [name for name, command in alone.items() if runs.call(*command)] == []
     return folder
 
 
@@ -93,26 +109,50 @@ def test_two_processes_measure_what_one_does(finished, name):
     assert {key: value for key, value in found.items() if not value <= 1e-4} == {}
 
 
+def test_a_round_is_skipped_by_both(finished):
+    run_dir = finished / "rounds without a sample in support" / "two"
+    assert {row["policy/skipped"] for row in runs.rows(run_dir / "metrics.jsonl")} == {0, 1}
+
+
+def test_two_machines_do_what_two_processes_of_one_do(finished, models, tmp_path):
+    for ended in processes.run_on_two_machines(["train", write(CASES["tied"], models, tmp_path, "two")]):
+        assert ended.returncode == 0, ended.stderr
+    runs.assert_equal(runs.record(tmp_path / "two"), runs.record(finished / "tied" / "two"))
+
+
 def test_a_checkpoint_goes_on_with_any_number_of_processes(models, tmp_path):
-    """2 → 2 to the last bit; 2 → 1 and 1 → 2 as near as sums in another order are."""
+    """2 → 2 to the last bit, with a feature that draws too; 2 → 1 and 1 → 2 as near as sums in another order are."""
     names = ("two", "one", "2 to 2", "2 to 1", "1 to 2")
     paths = {name: write(Case("untied"), models, tmp_path / name, "run") for name in names}
+    for name in ("drawing", "drawing, 2 to 2"):
+        (tmp_path / name).mkdir()
+        # of nine completions one process scores four and one five: their generators are soon in different places
+        sections = {
+            "engine": {"kind": "transformers"},
+            "optimizer": {"schedule": "constant"},
+            "trainer": {"contexts_per_round": 3, "samples_per_context": 3},
+        }
+        config = runs.drawing(models["tied"], tmp_path / name, tmp_path / name / "run", **sections)
+        paths[name] = runs.write_config(tmp_path / name, config)
 
     def train(name: str) -> list[object]:
-        return ["train", paths[name], f"--trainer.rounds={2 if ' ' in name else 4}"]
+        return ["train", paths[name], f"--trainer.rounds={2 if ' to ' in name else 4}"]
 
     def resume(name: str) -> list[object]:
         return ["train", "--resume", tmp_path / name / "run", "--trainer.rounds=4"]
 
     assert runs.call(*train("one")) == runs.call(*train("1 to 2")) == 0
-    ended = processes.run(train("two"), train("2 to 2"), resume("2 to 2"), train("2 to 1"), resume("1 to 2"))
+    commands = [train("two"), train("2 to 2"), resume("2 to 2"), train("2 to 1"), resume("1 to 2")]
+    drawing = [train("drawing"), train("drawing, 2 to 2"), resume("drawing, 2 to 2")]
+    ended = processes.run(*commands, *drawing)
     assert ended.returncode == 0, ended.stderr
     assert runs.call(*resume("2 to 1")) == 0
 
-    bitwise = [runs.record(tmp_path / name / "run") for name in ("2 to 2", "two")]
-    for record in bitwise:  # which has rows of where the first part ended
-        record.pop("evaluation.jsonl"), record.pop("samples.jsonl")
-    runs.assert_equal(*bitwise)
+    for pair in (("2 to 2", "two"), ("drawing, 2 to 2", "drawing")):
+        bitwise = [runs.record(tmp_path / name / "run") for name in pair]
+        for record in bitwise:  # which has rows of where the first part ended
+            record.pop("evaluation.jsonl"), record.pop("samples.jsonl")
+        runs.assert_equal(*bitwise)
     for name, whole in (("2 to 1", "two"), ("1 to 2", "one")):
         both = [tmp_path / folder / "run" for folder in (name, whole)]
         found = differences(*both)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def start(*commands: list[object], count: int = 2) -> subprocess.Popen[str]:
+def start(*commands: list[object], count: int = 2, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """fdpg-fast's commands, each as a list of arguments, under torchrun."""
-    worker = [*TORCHRUN, "--nproc-per-node", str(count), "-m", "support.processes"]
+    worker = [*TORCHRUN, "--nproc-per-node", str(count), *options, "-m", "support.processes"]
     arguments = [json.dumps([str(argument) for argument in command]) for command in commands]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*worker, *arguments], env=environment(), **pipes)
@@ -33,7 +34,18 @@ def start(*commands: list[object], count: int = 2) -> subprocess.Popen[str]:
 
 def run(*commands: list[object], count: int = 2) -> subprocess.CompletedProcess[str]:
     """The same, when all processes have ended."""
-    process = start(*commands, count=count)
+    return _ended(start(*commands, count=count))
+
+
+def run_on_two_machines(*commands: list[object]) -> list[subprocess.CompletedProcess[str]]:
+    """The same by two torchruns, each with one process, that meet on the loopback as two machines do."""
+    with socket.create_server(("localhost", 0)) as free:
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    options = ("--nnodes", "2", "--rdzv-endpoint", endpoint, "--rdzv-id", "run", "--local-addr", "localhost")
+    return [_ended(process) for process in [start(*commands, count=1, options=options) for _ in range(2)]]
+
+
+def _ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     stdout, stderr = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
