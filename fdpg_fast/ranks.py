@@ -7,10 +7,12 @@ From there on each does the same arithmetic on the same numbers. Without torchru
 from __future__ import annotations
 
 import bisect
+import collections
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,7 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import RunError, UserError
+
 PATIENCE = timedelta(hours=6)  # the others wait meanwhile, as where one samples from servers, or draws plots
+Made = TypeVar("Made")
 Sent = TypeVar("Sent")
 _beside: Any = None  # a group for what a thread exchanges while the main thread uses the first
 
@@ -140,10 +145,54 @@ def gathered(own: Sent, beside: bool = False) -> list[Sent]:
     return everybodys
 
 
-def from_first(own: Sent) -> Sent:
-    """What the first process has."""
+def by_first(function: Callable[[], Sent]) -> Sent:
+    """What a function gives in the first process, on all of them; perhaps in a thread.
+
+    Raises:
+        UserError, RunError: it does so there; everywhere.
+    """
     if count() == 1:
-        return own
-    box = [own]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
+        return function()
+    found: list[Any] = [None, None]
+    if is_first():
+        try:
+            found = [function(), None]
+        except (UserError, RunError) as error:
+            found = [None, (UserError if isinstance(error, UserError) else RunError)(str(error))]
+    dist.broadcast_object_list(found, 0, group=_beside)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def for_first(things: Iterable[Made], take: Callable[[Iterator[Made]], Sent]) -> Sent:
+    """What the first process gives for things that all make together, as what is divided is gathered; on all of them.
+
+    All make every one of them, even where `take` fails or gives up amid them: the others wait for company in there.
+    Raises as `by_first`.
+    """
+    made = _InTurns(things)
+
+    def taken() -> Sent:
+        try:
+            return take(made)
+        finally:
+            made.finish()
+
+    if not is_first():
+        made.finish()
+    return by_first(taken)
+
+
+class _InTurns(Iterator[Made]):
+    """An iterator for several threads: one that was given up may still be inside."""
+
+    def __init__(self, things: Iterable[Made]):
+        self._things, self._lock = iter(things), threading.Lock()
+
+    def __next__(self) -> Made:
+        with self._lock:
+            return next(self._things)
+
+    def finish(self) -> None:
+        collections.deque(self, maxlen=0)

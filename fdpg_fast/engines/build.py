@@ -38,8 +38,11 @@ def choose_engine(config: EngineConfig, device: torch.device, encoder_decoder: b
     Raises:
         UserError: it does not take this kind of model.
     """
-    if ranks.count() > 1 and config.kind == "vllm_server":
-        raise UserError("engine.kind: vllm_server takes weights from a learner of one process only; use vllm")
+    if ranks.count() > 1 and config.kind == "vllm_server" and config.weight_transfer == "ipc":
+        raise UserError(
+            "engine.weight_transfer: ipc takes weights from a learner of one process only; use nccl or disk, or "
+            "engine.kind: vllm"
+        )
     if config.tensor_parallel > 1 and (not ranks.joined() or ranks.count() % config.tensor_parallel):
         found = f"torchrun has started {ranks.count()}" if ranks.joined() else "they are started by torchrun"
         raise UserError(

@@ -12,12 +12,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from .. import ranks
 from ..contexts import Context
 from ..errors import RunError, UserError
 from ..measure.agreement import GAP_LIMITS, Disagreement, log_ratio
@@ -25,7 +27,7 @@ from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
 from .vllm import sampling_settings
 from .vllm_answers import API_KEY, ReplicaError
-from .vllm_replica import PassingError, Replica, weights_folder
+from .vllm_replica import Kind, PassingError, Replica, kinds_of, weights_folder
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,8 @@ BACK_OFF = (0.5, 2.0)  # seconds before a request is tried again
 class VLLMServerEngine:
     """Samples at temperature 1 from the full distribution on one or more vLLM servers (0.32 or newer).
 
-    docs/engines.md says how they are started. One that dies, hangs or answers wrongly is left out, its share of the
-    round goes to the others, and it may return with the next sync.
+    docs/engines.md says how they are started. One that dies, hangs or answers wrongly is left out: the others do its
+    share, and it may return with the next sync. Of many processes the first one asks, for all of them.
 
     Args:
         urls: of the servers, such as "http://gpu-box:8000".
@@ -84,7 +86,8 @@ class VLLMServerEngine:
         self.lost: dict[str, str] = {}
         self._complaints: dict[str, str] = {}  # what was said last of each server since it took part
         self._in_flight: Counter[str] = Counter()
-        self._drawn_by: list[Replica] = []  # each completion of the latest sample
+        self._drawn_by: list[Replica] = []  # each completion of the latest sample; the first process knows
+        self._kinds: list[Kind] = []  # of the weights, without those that are tied
         self._sampling = sampling_settings(eos_token_ids, max_new_tokens)
         self._run = uuid.uuid4().hex[:8]
         self._lock = threading.RLock()
@@ -93,6 +96,9 @@ class VLLMServerEngine:
         """As `Engine.sample`; completions depend on weights, seed and position of their context, on no server."""
         if self.version < 0:
             raise RunError("the vLLM servers hold no weights to sample with: sync_weights comes first")
+        return self._at_first(self._sample, contexts, samples_per_context, seed)
+
+    def _sample(self, contexts: Sequence[Context], samples_per_context: int, seed: int) -> Rollouts:
         firsts = range(0, samples_per_context, SAMPLES_PER_REQUEST)
         live = self._live()
         pool = ThreadPoolExecutor(REQUESTS_PER_REPLICA * len(live))
@@ -117,7 +123,7 @@ class VLLMServerEngine:
 
     def leave_out(self, rows: Sequence[int], reason: str) -> None:
         """Whoever drew these completions of the latest sample takes no part until the next sync."""
-        for replica in {self._drawn_by[row] for row in rows}:
+        for replica in {self._drawn_by[row] for row in rows if ranks.is_first()}:
             self._leave_out(replica, ReplicaError(reason))
 
     def sync_weights(self, policy: LanguageModel, version: int) -> None:
@@ -133,15 +139,17 @@ class VLLMServerEngine:
                 raise UserError(f"engine.weight_transfer: {self.weight_transfer} needs the model on a GPU; use disk")
             torch.cuda.current_stream(policy.device).synchronize()  # the update was queued on this thread's stream
         self.version, self.lost = -1, {}  # a sync that is broken off leaves servers with different weights
-        self._ask_all(self.replicas, Replica.expect_weights)
+        self._at_first(self._ask_all, self.replicas, Replica.expect_weights)
         ready = self._live()
         if self.weights_dir is None:
+            self._kinds = self._kinds or kinds_of(policy)
             for replica in ready:  # one after another: this GPU sends
-                self._ask_all([replica], Replica.send_weights, policy)
+                send = partial(Replica.send_weights, kinds=self._kinds, index=policy.device.index)
+                ranks.for_first(policy.weights(repeat_tied=False), partial(self._ask_all, [replica], send))
         else:
             with weights_folder(policy, self.weights_dir, label) as folder:
-                self._ask_all(ready, Replica.read_weights, folder)
-        self._ask_all(self._live(), Replica.use_weights, label, len(policy.head.weight))
+                self._at_first(self._ask_all, ready, Replica.read_weights, folder)
+        self._at_first(lambda: self._ask_all(self._live(), Replica.use_weights, label, len(policy.head.weight)))
         self._probe(policy)
         for replica in self._live():
             if self._complaints.pop(replica.url, None):
@@ -163,13 +171,23 @@ class VLLMServerEngine:
         """Leave out every server whose log-probs of a few tokens are not the policy's."""
         prompt = Context(0, "", (self._sampling["stop_token_ids"][0],))  # a single token: it fits into any server
         few = self._sampling | {"n": 8, "max_tokens": min(8, self._sampling["max_tokens"]), "seed": 0}
-        drawn: dict[Replica, list[Completion]] = {}
-        self._ask_all(self._live(), lambda replica: drawn.update({replica: replica.complete(prompt.token_ids, few)}))
-        for replica, completions in drawn.items():
-            rollouts = pack([prompt], [completions])
+        drawn: dict[str, list[Completion]] = {}
+
+        def ask(replica: Replica) -> None:
+            drawn[replica.url] = replica.complete(prompt.token_ids, few)
+
+        self._at_first(lambda: self._ask_all(self._live(), ask))
+        drawn = ranks.by_first(lambda: drawn)
+        for replica in (replica for replica in self.replicas if replica.url in drawn):
+            rollouts = pack([prompt], [drawn[replica.url]])
             gap = float(log_ratio(rollouts, policy, rollouts.num_tokens).abs().mean())
             if not gap <= self._gap_limit:
                 self._leave_out(replica, ReplicaError(str(Disagreement([], gap, self._gap_limit))))
+
+    def _at_first(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What it gives in the first process, for all; and whom that has lost."""
+        found, self.lost = ranks.by_first(lambda: (function(*arguments), self.lost))
+        return found
 
     def _live(self) -> list[Replica]:
         live = [replica for replica in self.replicas if replica.url not in self.lost]

@@ -9,23 +9,27 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
+from .. import ranks
 from ..errors import disk_errors
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion
 from .vllm_answers import API_KEY, GENERATE, ReplicaError, completions, parse
 
 CONNECT_SECONDS, HEALTH_SECONDS = 5.0, 15.0
+PACKED_BYTES = 2**28  # that NCCL sends at once; vLLM's own GiB, several times over, is too much beside a learner
+Kind = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a tensor."""
 
 
 class PassingError(ReplicaError):
@@ -128,14 +132,17 @@ class Replica:
         """Have it read them from a folder that it sees too."""
         self.ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
 
-    def send_weights(self, policy: LanguageModel) -> None:
-        """By vLLM's own transfer, over a communicator for this server alone: a common one would die with any server."""
+    def send_weights(self, tensors: Iterator[tuple[str, Tensor]], kinds: Sequence[Kind], index: int | None) -> None:
+        """By vLLM's own transfer, over a communicator for this server alone: a common one would die with any server.
+
+        tensors, kinds: the weights, and what each of them is; index: of the GPU that they are on.
+        """
         try:
-            source = weight_source(policy)
+            source = weight_source(tensors, kinds)
             if self._transfer is None:
-                self._transfer = within(self.timeout, lambda: open_transfer(self, source), policy.device.index)
+                self._transfer = within(self.timeout, lambda: open_transfer(self, source), index)
             self._transfer.source = source
-            within(self.timeout, self._transfer.send_weights, policy.device.index)
+            within(self.timeout, self._transfer.send_weights, index)
         except Exception as error:
             self.close()
             response = getattr(error, "response", None)  # what the server said is not in the error's own text
@@ -161,13 +168,23 @@ class Replica:
                 transfer.shutdown()
 
 
-def weight_source(policy: LanguageModel) -> Any:
-    """The policy's weights as vLLM's transfer engines take them: anew each round, DTensors as whole tensors."""
-    from vllm.distributed.weight_transfer import ModuleSource
+def kinds_of(policy: LanguageModel) -> list[Kind]:
+    """What a policy's weights are, those that are tied once: they are made for it, by all processes."""
+    return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in policy.weights(repeat_tied=False)]
 
-    # all that is asked of it; only CPUs need what is tied twice, and nothing is sent to those
-    module: Any = SimpleNamespace(named_parameters=lambda: policy.weights(repeat_tied=False))
-    return ModuleSource(module)
+
+def weight_source(tensors: Iterator[tuple[str, Tensor]], kinds: Sequence[Kind]) -> Any:
+    """Weights as vLLM's transfer engines take them: each once, and what they are beforehand."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Source(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(*kind) for kind in kinds]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return tensors
+
+    return Source()
 
 
 def open_transfer(replica: Replica, source: Any) -> Any:
@@ -181,8 +198,13 @@ def open_transfer(replica: Replica, source: Any) -> Any:
     client.shutdown_weight_transfer_engine()  # what an earlier trainer left
     where: Any = IPCTrainerInitInfo(rank=0)
     if replica.weight_transfer == "nccl":
-        world = 1 + replica.ask("GET", "/get_world_size")["world_size"]
-        where = NCCLTrainerInitInfo(rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=world)
+        where = NCCLTrainerInitInfo(
+            rank=0,
+            master_address=get_ip(),
+            master_port=get_open_port(),
+            world_size=1 + replica.ask("GET", "/get_world_size")["world_size"],
+            packed_buffer_size_bytes=PACKED_BYTES,
+        )
     return WeightTransferTrainerFactory.trainer_init(where, client=client, source=source)
 
 
@@ -209,15 +231,21 @@ def within(seconds: float, function: Callable[[], Any], index: int | None = None
 
 @contextlib.contextmanager
 def weights_folder(policy: LanguageModel, parent: Path, name: str) -> Iterator[Path]:
-    """A folder that holds the policy's weights while servers read them."""
-    folder, head = parent.absolute() / name, policy.head.weight.data_ptr()
-    # a tied head is written too, as a tensor of its own
-    state = {name: x.clone() if x.data_ptr() == head else x.contiguous() for name, x in policy.weights()}
-    try:
+    """A folder that holds the policy's weights while servers read them, a file a block; the first process writes."""
+    folder = parent.absolute() / name
+
+    def write(blocks: Iterator[dict[str, Tensor]]) -> None:
         with disk_errors(f"writing weights to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, folder / "model.safetensors")  # which the servers' user may have to read
-            (folder / "model.safetensors").chmod(folder.stat().st_mode & 0o666)
+            for number, block in enumerate(blocks):
+                path = folder / f"model-{number:05d}.safetensors"
+                save_file({name: tensor.contiguous() for name, tensor in block.items()}, path)
+                path.chmod(folder.stat().st_mode & 0o666)  # the servers' user may be another
+                block.clear()  # before the next is made
+
+    try:
+        ranks.for_first(policy.blocks(), write)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -140,7 +140,7 @@ class LanguageModel:
         for name, tensor in self.model.state_dict().items():
             yield name, parallel.full(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
 
-    def weights(self, repeat_tied: bool = True) -> Iterator[tuple[str, Tensor]]:
+    def blocks(self, repeat_tied: bool = True) -> Iterator[dict[str, Tensor]]:
         """What an engine samples with: names and shapes as in a checkpoint, block by block, in the model's dtype.
 
         transformers keeps experts fused and some layers under other names. Its own way back, which `save_pretrained`
@@ -150,7 +150,13 @@ class LanguageModel:
         left_out = () if repeat_tied else getattr(self.model, "all_tied_weights_keys", ())
         tensors = ((name, tensor) for name, tensor in self.tensors() if name not in left_out)
         for _, block in itertools.groupby(tensors, lambda item: BLOCK.findall(item[0])[:1]):
-            yield from revert_weight_conversion(self.model, dict(block)).items()
+            yield revert_weight_conversion(self.model, dict(block))
+
+    def weights(self, repeat_tied: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """The same, one by one."""
+        for block in self.blocks(repeat_tied):
+            yield from block.items()
+            block.clear()  # before the next is made
 
     @torch.no_grad()
     def take_weights(self, policy: LanguageModel) -> None:

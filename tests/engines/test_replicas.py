@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from fdpg_fast.engines import replicas, vllm_replica
 from fdpg_fast.engines.replicas import SAMPLES_PER_REQUEST, VLLMServerEngine
-from fdpg_fast.engines.vllm_replica import PassingError, Replica, ReplicaError, within
+from fdpg_fast.engines.vllm_replica import PassingError, Replica, ReplicaError, kinds_of, within
 from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.models.language_model import LanguageModel
 from support import vllm_cases
@@ -87,6 +87,11 @@ def engine(servers, policy, tmp_path_factory):
 def gap(policy: LanguageModel, rollouts) -> float:
     """The largest difference between the servers' log-probs and the learner's."""
     return float(vllm_cases.gap(policy, rollouts).max())
+
+
+def send(replica, policy) -> None:
+    """As a sync does, tied weights once."""
+    replica.send_weights(policy.weights(repeat_tied=False), kinds_of(policy), None)
 
 
 def equal(a, b) -> bool:
@@ -199,14 +204,14 @@ def test_a_hanging_collective_leaves_the_server_out_and_aborts_the_communicator(
     replica = Replica("http://localhost:1", timeout=0.5, weight_transfer="nccl")
     started = time.monotonic()
     with pytest.raises(ReplicaError, match=r"nccl failed: it took more than 0\.5 s"):
-        replica.send_weights(policy)
+        send(replica, policy)
     assert time.monotonic() - started < 5
     assert log[:3] == ["start_weight_update", "update_weights", "aborted"] and replica._transfer is None
 
     release.set()  # from here on the peer is there
     log.clear()
-    replica.send_weights(policy)
-    replica.send_weights(policy)  # over the same communicator
+    send(replica, policy)
+    send(replica, policy)  # over the same communicator
     assert log == ["start_weight_update", "update_weights", "finish_weight_update"] * 2
     replica.close()
     assert log[-1] == "aborted"
@@ -216,7 +221,7 @@ def test_a_communicator_that_cannot_even_be_closed_is_its_servers_fault(policy, 
     broken = SimpleNamespace(send_weights=lambda: 1 / 0, shutdown=lambda: [].pop())
     monkeypatch.setattr(vllm_replica, "open_transfer", lambda *_: broken)
     with pytest.raises(ReplicaError, match="nccl failed: division by zero"):
-        Replica("http://localhost:1", timeout=5.0, weight_transfer="nccl").send_weights(policy)
+        send(Replica("http://localhost:1", timeout=5.0, weight_transfer="nccl"), policy)
 
 
 @pytest.mark.parametrize("kind", ["nccl", "ipc"])

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from support import runs
+from support import processes, runs
 from support.fake_server import DAMAGES, GENERATE, FakeServer, servers
 from support.vllm_cases import Server
 
@@ -24,31 +24,47 @@ def deadly(completions):
 KEY = "sk-of-this-test"
 
 
-@pytest.fixture
-def server(vllm_model, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_API_KEY", KEY)  # of both sides
-    server = Server(vllm_model, tmp_path / "server.log", max_length=96)
-    try:
-        server.wait_until_ready(240)
-        yield server
-    finally:
-        server.kill()
+@pytest.fixture(scope="module")
+def server(vllm_model, tmp_path_factory):
+    """For the tests in their order: the last one kills it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", KEY)  # of both sides
+        server = Server(vllm_model, tmp_path_factory.mktemp("server") / "log", max_length=96)
+        try:
+            server.wait_until_ready(240)
+            yield server
+        finally:
+            server.kill()
+
+
+def by_one_server(server, folder):
+    weights = str(folder / "weights")
+    return {"kind": "vllm_server", "urls": [server.url], "weight_transfer": "disk", "weights_dir": weights}
+
+
+def test_a_learner_of_two_processes_has_the_servers_log_probs_after_every_sync(server, vllm_model, tmp_path):
+    settings = runs.settings(
+        vllm_model,
+        tmp_path / "run",
+        contexts={"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))},
+        engine=by_one_server(server, tmp_path),
+        trainer={"rounds": 3},
+    )
+    ended = processes.run(["train", runs.write_config(tmp_path, settings)])
+    assert ended.returncode == 0, ended.stderr
+    rows = runs.rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 3 and all(row["engine/logprob_gap_max"] < 1e-4 for row in rows)
+    assert rows[-1]["policy/kl_to_base"] != rows[0]["policy/kl_to_base"]  # the weights have moved
 
 
 def test_a_server_that_dies_leaves_a_run_that_can_go_on(server, vllm_model, tmp_path, capsys):
     (tmp_path / "deadly.py").write_text(DEADLY.format(pid=server.process.pid))
-    engine = {
-        "kind": "vllm_server",
-        "urls": [server.url],
-        "weight_transfer": "disk",
-        "weights_dir": str(tmp_path / "w"),
-    }
     settings = runs.settings(
         vllm_model,
         tmp_path / "run",
         target=[runs.LETTERS, runs.imported(tmp_path / "deadly.py", "deadly")],
         contexts={"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))},
-        engine=engine,
+        engine=by_one_server(server, tmp_path),
         trainer={"rounds": 3},
     )
     started = time.monotonic()

@@ -12,7 +12,7 @@ from fdpg_fast import Trainer
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import LoRAConfig
 from fdpg_fast.engines.embedded import TransformersEngine
-from fdpg_fast.engines.vllm_replica import weight_source, weights_folder
+from fdpg_fast.engines.vllm_replica import kinds_of, weight_source, weights_folder
 from fdpg_fast.errors import UserError
 from fdpg_fast.experiments.compare import frozen_base_sample
 from fdpg_fast.models.load import load_model
@@ -152,9 +152,9 @@ def test_servers_are_given_the_merged_weights(tied, folders, tmp_path):
     policy = make(folders[tied])
     expected = dict(policy.weights())
     with weights_folder(policy, tmp_path, "weights") as folder:
-        written = load_file(folder / "model.safetensors")
+        written = {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
     assert written.keys() == expected.keys() and all(torch.equal(written[n], expected[n]) for n in written)
-    source = weight_source(policy)
+    source = weight_source(policy.weights(repeat_tied=False), kinds_of(policy))
     sent = list(source)
     assert [name for name, _ in sent] == [name for name in expected if not (tied and name == "lm_head.weight")]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in sent)

@@ -110,9 +110,9 @@ class FakeServer:
     def answer(self, path: str, body: Any) -> Any:
         """What vLLM 0.32 answers."""
         if path == "/collective_rpc" and not self.keeps_weights:
-            state = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
-            with ONE_MODEL:
-                self.model.model.load_state_dict(state, strict=False)  # as vLLM: what it has not got stays as it was
+            for file in Path(body["kwargs"]["weights_path"]).glob("*.safetensors"):
+                with ONE_MODEL:
+                    self.model.model.load_state_dict(load_file(file), strict=False)  # as vLLM: what is missing stays
         if path == "/update_weight_version":
             self.label = body["new_version"]
         if path == GENERATE:

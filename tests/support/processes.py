@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,65 @@ def save_gradients(config: str, path: str) -> None:
             torch.save(found, path)
 
 
+def by_nccl(config: str, path: str) -> None:
+    """Give servers weights by vLLM's NCCL, of which the communicators are stand-ins; the first server's hangs.
+
+    What arrived at the last one, and what each process knows then, by the first process.
+    """
+    from unittest import mock
+
+    import torch
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
+
+    from fdpg_fast import ranks
+    from fdpg_fast.config.load import load_config
+    from fdpg_fast.engines import VLLMServerEngine, vllm_replica
+    from fdpg_fast.session import Session
+
+    arrived: list[torch.Tensor] = []
+    asked_for: list[torch.Tensor] = []
+    destroyed = threading.Event()
+    urls = load_config(config).engine.urls
+
+    def take(tensor: torch.Tensor, **_: object) -> None:
+        arrived.append(tensor.clone())
+
+    def hang(tensor: torch.Tensor, **_: object) -> None:
+        if len(asked_for) < 3:
+            asked_for.append(tensor)
+        if len(asked_for) == 3:
+            destroyed.wait()
+
+    def open_transfer(replica: vllm_replica.Replica, source: Any) -> Any:
+        engine = NCCLTrainerWeightTransferEngine(client=mock.Mock(), source=source, packed=False)
+        group: Any = mock.Mock(broadcast=hang if replica.url == urls[0] else take, destroy=destroyed.set)
+        engine.model_update_group = group
+        return engine
+
+    session = Session(load_config(config))
+    policy = session.state.learner.policy
+    on_gpu: Any = mock.Mock(wraps=policy, head=policy.head, device=mock.Mock(type="cuda", index=None))
+    servers = VLLMServerEngine(urls, session.eos_token_ids, max_new_tokens=6, request_timeout=5.0)
+    with mock.patch.object(vllm_replica, "open_transfer", open_transfer), mock.patch("torch.cuda.current_stream"):
+        servers.sync_weights(on_gpu, 0)
+    samples = servers.sample(session.contexts, 4, seed=1).token_ids
+    servers.close()
+    names = [name for name, _ in policy.weights(repeat_tied=False)]
+    found: dict[str, Any] = {"asked for": ranks.by_first(lambda: len(asked_for))}
+    found |= {"lost": ranks.gathered(servers.lost), "samples": ranks.gathered(samples)}
+    if ranks.is_first():
+        torch.save(found | {"sent": dict(zip(names, arrived, strict=True))}, path)
+
+
 def do(command: list[str]) -> int:
-    """A command of fdpg-fast, or `gradients CONFIG PATH`; its exit status."""
+    """A command of fdpg-fast, or one of those above; its exit status."""
     from fdpg_fast.cli import main, prepare_environment
 
     prepare_environment()
-    if command[0] != "gradients":
+    name, *arguments = command
+    if name not in (others := {"gradients": save_gradients, "by_nccl": by_nccl}):
         return main(command)
-    save_gradients(*command[1:])
+    others[name](*arguments)
     return 0
 
 
