@@ -35,13 +35,12 @@ def make_head(
     bias: Tensor | None,
     temperature: Number,
     softcap: float | None,
-    *,
-    ids_on_cpu: bool = False,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Head]:
     """Hidden states [N, D], target ids [N, K] and head as the ops compute with them.
 
     They are plain tensors, under torch.autocast in its dtype. What is no head of these hidden states is refused with a
-    ValueError that names the argument and what would fit; only `check_targets` reads ids.
+    ValueError that names the argument and what would fit; only `check_targets` reads ids, which may lie on the CPU.
     """
     hidden, target_ids = as_local("hidden", hidden), as_local("target_ids", target_ids)
     weight, bias = as_local("weight", weight), as_local("bias", bias)
@@ -66,12 +65,15 @@ def make_head(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V]=[{len(weight)}]; got {tuple(bias.shape)}")
     _check_devices("hidden, weight and bias", hidden, weight, bias)
-    if not (ids_on_cpu and target_ids.device.type == "cpu"):
+    if target_ids.device.type != "cpu":
         _check_devices("hidden and target_ids", hidden, target_ids)
     target_ids = target_ids.reshape(leading.numel(), ids_of_row)
     number, rows = _temperature(temperature, hidden, target_ids)
     _check_positive("it must be a positive number", math.inf, temperature=number, softcap=softcap)
-    return hidden.reshape(len(target_ids), weight.shape[1]), target_ids, Head(weight, bias, number, softcap, rows)
+    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes={chunk_bytes!r}; it must be a positive whole number, or None")
+    head = Head(weight, bias, number, softcap, rows, None, chunk_bytes)
+    return hidden.reshape(len(target_ids), weight.shape[1]), target_ids, head
 
 
 def _temperature(given: Number, hidden: Tensor, target_ids: Tensor) -> tuple[float, Tensor | None]:
@@ -105,10 +107,8 @@ def check_targets(target_ids: Tensor, vocabulary: int) -> None:
             )
 
 
-def check_memory(chunk_bytes: int | None, into: Tensor | None, weight: Tensor) -> None:
-    """Refuse what is no size of a block of logits, and a weight_grad_out that weight's gradient cannot be added to."""
-    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
-        raise ValueError(f"chunk_bytes={chunk_bytes!r}; it must be a positive whole number, or None")
+def check_weight_grad_out(into: Tensor | None, weight: Tensor) -> None:
+    """Refuse one that weight's gradient cannot be added to."""
     if into is None:
         return
     if into.shape != weight.shape or into.device != weight.device:

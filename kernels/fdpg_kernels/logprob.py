@@ -17,7 +17,7 @@ from torch import Size, Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operators, reference
-from .arguments import IGNORED, Head, LogitGradients, Logprobs, is_ignored
+from .arguments import IGNORED, Head, LogitGradients, Logprobs, is_ignored, to_device
 
 
 class LinearLogprob(NamedTuple):
@@ -37,9 +37,23 @@ class LinearLogprob(NamedTuple):
 def token_logprobs(hidden: Tensor, target_ids: Tensor, head: Head, with_entropy: bool, impl: str) -> Logprobs:
     """Of hidden states [N, D] and ids [N, K]; differentiable in hidden and the head's weight and bias."""
     if impl == "reference":
-        return reference.linear_logprob(hidden, target_ids, head)
+        return reference.linear_logprob(hidden, to_device(target_ids, hidden.device), head)
+    if impl == "triton" and (live := _live(target_ids)) is not None:  # the chunked op packs rows itself
+        rows = to_device(live, hidden.device)
+        packed = token_logprobs(hidden[rows], target_ids[live], head.of_rows(rows), with_entropy, impl)
+        spread = (x if x is None else x.new_zeros(len(hidden), *x.shape[1:]).index_copy(0, rows, x) for x in packed)
+        return Logprobs(*spread)  # type: ignore[arg-type]
+    target_ids = to_device(target_ids, hidden.device)
     made = _LinearLogprob.apply(hidden, head.weight, head.bias, target_ids, head[2:], with_entropy, impl)
     return Logprobs(*made)
+
+
+def _live(target_ids: Tensor) -> Tensor | None:
+    """Rows that have an id, [n]; None if all have one, or if asking would cost a wait for a GPU."""
+    if target_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    ignored = is_ignored(target_ids)
+    return (~ignored).nonzero()[:, 0] if bool(ignored.any()) else None
 
 
 def as_asked(

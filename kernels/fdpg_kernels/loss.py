@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import divergences, operators, reference
 from .arguments import IGNORED, Head, Number, Options, Sequences, as_tensor, result_dtype, to_device
-from .checks import as_local, check_memory, check_sequences, check_targets, make_head
+from .checks import as_local, check_sequences, check_targets, check_weight_grad_out, make_head
 from .divergences import Divergence
 from .operators import as_schema, choose_impl
 from .ops import linear_logprob, make_sequences
@@ -88,17 +88,15 @@ def fdpg_loss(
     sequences = make_sequences(cu_seqlens, behavior_logprob, target_log_score, log_z, total)
     options = Options(divergences.get(divergence), as_tensor(baseline, hidden.device), ratio, ratio_cap, reward_cap)
     if local_shard(hidden, weight, bias) is not None:
-        if weight_grad_out is not None or chunk_bytes is not None:
-            raise ValueError("weight_grad_out and chunk_bytes are for a head that is not split over ranks")
-        logprob = linear_logprob(
-            hidden, weight, target_ids, bias=bias, temperature=temperature, softcap=softcap, impl=impl
-        )
+        if weight_grad_out is not None:
+            raise ValueError("weight_grad_out is for a head that is not split over ranks")
+        options_of_head: Any = dict(bias=bias, temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
+        logprob = linear_logprob(hidden, weight, target_ids, **options_of_head, impl=impl)
         return _composed(logprob, target_ids == IGNORED, sequences, options, impl)
-    hidden, ids, head = make_head(hidden, target_ids, weight, bias, temperature, softcap, ids_on_cpu=True)
+    hidden, ids, head = make_head(hidden, target_ids, weight, bias, temperature, softcap, chunk_bytes)
     check_targets(ids, len(head.weight))
     into = as_local("weight_grad_out", weight_grad_out)
-    check_memory(chunk_bytes, into, head.weight)
-    head = head._replace(chunk_bytes=chunk_bytes)
+    check_weight_grad_out(into, head.weight)
     check_sequences(hidden.detach()[:, 0], sequences, options)
     impl = choose_impl(impl, hidden, multiplies=True)
     if into is not None:  # the gradient is wanted even if weight itself wants none

@@ -34,7 +34,10 @@ from .chunks import pack
 from .reference import SequenceWeights
 
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
-HEAD = "Tensor weight, Tensor? bias, float temperature, float? softcap, Tensor? row_temperature"
+HEAD = (
+    "Tensor weight, Tensor? bias, float temperature, float? softcap, Tensor? row_temperature, "
+    "ScalarType? weight_grad_dtype, SymInt? chunk_bytes"
+)
 SEQUENCES = "Tensor cu_seqlens, Tensor behavior_logprob, Tensor target_log_score, Tensor log_z"
 OPTIONS = "str divergence, Tensor? baseline, str ratio, float? ratio_cap, float? reward_cap"
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: torch 2.10 cannot trace it
@@ -66,7 +69,7 @@ def choose_impl(impl: str, tensor: Tensor, *, multiplies: bool = False) -> str:
 
 def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head, with_entropy: bool, impl: str) -> Logprobs:
     """log π of ids [N, K], and of each row the log-sum-exp and, if it is asked for, the entropy."""
-    logprob, lse, entropy = _linear_logprob(hidden, target_ids, *head[:5], with_entropy, impl)
+    logprob, lse, entropy = _linear_logprob(hidden, target_ids, *head, with_entropy, impl)
     return Logprobs(logprob, lse, entropy if with_entropy else None)
 
 
@@ -74,7 +77,7 @@ def linear_logprob_backward(
     hidden: Tensor, target_ids: Tensor, head: Head, results: Logprobs, given: LogitGradients, wants: Wants, impl: str
 ) -> Gradients:
     """Gradients of hidden, weight and bias from those of the logits, which are formed again."""
-    made = _linear_logprob_backward(hidden, target_ids, *head[:5], *results[:2], *given, wants, impl)
+    made = _linear_logprob_backward(hidden, target_ids, *head, *results[:2], *given, wants, impl)
     return _only_wanted(made, wants)
 
 
@@ -151,8 +154,8 @@ def _fake_gradients(hidden, weight, bias, wants):
     lambda hidden, target_ids, weight, bias, *rest: _fake_gradients(hidden, weight, bias, rest[-2]),
 )
 def _linear_logprob_backward(hidden, target_ids, *rest):
-    head, results, given = Head(*rest[:5]), Logprobs(rest[5], rest[6], None), LogitGradients(*rest[7:10])
-    wants, impl = rest[10:]
+    head, results, given = Head(*rest[:7]), Logprobs(rest[7], rest[8], None), LogitGradients(*rest[9:12])
+    wants, impl = rest[12:]
     made = _load(impl).linear_logprob_backward(hidden, target_ids, head, results, given, tuple(wants))
     return _all_tensors(made, hidden)
 
@@ -183,7 +186,7 @@ def _fake_loss(hidden, target_ids, weight, bias, *rest):
 
 # unsafe in a CUDA graph: chunks are cut on the values of cu_seqlens, and small tables are copied from the host
 @_operator(
-    f"fdpg_loss(Tensor hidden, Tensor target_ids, {HEAD}, ScalarType? weight_grad_dtype, SymInt? chunk_bytes, "
+    f"fdpg_loss(Tensor hidden, Tensor target_ids, {HEAD}, "
     f"{SEQUENCES}, SymInt total, {OPTIONS}, bool[] wants, str impl) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_loss,

@@ -25,6 +25,7 @@ class HeadOptions(TypedDict, total=False):
     bias: Tensor | None
     temperature: Number
     softcap: float | None
+    chunk_bytes: int | None
     impl: str
 
 
@@ -74,6 +75,7 @@ def linear_logprob(
     softcap: float | None = None,
     return_entropy: bool = False,
     return_lse: bool = False,
+    chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> Tensor | LinearLogprob:
     """log softmax(head(hidden)) at given ids, and the entropy of each row; differentiable in hidden, weight and bias.
@@ -84,13 +86,16 @@ def linear_logprob(
             is taken if it is replicated, as its `to_local()`; or split over the vocabulary, Shard(0) on a mesh of one
             dimension, if hidden is a DTensor that is replicated on the same mesh, for `sharded_linear_logprob`.
         target_ids: one id a row, [...], or K of them, [..., K], signed integers; -100 marks an ignored one, whose
-            log-prob is 0. Of a row that has no other id nothing counts: entropy and lse are 0.
+            log-prob is 0. Of a row that has no other id nothing counts: entropy and lse are 0. Beside a hidden on a GPU
+            they may stay on the CPU: such rows are then left out of all products.
         bias: [V] or None.
         temperature: logits are divided by it, > 0, after the soft cap; a number, or a tensor [] or [...], which gets no
             gradient and is not read in ignored rows.
         softcap: c in c·tanh(logit/c), > 0, or None.
         return_entropy, return_lse: give a `LinearLogprob` with these. The entropy costs another pass over logits
             that are at hand, and the same again where it is trained on.
+        chunk_bytes: of the block of logits that is alive at once; None for 2 MiB on a CPU, elsewhere for 256 MiB, and
+            with Triton, in the backward pass only, for a fiftieth of the GPU's memory, at least 1 GiB.
         impl: "auto" | "triton" (no logits in memory; bfloat16 on an NVIDIA GPU) | "chunked" (at most a [chunk, V] block
             of logits alive) | "reference" (float64, plain).
 
@@ -102,10 +107,10 @@ def linear_logprob(
         ValueError: shapes, dtypes, devices or options do not fit.
     """
     if (shard := local_shard(hidden, weight, bias)) is not None:
-        options: Any = dict(temperature=temperature, softcap=softcap, impl=impl)
+        options: Any = dict(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes, impl=impl)
         options |= dict(return_entropy=return_entropy, return_lse=return_lse)
         return sharded_linear_logprob(hidden, target_ids=target_ids, **shard, **options)
-    rows, ids, head = make_head(hidden, target_ids, weight, bias, temperature, softcap)
+    rows, ids, head = make_head(hidden, target_ids, weight, bias, temperature, softcap, chunk_bytes)
     check_targets(ids, len(head.weight))
     impl = choose_impl(impl, rows, multiplies=True)
     results = token_logprobs(rows, ids, head, return_entropy, impl)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .arguments import IGNORED, Logprobs, Number, result_dtype
+from .arguments import IGNORED, Logprobs, Number, result_dtype, to_device
 from .checks import make_head
 from .logprob import as_asked, token_logprobs
 from .operators import choose_impl
@@ -37,6 +37,7 @@ def sharded_linear_logprob(
     softcap: float | None = None,
     return_entropy: bool = False,
     return_lse: bool = False,
+    chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> Any:
     """log softmax(head(hidden))[target] of every row, each rank holding a part of the head.
@@ -60,7 +61,7 @@ def sharded_linear_logprob(
         vocab_start: id of this shard's first token.
         group: the ranks that share the head, None for the default group.
         bias: of this shard, [V_r], finite, or None.
-        temperature, softcap, return_entropy, return_lse, impl: as in `linear_logprob`.
+        temperature, softcap, return_entropy, return_lse, chunk_bytes, impl: as in `linear_logprob`.
 
     Returns:
         What `linear_logprob` returns, of the whole vocabulary, the same on all ranks. The gradient of hidden is of the
@@ -70,8 +71,8 @@ def sharded_linear_logprob(
         ValueError: shapes, dtypes, devices or options do not fit. On CPU tensors also, on all ranks at once, where a
             target lies in no shard or in several; on a GPU, which is not asked to wait, the first gives -inf.
     """
-    rows, ids, head = make_head(hidden, target_ids, weight_shard, bias, temperature, softcap)
-    impl = choose_impl(impl, rows, multiplies=True)
+    rows, ids, head = make_head(hidden, target_ids, weight_shard, bias, temperature, softcap, chunk_bytes)
+    ids, impl = to_device(ids, rows.device), choose_impl(impl, rows, multiplies=True)
     if vocab_start < 0:
         raise ValueError(f"vocab_start={vocab_start}; it must be the id of the shard's first token, 0 or more")
     if head.bias is not None and head.bias.device.type == "cpu" and not bool(head.bias.isfinite().all()):

@@ -34,7 +34,7 @@ class _Walk:
         self.chunks = even_chunks(0, len(self.x), TILE_ROWS)
         rows = self.chunks[0].stop if self.chunks else 0
         tile_bytes = TILE_BYTES if hidden.device.type == "cpu" else DEVICE_TILE_BYTES
-        width = tile_bytes // (self.x.element_size() * max(1, rows))
+        width = (head.chunk_bytes or tile_bytes) // (self.x.element_size() * max(1, rows))
         self.columns = even_chunks(0, len(head.weight) if rows else 0, max(1, width))
         self.tile = self.x.new_empty(rows * (self.columns[0].stop if self.columns else 0))
 
@@ -104,11 +104,12 @@ def linear_logprob_backward(
         beta = walk.pack(given.beta) * lost.exp()
         alpha += beta * lost
     x_grad = torch.zeros_like(walk.x) if wants[0] else None
-    weight_grad = torch.zeros_like(head.weight, dtype=head.weight_grad_dtype) if wants[1] else None
+    empty = torch.empty_like if walk.columns else torch.zeros_like  # no rows: nothing will be written
+    weight_grad = empty(head.weight, dtype=head.weight_grad_dtype) if wants[1] else None
     bias_grad = torch.zeros_like(head.bias) if wants[2] and head.bias is not None else None
     for columns, weight, bias in walk.parts():
         part = None if weight_grad is None else _sums(weight_grad[columns], weight.dtype)
-        bias_part = None if bias_grad is None else _sums(bias_grad[columns], weight.dtype)
+        bias_part = None if bias_grad is None else _sums(bias_grad[columns], weight.dtype).zero_()
         for rows in walk.chunks:
             logits = walk.logits(rows, weight, bias)
             slope = to_slope(logits, head, walk.temperature(rows))
@@ -123,7 +124,7 @@ def linear_logprob_backward(
             if slope is not None:
                 gradient.mul_(slope)
             if part is not None:
-                part.addmm_(gradient.T, walk.x[rows])
+                part.addmm_(gradient.T, walk.x[rows], beta=int(rows.start > 0))  # the first rows write
             if bias_part is not None:
                 bias_part += gradient.sum(0)
             if x_grad is not None:
@@ -154,8 +155,8 @@ def to_slope(logits: Tensor, head: Head, temperature: Number) -> Tensor | None:
 
 
 def _sums(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros that a gradient is summed in: `part` itself if it has the dtype, for a bfloat16 sum would drift."""
-    return part if part.dtype == dtype else torch.zeros_like(part, dtype=dtype)
+    """Where a gradient is summed: in `part` itself if it has the dtype, for a bfloat16 sum would drift."""
+    return part if part.dtype == dtype else torch.empty_like(part, dtype=dtype)
 
 
 def _local(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdpg_kernels import Divergence, fdpg_loss
+from fdpg_kernels import Divergence, fdpg_loss, linear_logprob
 from fdpg_kernels.arguments import Head, Sequences
 from fdpg_kernels.checks import make_head
 from fdpg_kernels.chunks import even_chunks, pack, plan
@@ -119,10 +119,10 @@ def counted(monkeypatch):
     """Multiply-adds of all products, those of the kernels included."""
     seen, multiply = MultiplyAdds(), head_module.Products._multiply
 
-    def counting(self, chunk, partials, *, anchored, flag=None):
+    def counting(self, chunk, partials, *, anchored, flag=None, **options):
         if flag is None:  # the others return at once, but for rows out of range
             seen.count += (chunk.stop - chunk.start) * D * V
-        multiply(self, chunk, partials, anchored=anchored, flag=flag)
+        multiply(self, chunk, partials, anchored=anchored, flag=flag, **options)
 
     monkeypatch.setattr(head_module.Products, "_multiply", counting)
     return seen
@@ -143,6 +143,25 @@ def test_three_products_of_rows_that_count_whatever_the_length(counted, impl, le
     assert counted.count == 3 * int((target_ids != -100).sum()) * D * V
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_log_probs_take_four_products_of_rows_that_count_in_blocks_of_any_size(counted, impl):
+    """Two forward and backward would need all logits kept between them."""
+    rng = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(k, D, generator=rng, requires_grad=True) for k in (100, V)]
+    target_ids = torch.randint(V, (100,), generator=rng)
+    target_ids[::3] = -100
+    found = []
+    for chunk_bytes in (None, 32 * 40 * 4, 1):
+        counted.count = 0
+        with counted:
+            logprob = linear_logprob(*leaves, target_ids, impl=impl, chunk_bytes=chunk_bytes)
+            found.append([logprob, *torch.autograd.grad(logprob.sum(), leaves)])
+        assert counted.count == 4 * int((target_ids != -100).sum()) * D * V
+    for one in found[1:]:
+        for mine, first in zip(one, found[0], strict=True):
+            torch.testing.assert_close(mine, first, rtol=1e-5, atol=1e-5)
+
+
 def test_ignored_rows_are_found_without_a_look_at_the_device(monkeypatch):
     """A meta tensor has no values that could be waited for, and the targets are on the CPU."""
     arguments = arguments_of()
@@ -156,12 +175,16 @@ def test_ignored_rows_are_found_without_a_look_at_the_device(monkeypatch):
     assert sequences.cu_seqlens.device.type == "cpu" and int(sequences.cu_seqlens[-1]) == num_live
     inputs = there["hidden"], arguments["target_ids"], there["weight"], None, 1.0, None
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no meta device
-    make_head(*inputs, ids_on_cpu=True)
+    make_head(*inputs)
     with pytest.raises(ValueError, match="hidden and target_ids must be on one device; got cpu, meta"):
-        make_head(*inputs)
+        make_head(torch.empty(inputs[0].shape), inputs[1].to("meta"), torch.empty(V, D), *inputs[3:])
 
 
 @pytest.mark.parametrize("chunk_bytes", [0, -1, 1.5, "1 GiB", math.nan])
 def test_chunk_bytes_that_are_refused(chunk_bytes):
-    with pytest.raises(ValueError, match="chunk_bytes=.*; it must be a positive whole number, or None"):
-        fdpg_loss(**head_batch([2, 4]), chunk_bytes=chunk_bytes)
+    arguments = head_batch([2, 4])
+    refused = pytest.raises(ValueError, match="chunk_bytes=.*; it must be a positive whole number, or None")
+    with refused:
+        fdpg_loss(**arguments, chunk_bytes=chunk_bytes)
+    with refused:
+        linear_logprob(*(arguments[k] for k in ("hidden", "weight", "target_ids")), chunk_bytes=chunk_bytes)

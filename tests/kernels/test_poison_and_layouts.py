@@ -5,7 +5,9 @@ Poison is NaN, an infinity or 1e30: in ignored rows, in memory around views, and
 
 from __future__ import annotations
 
+import contextlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -111,8 +113,12 @@ def test_nothing_under_an_ignored_token_reaches_a_result_or_gradient(case):
         clean = outcome(fdpg_loss, arguments | {"ratio_cap": 5.0, "reward_cap": 5.0}, impl)
         found = outcome(fdpg_loss, poisoned | {"ratio_cap": 5.0, "reward_cap": 5.0}, impl)
         assert all(torch.equal(found[k], clean[k]) for k in clean), impl
-        clean = outcome(linear_logprob, head_of(arguments), impl, upstream)
-        found = outcome(linear_logprob, head_of(poisoned), impl, upstream.masked_fill(ignored, poison))
+    runs = implementations(arguments["hidden"].dtype)
+    for run in runs + ["triton, ids on a GPU"] * ("triton" in runs):
+        impl, _, unseen = run.partition(",")
+        with mock.patch("fdpg_kernels.logprob._live", lambda ids: None) if unseen else contextlib.nullcontext():
+            clean = outcome(linear_logprob, head_of(arguments), impl, upstream)
+            found = outcome(linear_logprob, head_of(poisoned), impl, upstream.masked_fill(ignored, poison))
         assert all(torch.equal(found[k], clean[k]) for k in clean), impl
         assert not bool(found["gradient of hidden"][ignored].any()), impl
 

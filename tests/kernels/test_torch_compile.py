@@ -139,18 +139,19 @@ def test_operators_are_what_they_say(impl, layout, lengths, dtype):
     sequences = [sequences[0].to(sizes), *sequences[1:], torch.tensor(0.1)]
     wants, ops = (True, True, False), torch.ops.fdpg_kernels
     temperatures = place(torch.ones(sum(lengths)))
-    for head_and_rows, weight_grad_dtype in (((*head, None), None), ((*head, temperatures), torch.float32)):
-        checked = (*head_and_rows, weight_grad_dtype, 1000, *sequences, 4, *options, wants, impl)
+    for of_head, weight_grad_dtype in (((*head, None), None), ((*head, temperatures), torch.float32)):
+        checked = (*of_head, weight_grad_dtype, 1000, *sequences, 4, *options, wants, impl)
         torch.library.opcheck(ops.fdpg_loss.default, checked)
-        hidden, ids, *rest = head_and_rows
+        hidden, ids, *rest = of_head
         for K, with_entropy in ((1, False), (3, True)):
             many = place(ids[:, None].expand(-1, K).contiguous())
-            forward = (hidden, many, *rest, with_entropy, impl)
+            head_and_rows = (*rest, None, 1000)
+            forward = (hidden, many, *head_and_rows, with_entropy, impl)
             torch.library.opcheck(ops.linear_logprob.default, forward)
             logprob, lse, entropy = ops.linear_logprob(*forward)
             given = (place(torch.ones_like(logprob)), place(torch.ones_like(lse).to(logprob)))
             given += (place(torch.ones_like(given[1])) if with_entropy else None,)
-            backward = (hidden, many, *rest, logprob, lse, *given, wants, impl)
+            backward = (hidden, many, *head_and_rows, logprob, lse, *given, wants, impl)
             torch.library.opcheck(ops.linear_logprob_backward.default, backward)
     torch.library.opcheck(ops.sequence_weights.default, (logprob[:, 0], *sequences, *options, impl))
 
