@@ -201,7 +201,7 @@ class Session:
         with activity(f"loading {path}"):
             # spread over processes, what is trained is its own master
             dtype = "float32" if is_trained and ranks.joined() else self.config.dtype
-            return load_model(path, dtype, self._device, self.config.trust_remote_code)
+            return load_model(path, dtype, self._device, self.config.trust_remote_code, ranks.joined())
 
 
 def choose_device(name: str) -> str:

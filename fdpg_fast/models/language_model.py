@@ -20,7 +20,7 @@ from .. import ranks
 from ..contexts import Context
 from ..errors import UserError, is_out_of_memory, one_line
 from ..rollouts import Rollouts, pack
-from . import attention, parallel
+from . import attention, parallel, parts
 from .decoding import ContinuedDecoding, Decoding
 from .head import FusedHead
 
@@ -129,6 +129,7 @@ class LanguageModel:
         """Spread over all processes; the dtype that passes compute in, None: that of the parameters."""
         self.dtype = dtype or self.dtype
         parallel.divide(self.model, dtype)
+        self._check_scoring()
 
     @contextlib.contextmanager
     def as_base(self) -> Iterator[LanguageModel]:
@@ -181,6 +182,8 @@ class LanguageModel:
     @torch.no_grad()
     def _check_scoring(self) -> None:
         """Compare with the model's own forward pass on two short rows; a wrong log-prob must not start a run."""
+        if parts.are_parts(self.model) and not parallel.is_divided(self.model):
+            return  # neither can run: it is compared when it is divided
         vocabulary = self.model.config.get_text_config().vocab_size
         texts = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0))
         pairs = [texts[0].split([2, 5]), texts[1].split([4, 3])]
@@ -190,6 +193,7 @@ class LanguageModel:
         try:
             ours = self.token_logprobs(probe, micro_batch_tokens=1024)
             logits = torch.cat([self._own_logits(*(part.to(self.device) for part in pair)) for pair in pairs])
+            parallel.release(self.model)
         except UserError:
             raise
         except Exception as error:
@@ -198,7 +202,7 @@ class LanguageModel:
             reason = f"{type(error).__name__}: {one_line(error)[:300]}"
             raise UserError(f"model: {kind} cannot run {self._layout}: {reason}") from error
         own = logits.float().log_softmax(-1).cpu().gather(1, probe.token_ids[:, None])[:, 0]
-        gap, limit = float((ours - own).abs().max()), 1e-3 if self.model.dtype == torch.float32 else 0.25
+        gap, limit = float((ours - own).abs().max()), 1e-3 if self.dtype == torch.float32 else 0.25
         if not gap < limit:
             raise UserError(
                 f"model: {kind} cannot be scored {self._layout}: its log-probs differ from the model's own by "

@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
 from ..model_files import reading
 from ..progress import say_once
+from . import parts
 from .encoder_decoder import EncoderDecoderModel
 from .generation import refuse_decisive
 from .language_model import LanguageModel
@@ -20,8 +22,11 @@ QUANTISED = ("quantization_config", "quantization", "compression_config")  # key
 NO_LANGUAGE_MODEL = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|RewardModel")
 
 
-def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> LanguageModel:
+def load_model(path: str, dtype: str, device: str, trust_remote_code: bool, is_divided: bool = False) -> LanguageModel:
     """A causal LM or an encoder-decoder from a folder or the hub; safetensors only.
+
+    is_divided: this process keeps its part of the weights, all processes load at once, and the model is to be divided
+    before it is used.
 
     Raises:
         UserError: whatever is wrong with its files, named.
@@ -32,7 +37,11 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool) -> L
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         options = {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        model, found = kind.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+
+        def load(**more: Any) -> parts.Loaded:
+            return kind.from_pretrained(path, trust_remote_code=trust_remote_code, **options, **more)
+
+        model, found = parts.read_parts(load, torch.device(device)) if is_divided else load()
         _refuse_weights(path, model, found)
         refuse_decisive(model, not config.is_encoder_decoder)
         model = model.to(device)
@@ -87,7 +96,7 @@ def _refuse_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) ->
             f"model: {path!r} has a head of its own, but its config.json says that it is the embedding: "
             "set tie_word_embeddings: false there"
         )
-    if broken := [name for name, x in own.items() if not x.sum().isfinite() and not x.isfinite().all()]:
+    if broken := parts.broken(model):
         raise UserError(f"model: {path!r} has NaN or infinity in its weights: {_some(broken)}")
 
 

@@ -7,6 +7,7 @@ float32, the masters that AdamW moves; passes compute in the dtype of the run, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import ranks
+from . import parts
 
 Result = TypeVar("Result")
 INSIDE = "_fdpg_inside"  # the method of a divided module in which its parameters are whole
@@ -23,13 +25,17 @@ INSIDE = "_fdpg_inside"  # the method of a divided module in which its parameter
 def divide(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     """Divide a model's parameters among all processes, block by block; a head of its own and its embedding apart.
 
+    The parts that this process holds already, see `parts`, are those that it holds afterwards.
     dtype: that passes compute in; None: each parameter's own.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard as shard
 
     policy = MixedPrecisionPolicy(dtype, torch.float32)
     # log-probs, log P and log Z are among what model and head are called with: they stay what they are
     uncast = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    mesh, put_back = parts.mesh(model.device.type), parts.set_aside(model)
+    fully_shard = functools.partial(shard, mesh=mesh)
     names = set(model._no_split_modules or ())
     for block in [module for module in model.modules() if type(module).__name__ in names]:
         fully_shard(block, mp_policy=policy)
@@ -38,6 +44,7 @@ def divide(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
         fully_shard(embedding, mp_policy=policy)
         fully_shard(head, mp_policy=uncast, reshard_after_forward=False)
     fully_shard(model, mp_policy=uncast)
+    put_back()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, not means: losses of processes add up to the loss
@@ -59,8 +66,9 @@ def inside(module: torch.nn.Module, function: Callable[..., Result], *arguments:
 
 def release(model: Any) -> None:
     """Let go of what a forward pass has gathered that no backward pass follows."""
-    if is_divided(model):
-        model.reshard()
+    for module in (model, model.get_output_embeddings()) if is_divided(model) else ():
+        if hasattr(module, "reshard"):  # a tied head is none of its own
+            module.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:

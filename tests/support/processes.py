@@ -16,6 +16,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from .loaded_parts import save_weights
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
@@ -135,7 +137,7 @@ def do(command: list[str]) -> int:
 
     prepare_environment()
     name, *arguments = command
-    if name not in (others := {"gradients": save_gradients, "by_nccl": by_nccl}):
+    if name not in (others := {"gradients": save_gradients, "by_nccl": by_nccl, "weights": save_weights}):
         return main(command)
     others[name](*arguments)
     return 0
