@@ -1,15 +1,16 @@
-"""Packed rows: prompts and completions without padding through a model's layers, each prompt computed once.
+"""Attention as transformers' models ask for it: who sees whom is the layout's, how, is the layer's own choice.
 
-C prompts and their B completions become one row of tokens, prompts first. Only attention has to know who belongs to
-whom, so it is the one thing replaced, through transformers' attention registry. It asks a layout that the forward pass
-is given; without one it is plain SDPA, so that the model stays an ordinary transformers model. A layout has
-`attend(query, key, value, scale)`: [R, H, T, d] each (fewer heads in key and value) → [R, T, H, d].
+Prompts and completions lie in a model's input in some layout: `packed.PackedRow`, or the cache of `decoding`. Only
+attention has to know it, so it is the one thing replaced, through transformers' attention registry. Of the masks that a
+model builds, through its mask registry, no tensor is left: a layer is handed what the model has for it as a `Local`, or
+nothing. Without a layout both registries do what they do for SDPA, and the model stays an ordinary transformers model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,34 +20,101 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UserError
-from ..rollouts import Rollouts
 
 IMPLEMENTATION = "fdpg_packed"
 UNLIMITED = 2**31  # tokens
-# keys of configs: windows of layers that are not full attention, and how many tokens others choose from all
-SLIDING, MASKED = ("sliding_window", "sliding_window_size"), ("attention_chunk_size", "index_topk", "keep_window_size")
+# keys of configs: how many tokens the layers choose from all, of which only texts that are no longer can be computed
+CHOSEN = ("attention_chunk_size", "index_topk", "keep_window_size")
+
+
+class Kind(NamedTuple):
+    """How a layer turns scores of queries and keys into weights."""
+
+    scale: float
+    window: int | None = None  # tokens that a query sees, itself the last; None: all before it
+    softcap: float | None = None  # c in c·tanh(score/c); None: no cap
+    sinks: Tensor | None = None  # a score beside the keys' in every head, whose value is 0, [H]
+
+    @property
+    def is_plain(self) -> bool:
+        return self.window is None and self.softcap is None and self.sinks is None
+
+    def over(self, longest: int) -> Kind:
+        """The same for texts of at most so many tokens: a window that none reaches past is no window."""
+        return self if self.window is None or self.window < longest else self._replace(window=None)
+
+
+class Layout(Protocol):
+    """Where tokens of texts lie in rows; attention within them is [R, H, T, d] each → [R, T, H, d]."""
+
+    longest: int  # tokens of the longest text
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, kind: Kind) -> Tensor: ...
+
+
+class Local:
+    """What a layer is handed as its mask that sees some of the tokens before: the last so many, or those of a chunk."""
+
+    def __init__(self, tokens: int, is_window: bool):
+        self.tokens, self.is_window = tokens, is_window
+
+
+class _Pass:
+    """A forward pass of a model with a layout, which builds its masks and asks for attention in it."""
+
+    def __init__(self, layout: Layout):
+        self.layout, self.has_asked = layout, False
+
+
+_pass: ContextVar[_Pass | None] = ContextVar("_pass", default=None)
 
 
 def _attention(module, query, key, value, attention_mask, *, layout=None, scaling=None, **options):
-    if layout is None:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kind = Kind(scale, None, options.get("softcap"), options.get("s_aux"))
+    if (current := _pass.get()) is not None:  # else layers are computed again for a backward pass
+        current.has_asked = True
+    if layout is not None:
+        if options.get("position_bias") is not None:
+            raise UserError(f"model: {type(module).__name__} adds a bias to its scores, which is not supported")
+        if isinstance(attention_mask, Local):
+            if not attention_mask.is_window and layout.longest > (limit := attention_mask.tokens):
+                reach = f"a text has {layout.longest:,}"
+                raise UserError(f"model: its attention sees chunks of {limit:,} tokens, and {reach}: not supported")
+            kind = kind._replace(window=attention_mask.tokens)
+        return layout.attend(query, key, value, kind), None
+    if kind.is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise UserError(f"{type(module).__name__}: attention with a soft cap or sinks is not supported")
-    return layout.attend(query, key, value, scaling), None
+    if attention_mask is None and query.shape[2] > 1:  # SDPA would be told to be causal
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return dense(query, key, value, attention_mask, kind), None
+
+
+def _mask(*, mask_function, local_size=None, use_vmap=False, allow_is_causal_skip=True, device="cpu", **sizes):
+    current = _pass.get()
+    if current is None:
+        sizes |= {"use_vmap": use_vmap, "allow_is_causal_skip": allow_is_causal_skip, "device": device}
+        return sdpa_mask(mask_function=mask_function, local_size=local_size, **sizes)
+    if use_vmap or _sees(mask_function, 0, 1):
+        raise UserError("model: its attention is not causal, or its mask is of a kind that is not supported")
+    if local_size is not None:
+        is_window = _sees(mask_function, local_size, 1) and not _sees(mask_function, local_size, 0)
+        return Local(local_size, is_window)
+    # a layer that chooses some of the tokens combines its choice with this; it may choose all
+    return None if allow_is_causal_skip else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _sees(mask_function: Callable[..., Any], query: int, key: int) -> bool:
+    return bool(mask_function(0, 0, torch.tensor(query), torch.tensor(key)))
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
-def window(config: PretrainedConfig) -> int:
-    """Tokens of the longest text of which every layer sees all that precedes: none needs a mask beside the causal one.
-
-    Models differ in whether they tell attention of a window or only mask what is outside it, so the config is asked.
-    """
-    layers = set(getattr(config, "layer_types", None) or ())
-    keys = MASKED if layers == {"full_attention"} else MASKED + SLIDING
-    return min(getattr(config, key, None) or UNLIMITED for key in keys)
+def longest_text(config: PretrainedConfig) -> int:
+    """Tokens up to which layers that choose what they see, by chunks or by an index, see all."""
+    return min(getattr(config, key, None) or UNLIMITED for key in CHOSEN)
 
 
 def rotary_limits(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
@@ -60,102 +128,49 @@ def rotary_limits(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
             yield kind, config.max_position_embeddings
 
 
-def run(model: PreTrainedModel, tokens: Tensor, positions: Tensor, layout: Any, cache: Cache | None = None) -> Tensor:
+def run(
+    model: PreTrainedModel, tokens: Tensor, positions: Tensor, layout: Layout, cache: Cache | None = None
+) -> Tensor:
     """Final hidden states of rows of tokens, [R, T] → [R, T, D]; layers add their keys and values to the cache."""
-    output = model.base_model(
-        input_ids=tokens,
-        position_ids=positions,
-        attention_mask=torch.empty(1, 1, 1, 1, device=tokens.device),  # 4-D: handed through as it is, and not read
-        past_key_values=cache,
-        use_cache=cache is not None,
-        layout=layout,
-    )
+    seen = tokens.shape[1] + (0 if cache is None else cache.get_seq_length())
+    current = _Pass(layout)
+    before = _pass.set(current)
+    try:
+        output = model.base_model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=torch.ones(1, 1, dtype=torch.bool, device=tokens.device).expand(len(tokens), seen),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            layout=layout,
+        )
+    finally:
+        _pass.reset(before)
+    if not current.has_asked:
+        raise UserError(f"model: {type(model).__name__} computes its attention itself, which knows no packed rows")
     return output.last_hidden_state
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float | None, **options: Any) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any) -> Tensor:
     shared = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=shared, **options)
 
 
-class PackedBatch:
-    """The layout of a micro-batch of rollouts as one row of M tokens.
+def dense(query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None, kind: Kind) -> Tensor:
+    """Attention by its definition, with all scores at once: [R, H, T, d], [R, K, S, d] → [R, T, H, d].
 
-    In the row comes every prompt once, then every completion without its last token, which predicts nothing.
+    is_visible: which keys a query sees, bool, broadcast to [R, 1, T, S]; None: all.
     """
-
-    def __init__(self, rollouts: Rollouts, device: torch.device, dtype: torch.dtype):
-        context_index = rollouts.context_index.cpu()
-        prompts = [torch.tensor(context.token_ids) for context in rollouts.contexts]
-        inputs = [tokens[:-1] for tokens in rollouts.token_ids.cpu().split(rollouts.lengths.tolist())]
-        prompt_lengths, input_lengths = (torch.tensor([len(text) for text in texts]) for texts in (prompts, inputs))
-        starts = [0] * len(prompts) + prompt_lengths[context_index].tolist()
-        positions = [torch.arange(i, i + len(text)) for i, text in zip(starts, prompts + inputs, strict=True)]
-        self.input_ids = torch.cat(prompts + inputs)[None].to(device)  # [1, M]
-        self.position_ids = torch.cat(positions)[None].to(device)  # [1, M], in each text
-
-        # a completion's first token is predicted by its prompt's last, the others by the token before each
-        self._prompts_end = int(prompt_lengths.sum())
-        sequence = torch.arange(len(rollouts)).repeat_interleave(rollouts.lengths.cpu())
-        target_rows = self._prompts_end - 1 + torch.arange(rollouts.num_tokens) - sequence
-        target_rows[rollouts.cu_seqlens[:-1].long().cpu()] = (prompt_lengths.cumsum(0) - 1)[context_index]
-        self.target_rows = target_rows.to(device)  # [N], of the hidden states that predict the completions' tokens
-
-        self._prompts, self._completions = Segments(prompt_lengths, device), Segments(input_lengths, device)
-        self._context_index, longest = context_index.to(device), self._completions.longest
-        own = torch.ones(longest, longest, dtype=torch.bool, device=device).tril().expand(len(rollouts), -1, -1)
-        prompt = self._prompts.is_real[self._context_index][:, None].expand(-1, longest, -1)
-        allowed = torch.cat([prompt, own], dim=2)[:, None]  # [B, 1, T, P+T]; padding of completions comes after all
-        self._mask = torch.zeros(allowed.shape, device=device, dtype=dtype).masked_fill_(~allowed, float("-inf"))
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention in the one row, [1, H, M, d] each → [1, M, H, d]: a completion sees its prompt and itself."""
-        lengths = [self._prompts_end, query.shape[2] - self._prompts_end]
-        of_prompts, own = zip(*(x[0].split(lengths, dim=1) for x in (query, key, value)), strict=True)
-        q, k, v = map(self._prompts.pad, of_prompts)
-        rows = [self._prompts.unpad(sdpa(q, k, v, scale, is_causal=True))]
-        if self._completions.longest:
-            own_q, own_k, own_v = map(self._completions.pad, own)
-            keys = torch.cat([k.index_select(0, self._context_index), own_k], dim=2)
-            values = torch.cat([v.index_select(0, self._context_index), own_v], dim=2)
-            attended = sdpa(own_q, keys, values, scale, attn_mask=self._mask.to(query.dtype))
-            rows.append(self._completions.unpad(attended))
-        return torch.cat(rows)[None]
-
-
-class Segments:
-    """S ragged stretches of tokens, one behind the other, and their padded view."""
-
-    def __init__(self, lengths: Tensor, device: torch.device):
-        self.longest = int(lengths.max())
-        is_real = torch.arange(self.longest) < lengths[:, None]
-        self.is_real = is_real.to(device)  # [S, T]
-        self._places = is_real.flatten().nonzero()[:, 0].to(device)  # [n], in the flat padded view
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """[H, n, d] → [S, H, T, d]; padding is 0."""
-        padded = _spread(packed.transpose(0, 1).flatten(1), self._places, self.is_real.numel())
-        return padded.view(*self.is_real.shape, *packed.shape[::2]).transpose(1, 2)
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """[S, H, T, d] → [n, H, d], the real rows in packed order."""
-        packed = _Gather.apply(padded.transpose(1, 2).reshape(self.is_real.numel(), -1), self._places)
-        return packed.view(-1, padded.shape[1], padded.shape[3])
-
-
-def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
-    """[n, D] → [size, D], each row at its place and zeros between."""
-    return rows.new_zeros(size, rows.shape[1]).index_copy_(0, places, rows)
-
-
-class _Gather(torch.autograd.Function):
-    """`index_select` of rows that are taken once each: its own backward pass adds row by row, which is slow."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.places, ctx.size = places, len(rows)
-        return rows.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _spread(gradient, ctx.places, ctx.size), None
+    rows, heads, length, _ = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, query.shape[3])  # [R, K, H/K·T, d]
+    scores = (grouped @ key.transpose(2, 3)).float().view(rows, heads, length, -1) * kind.scale
+    if kind.softcap is not None:
+        scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    if is_visible is not None:
+        scores = scores.masked_fill(~is_visible, float("-inf"))
+    if kind.sinks is not None:
+        sinks = kind.sinks.float().view(-1, 1, 1).expand(rows, -1, length, -1)
+        scores = torch.cat([scores, sinks], dim=3)
+    weights = scores.softmax(3)[..., : key.shape[2]].to(value.dtype)
+    attended = weights.reshape(rows, key.shape[1], -1, key.shape[2]) @ value
+    return attended.view(rows, heads, length, -1).transpose(1, 2)

@@ -14,7 +14,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..contexts import Context
-from . import attention
+from . import attention, blockwise
+from .attention import Kind
+from .rows import Row
 
 
 class Decoding:
@@ -47,12 +49,13 @@ class ContinuedDecoding(Decoding):
     def __init__(self, model: PreTrainedModel, contexts: Sequence[Context], context_index: Tensor, max_new_tokens: int):
         self._model = model
         input_ids, is_real = pad_prompts(contexts, model.device)
-        lengths, longest = is_real.sum(1, keepdim=True), is_real.shape[1]
-        self._is_padded = not bool(is_real.all())
-        attended = F.pad(is_real, (0, max_new_tokens), value=True)  # [C, P + max_new_tokens]
-        super().__init__(roomy_cache(max_new_tokens), attended=attended, next_position=lengths)
-        positions = torch.arange(longest, device=model.device)[None]
-        states = attention.run(model, input_ids, positions, self, self._cache)  # [C, P, D]
+        lengths, width = is_real.sum(1, keepdim=True), is_real.shape[1]
+        self._is_padded, self.longest = not bool(is_real.all()), width + max_new_tokens
+        prompt, completion = (torch.arange(n, device=model.device) for n in (width, max_new_tokens))
+        # of each place in the cache, [C, P + max_new_tokens]; −1: padding
+        positions = torch.cat([torch.where(is_real, prompt, -1), lengths + completion], dim=1)
+        super().__init__(roomy_cache(max_new_tokens), positions=positions, next_position=lengths)
+        states = attention.run(model, input_ids, prompt[None], self, self._cache)  # [C, P, D]
         self._begin(states.take_along_dim(lengths[:, :, None] - 1, dim=1)[:, 0], context_index)
 
     def run(self, tokens: Tensor) -> Tensor:  # T = 1
@@ -60,16 +63,27 @@ class ContinuedDecoding(Decoding):
         self._rows["next_position"] += 1
         return states
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, kind: Kind) -> Tensor:
         """Attention of whole prompts [C, H, P, d], or of one token [B, H, 1, d] to all before it; see `attention`."""
+        kind = kind.over(self.longest)
         batch, heads, length, width = query.shape
         slots = key.shape[2]
         if length == slots:
-            return attention.sdpa(query, key, value, scale, is_causal=True).transpose(1, 2)
+            if kind.is_plain:
+                return attention.sdpa(query, key, value, kind.scale, is_causal=True).transpose(1, 2)
+            texts = Row([length] * batch, [None] * batch)
+            query, key, value = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
+            return blockwise.attend(texts, query, key, value, kind).unflatten(1, (batch, length)).permute(1, 2, 0, 3)
+        visible = None
+        if self._is_padded or kind.window is not None:
+            window = self.longest if kind.window is None else kind.window
+            oldest = (self._rows["next_position"] - window + 1).clamp_(min=0)  # [B, 1]
+            visible = (self._rows["positions"][:, :slots] >= oldest)[:, None, None]  # [B, 1, 1, slots]
+        if kind.softcap is not None or kind.sinks is not None:
+            return attention.dense(query, key, value, visible, kind)
         # one query token: the query heads that share a key head are laid out as its queries
         grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
-        mask = self._rows["attended"][:, None, None, :slots] if self._is_padded else None
-        return attention.sdpa(grouped, key, value, scale, attn_mask=mask).reshape(batch, 1, heads, -1)
+        return attention.sdpa(grouped, key, value, kind.scale, attn_mask=visible).reshape(batch, 1, heads, -1)
 
 
 def pad_prompts(contexts: Sequence[Context], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from ..contexts import Context
 from ..errors import UserError
 from ..rollouts import Rollouts
-from .attention import Segments
 from .decoding import Decoding, pad_prompts, roomy_cache
 from .head import FusedHead
 from .language_model import LanguageModel
@@ -60,7 +59,7 @@ class EncoderDecoderModel(LanguageModel):
         tokens = pad_sequence(rollouts.token_ids.split(rollouts.lengths.tolist()), batch_first=True)  # [B, T]
         if tokens.shape[1] > 1:
             states = torch.cat([states, decoding.run(tokens[:, :-1].to(self.device))], dim=1)
-        return Segments(rollouts.lengths.cpu(), self.device).unpad(states[:, None])[:, 0]
+        return torch.cat([row[:length] for row, length in zip(states, rollouts.lengths.tolist(), strict=True)])
 
     def _own_logits(self, prompt: Tensor, completion: Tensor) -> Tensor:
         tokens = torch.cat([torch.tensor(self._start, device=self.device), completion[:-1]])

@@ -23,6 +23,7 @@ from ..rollouts import Rollouts, pack
 from . import attention, parallel, parts
 from .decoding import ContinuedDecoding, Decoding
 from .head import FusedHead
+from .packed import PackedBatch
 
 BLOCK = re.compile(r".*?\.\d+\.")  # of a tensor's name, what names the block that it lies in
 
@@ -36,7 +37,7 @@ class LanguageModel:
 
     continues_prompt = True  # prompt and completion are one text; else the completion answers it
     _layout = "on packed rows"
-    _window = attention.UNLIMITED  # tokens that its layers see at a time
+    _longest_text = attention.UNLIMITED  # tokens of which its layers see all
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.dtype = model.eval(), model.dtype
@@ -47,7 +48,7 @@ class LanguageModel:
             raise UserError(f"model: {kind} does not let its attention be chosen: {one_line(error)}") from None
         config = model.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1.0)
-        softcap, self._window = getattr(config, "final_logit_softcapping", None), attention.window(config)
+        softcap, self._longest_text = getattr(config, "final_logit_softcapping", None), attention.longest_text(config)
         self.head = FusedHead(model.get_output_embeddings(), temperature=float(scaling), softcap=softcap)
         self._check_scoring()
 
@@ -73,14 +74,17 @@ class LanguageModel:
         """Refuse completions of so many tokens whose log-probs would be wrong, or depend on what is beside them.
 
         Raises:
-            UserError: they reach past a window, or lie on both sides of the length at which rotary scaling changes.
+            UserError: they reach past what all layers see, or lie on both sides of a length at which rotary scaling
+                changes.
         """
         prompts = [len(context.token_ids) for context in contexts]
         shortest, longest = min(prompts), max(prompts) + max_new_tokens
         remedy = "shorten the prompts or lower engine.max_new_tokens"
-        if longest > self._window:
-            reach = f"prompt and completion reach {longest:,} tokens"
-            raise UserError(f"model: {reach}, past the model's window of {self._window:,}; {remedy}")
+        if longest > self._longest_text:
+            raise UserError(
+                f"model: prompt and completion reach {longest:,} tokens, past the {self._longest_text:,} up to which "
+                f"all layers see all; {remedy}"
+            )
         for kind, limit in attention.rotary_limits(self.model.config.get_text_config()):
             if longest > limit and (kind == "dynamic" or shortest <= limit):
                 more = "" if kind == "dynamic" else ", or leave the short prompts out"
@@ -98,7 +102,7 @@ class LanguageModel:
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """The hidden state that predicts each completion token, [N, D]; carries gradients where they are on."""
         self.refuse_lengths(rollouts.contexts, int(rollouts.lengths.max()))
-        batch = attention.PackedBatch(rollouts, self.device, self.dtype)
+        batch = PackedBatch(rollouts, self.device)
         states = attention.run(self.model, batch.input_ids, batch.position_ids, batch)
         return states[0].index_select(0, batch.target_rows)
 

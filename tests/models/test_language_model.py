@@ -114,15 +114,16 @@ LOCAL = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local
 RECURRENT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 4}
 REFUSED = {
-    "gemma2: soft cap in attention": (lambda: hf.Gemma2Config(**GROUPED, head_dim=8), "soft cap"),
-    "gpt_oss: sinks": (lambda: hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4), "sinks"),
     "gpt_neo: attention of its own": (
         lambda: hf.GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, **LOCAL, initializer_range=0.2),
-        "differ from the model's own",
+        "computes its attention itself",
     ),
-    "mamba: no attention": (lambda: hf.MambaConfig(**RECURRENT), "cannot run on packed rows|let its attention"),
+    "mamba: no attention": (lambda: hf.MambaConfig(**RECURRENT), "computes its attention itself|let its attention"),
     "jamba: attention and recurrence": (lambda: hf.JambaConfig(**GROUPED, **HYBRID), "packed rows"),
-    "bloom: alibi": (lambda: hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), "packed rows"),
+    "bloom: alibi": (
+        lambda: hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        "computes its attention itself",
+    ),
 }
 
 
@@ -139,16 +140,6 @@ def test_a_model_with_logits_of_its_own_is_refused():
     torch.manual_seed(0)
     with pytest.raises(UserError, match="differ from the model's own"):
         LanguageModel(DoubledLogits(hf.LlamaConfig(**GROUPED)))
-
-
-def test_text_past_the_sliding_window_is_refused():
-    language_model = LanguageModel(build(hf.MistralConfig(**GROUPED, sliding_window=10)))
-    contexts = contexts_of(4)
-    language_model.token_logprobs(rollouts_of(contexts, [[[5] * 6]]), 100)
-    with pytest.raises(UserError, match="reach 11 tokens, past the model's window of 10"):
-        language_model.token_logprobs(rollouts_of(contexts, [[[5] * 7]]), 100)
-    with pytest.raises(UserError, match="past the model's window"):
-        TransformersEngine(language_model, [EOS], max_new_tokens=7).sample(contexts, 2, seed=0)
 
 
 def test_the_wrapped_model_stays_an_ordinary_transformers_model(tmp_path):

@@ -24,11 +24,11 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 MODELS = {
     "longrope": lambda: hf.Phi3Config(**GROUPED, rope_parameters=LONGROPE, original_max_position_embeddings=16),
     "dynamic": lambda: hf.LlamaConfig(**{**GROUPED, "max_position_embeddings": 16}, rope_parameters=DYNAMIC),
-    "window": lambda: hf.MistralConfig(**GROUPED, sliding_window=16),
-    "window in some layers": lambda: hf.Gemma3TextConfig(
-        **GROUPED, head_dim=8, sliding_window=16, sliding_window_pattern=2
-    ),
     "none": lambda: hf.LlamaConfig(**GROUPED),
+    "none: window": lambda: hf.MistralConfig(**GROUPED, sliding_window=5),
+    "none: window in some layers": lambda: hf.Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=9, sliding_window_pattern=2
+    ),
 }
 
 
@@ -52,10 +52,10 @@ def test_neighbours_change_nothing_or_are_refused(name, lengths, models):
             ours = language_model.token_logprobs(rollouts, 10**6)
         except UserError as refusal:
             assert "lower engine.max_new_tokens" in str(refusal)
-            assert could_reach > 16 and name != "none"
+            assert could_reach > 16 and not name.startswith("none")
             assert shortest <= 16 or name != "longrope"
         else:
-            assert longest <= 16 or name == "none" or (name == "longrope" and shortest > 16)
+            assert longest <= 16 or name.startswith("none") or (name == "longrope" and shortest > 16)
             torch.testing.assert_close(ours, plain_logprobs(plain, rollouts), atol=2e-5, rtol=0)
 
 
@@ -63,35 +63,22 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {**COMMON, **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "v_head_dim": 8}
 LATENT |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 LATENT |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "index_n_heads": 2, "index_head_dim": 8}
-SLIDING = {**GROUPED, "sliding_window": 16, "use_sliding_window": True}
-UNSAID = {  # windows and choices that come as masks alone, of which attention is not told
-    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
-        **SLIDING, **EXPERTS, num_experts=4, shared_expert_intermediate_size=16, layer_types=["sliding_attention"] * 2
-    ),
-    "phimoe": lambda: hf.PhimoeConfig(**GROUPED, sliding_window=16, num_local_experts=4, num_experts_per_tok=2),
+CHOOSING = {
     "doge": lambda: hf.DogeConfig(**GROUPED, keep_window_size=16),
     "deepseek_v32": lambda: hf.DeepseekV32Config(**LATENT, index_topk=16),
     "glm_moe_dsa": lambda: hf.GlmMoeDsaConfig(**LATENT, index_topk=16),
 }
 
 
-@pytest.mark.parametrize("name", UNSAID)
-def test_a_window_is_known_that_only_a_mask_knows(name):
-    language_model = LanguageModel(build(UNSAID[name]()))
+@pytest.mark.parametrize("name", CHOOSING)
+def test_layers_that_choose_tokens_are_right_while_they_may_choose_all(name):
+    language_model = LanguageModel(build(CHOOSING[name]()))
     fits, reaches_past = (rollouts_of(contexts_of(10), [[list(range(length))]]) for length in (6, 7))
     with torch.no_grad():
-        ours, plain = language_model.token_logprobs(fits, 10**6), plain_logprobs(build(UNSAID[name]()), fits)
+        ours, plain = language_model.token_logprobs(fits, 10**6), plain_logprobs(build(CHOOSING[name]()), fits)
         torch.testing.assert_close(ours, plain, atol=2e-5, rtol=0)
-        with pytest.raises(UserError, match="reach 17 tokens, past the model's window of 16"):
+        with pytest.raises(UserError, match="reach 17 tokens, past the 16 up to which all layers see all"):
             language_model.token_logprobs(reaches_past, 10**6)
-
-
-@pytest.mark.parametrize("full", [{"layer_types": ["full_attention"] * 2}, {"use_sliding_window": False}])
-def test_a_window_that_no_layer_has_bounds_nothing(full):
-    language_model = LanguageModel(build(hf.Qwen2Config(**{**SLIDING, **full})))
-    rollouts = rollouts_of(contexts_of(20), [[list(range(20))]])
-    plain = plain_logprobs(build(hf.Qwen2Config(**{**SLIDING, **full})), rollouts)
-    torch.testing.assert_close(language_model.token_logprobs(rollouts, 10**6), plain, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("prompts", "is_allowed"), [((9, 8), True), ((9, 10), False), ((17, 30), True)])
@@ -109,9 +96,9 @@ def test_samples_of_longrope_stay_on_one_side(prompts, is_allowed, models):
 
 LONGROPE_20 = {"original_max_position_embeddings": 20, "rope_parameters": LONGROPE}
 AT_20 = {
-    "window": (
-        lambda sizes: hf.MistralConfig(**sizes, sliding_window=20),
-        "reach 21 tokens, past the model's window of",
+    "choice": (
+        lambda sizes: hf.DogeConfig(**sizes, keep_window_size=20),
+        "reach 21 tokens, past the 20 up to which all layers see all",
     ),
     "longrope": (
         lambda sizes: hf.Phi3Config(**sizes, **LONGROPE_20),

@@ -8,7 +8,7 @@ import torch
 from support import processes, runs
 from support.architectures import save_architecture
 
-MODELS = ("llama", "llama, tied", "gpt2", "mixtral", "t5", "bart")
+MODELS = ("llama", "llama, tied", "gpt2", "gemma2", "mixtral", "gpt_oss", "t5", "bart")
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,7 @@ DENSE: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3": (hf.Qwen3Config, _PLAIN),
     "mistral": (hf.MistralConfig, _PLAIN),
     "gemma": (hf.GemmaConfig, _PLAIN),
+    "gemma2": (hf.Gemma2Config, _PLAIN | {"sliding_window": 5, "attn_logit_softcapping": 1.5}),
     "gemma3": (hf.Gemma3TextConfig, _PLAIN),
     "phi": (hf.PhiConfig, _PLAIN),
     "phi3": (hf.Phi3Config, _PLAIN),
@@ -71,6 +72,7 @@ MIXTURES: dict[str, tuple[Any, dict[str, Any]]] = {
     "granitemoe": (hf.GraniteMoeConfig, _PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v2": (hf.DeepseekV2Config, _ROUTED | _DEEPSEEK),
     "glm4_moe": (hf.Glm4MoeConfig, _ROUTED),
+    "gpt_oss": (hf.GptOssConfig, _PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
 }
 ARCHITECTURES = DENSE | MIXTURES
 
