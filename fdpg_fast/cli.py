@@ -24,8 +24,8 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "TORCH_CP
 MAX_DRAWS = 4096
 PATIENCE = 20.0  # seconds
 LESS_MEMORY = (
-    "lower trainer.micro_batch_tokens, engine.max_sequences or trainer.samples_per_context, "
-    "or train with dtype: bfloat16 or lora"
+    "set trainer.activation_checkpointing: on, lower trainer.micro_batch_tokens, engine.max_sequences or "
+    "trainer.samples_per_context, or train with dtype: bfloat16 or lora"
 )
 
 

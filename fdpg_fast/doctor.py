@@ -86,7 +86,8 @@ def describe(session: Session) -> str:
         f"features: {', '.join(session.scorer.feature_names)}",
         f"{settings.rounds - session.state.round} rounds of {contexts} contexts × {each} samples = {contexts * each} "
         f"completions of at most {config.engine.max_new_tokens} tokens, minimising {session.divergence.name} to the "
-        f"target; {session.micro_batch_tokens:,} tokens a forward and backward pass",
+        f"target; {session.micro_batch_tokens:,} tokens a forward and backward pass"
+        + (", which runs every block twice (trainer.activation_checkpointing)" if session.recomputes else ""),
         build.describe_engine(config, session.base),
         f"writes to {config.run_dir}",
     )

@@ -21,8 +21,9 @@ from .features import check_columns
 from .learner import Learner
 from .measure.estimators import LogPartition
 from .measure.evaluate import Evaluation, evaluate
+from .models.activations import plan_passes, recompute
 from .models.generation import eos_token_ids
-from .models.language_model import LanguageModel, default_micro_batch_tokens
+from .models.language_model import LanguageModel
 from .models.load import load_model, load_tokenizer
 from .models.lora import LoRAPolicy
 from .partition import Baseline, Estimates, PartitionFunction
@@ -91,14 +92,18 @@ class Session:
             policy = self._load(config.model if self.checkpoint is None else str(self.checkpoint), is_trained=True)
         else:
             policy = base = LoRAPolicy(base, config.lora, self.seed("lora", 0), self.checkpoint)
+        longest = max(len(context.token_ids) for context in self.contexts) + config.engine.max_new_tokens
+        self.micro_batch_tokens, self.recomputes = plan_passes(policy, base.dtype, config.trainer, longest)
+        if self.recomputes:
+            recompute(policy.model)
         if ranks.joined():
             base.divide(None)
             if policy is not base:
                 policy.divide(base.dtype)
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
-        self.micro_batch_tokens = config.trainer.micro_batch_tokens or default_micro_batch_tokens(policy)
-        # no activations are kept in scoring: larger micro-batches fit, and waste less
-        self.scorer = Scorer(target, base, self.tokenizer, 4 * self.micro_batch_tokens, config.keep_special_tokens)
+        # where activations are kept, scoring keeps none: larger micro-batches fit, and waste less
+        scored_tokens = (1 if self.recomputes else 4) * self.micro_batch_tokens
+        self.scorer = Scorer(target, base, self.tokenizer, scored_tokens, config.keep_special_tokens)
         proposal = None
         if config.proposal.kind == "adaptive":
             proposal = AdaptiveProposal(config.proposal.every, self._load(config.model))

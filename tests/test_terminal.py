@@ -118,7 +118,7 @@ def tea(completions):
 def test_a_machine_that_has_no_more_memory(tiny_model, tmp_path):
     (tmp_path / "tea.py").write_text(LIMIT)
     target, trainer = [runs.imported(tmp_path / "tea.py", "tea")], {"samples_per_context": 4096, "rounds": 2}
-    trainer["micro_batch_tokens"] = 10**6
+    trainer |= {"micro_batch_tokens": 10**6, "activation_checkpointing": "off"}
     config = runs.settings(tiny_model, tmp_path / "run", target=target, trainer=trainer)
     ended = runs.run(tmp_path, "train", runs.write_config(tmp_path, config))
     assert ended.status == 1 and "Traceback" not in ended.stderr

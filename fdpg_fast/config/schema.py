@@ -125,8 +125,15 @@ class RoundsConfig(Section):
     """n: sample n rounds ahead, while the learner trains, with weights n rounds old (the ratio keeps it exact)."""
     micro_batch_tokens: Count | None = None
     """Tokens in a forward and backward pass: bounds memory, changes nothing else; by the model if left out: 448 up."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """on: blocks keep only their input and run again for gradients; auto: where the rest would outweigh the weights."""
     checkpoint_every: Count = 50
     """Rounds between checkpoints; the last round always writes one."""
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:  # which YAML takes for true or false
+        return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 class EvaluationConfig(Section):
@@ -211,6 +218,6 @@ class TrainConfig(Section):
 
 # what a resumed run may change without becoming another run
 RESUMABLE = (
-    *("trainer.rounds", "trainer.checkpoint_every", "tracking", "device"),
+    *("trainer.rounds", "trainer.checkpoint_every", "trainer.activation_checkpointing", "tracking", "device"),
     *(f"engine.{key}" for key in EngineConfig.model_fields if key != "max_new_tokens"),
 )

@@ -1,7 +1,7 @@
 """What all sections of a config have in common: frozen, no unknown keys, documented by their attributes' docstrings."""
 
 import os.path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
@@ -29,7 +29,8 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, data: Any) -> Any:
         for name, value in data.items() if isinstance(data, dict) else ():
-            is_switch = name in cls.model_fields and cls.model_fields[name].annotation is bool
+            kind = cls.model_fields[name].annotation if name in cls.model_fields else None
+            is_switch = kind is bool or "on" in get_args(kind)
             items = value if isinstance(value, list) else [value]
             if not is_switch and any(isinstance(item, bool) for item in items):
                 raise ValueError(f"{name} is neither true nor false (YAML's yes and no too); put quotes around a text")

@@ -71,7 +71,8 @@ def room_beside_learner(
     if peak > free:
         raise UserError(
             f"trainer.micro_batch_tokens: a forward and backward pass does not fit on {device} beside model and "
-            "optimizer; lower it, set dtype: bfloat16, or train a LoRA adapter (lora.rank)"
+            "optimizer; lower it, set trainer.activation_checkpointing: on or dtype: bfloat16, or train a LoRA adapter "
+            "(lora.rank)"
         )
     return free - weight_bytes - ENGINE_WORK - (0 if sleeps else peak)
 

@@ -86,7 +86,8 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks = _exact(*ctx.saved_tensors)
+        inputs = ctx.saved_tensors  # read once: a block that runs again has them for one reading
+        query, key, value, sinks = _exact(*inputs)
         query_grad, key_grad, value_grad = (torch.zeros_like(x) for x in (query, key, value))
         sinks_grad = None if sinks is None else torch.zeros_like(sinks)
         query, gradient = query * ctx.kind.scale, gradient.to(query.dtype)
@@ -111,7 +112,7 @@ class _Blockwise(torch.autograd.Function):
                 key_grad[:, stretch].baddbmm_(scores.transpose(1, 2), q)
                 value_grad[:, stretch].baddbmm_(seen.transpose(1, 2), upstream)
         grads = (query_grad, key_grad, value_grad, sinks_grad)
-        return (*(x if x is None else x.to(y.dtype) for x, y in zip(grads, ctx.saved_tensors, strict=True)), None, None)
+        return (*(x if x is None else x.to(y.dtype) for x, y in zip(grads, inputs, strict=True)), None, None)
 
 
 def _exact(*tensors: Tensor | None) -> Any:

@@ -216,13 +216,3 @@ class LanguageModel:
     def _own_logits(self, prompt: Tensor, completion: Tensor) -> Tensor:
         """What the model itself gives for a completion's n tokens, [n, V]."""
         return self.model(torch.cat([prompt, completion])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-
-
-def default_micro_batch_tokens(policy: LanguageModel) -> int:
-    """Tokens whose activations take 256 MiB (8 GiB on a GPU), but no fewer than 448: products of fewer rows are slow.
-
-    A layer keeps about 20 numbers for each hidden unit and token until its backward pass (19.4 measured on a Llama).
-    """
-    config = policy.model.config.get_text_config()
-    token_bytes = 20 * config.num_hidden_layers * config.hidden_size * policy.dtype.itemsize
-    return max(448, (2**28 if policy.device.type == "cpu" else 2**33) // token_bytes)

@@ -22,6 +22,12 @@ Result = TypeVar("Result")
 INSIDE = "_fdpg_inside"  # the method of a divided module in which its parameters are whole
 
 
+def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers that a model is a stack of, by its own word."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def divide(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     """Divide a model's parameters among all processes, block by block; a head of its own and its embedding apart.
 
@@ -36,8 +42,7 @@ def divide(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     uncast = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh, put_back = parts.mesh(model.device.type), parts.set_aside(model)
     fully_shard = functools.partial(shard, mesh=mesh)
-    names = set(model._no_split_modules or ())
-    for block in [module for module in model.modules() if type(module).__name__ in names]:
+    for block in blocks(model):
         fully_shard(block, mp_policy=policy)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not embedding.weight:

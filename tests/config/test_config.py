@@ -85,6 +85,7 @@ KEYS = [
     "trainer.samples_per_context",
     "trainer.pipeline_depth",
     "trainer.micro_batch_tokens",
+    "trainer.activation_checkpointing",
     "trainer.checkpoint_every",
     "evaluation.contexts",
     "evaluation.samples_per_context",

@@ -65,6 +65,8 @@ def same(value, read):
         return all(key in read and same(value[key], read[key]) for key in value)
     if isinstance(value, list) and isinstance(read, list):
         return len(value) == len(read) and all(map(same, value, read))
+    if isinstance(value, bool) and read in ("on", "off"):
+        return value is (read == "on")
     if isinstance(read, bool) or isinstance(value, bool):
         return value is read or (isinstance(read, bool) and str(value).lower() in (YES if read else NO))
     with contextlib.suppress(TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Gradients of two processes against those of one, from the same two micro-batches."""
+"""Gradients of two processes against those of one, from the same two micro-batches; blocks run once or twice."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from support import processes, runs
 from support.architectures import save_architecture
 
 MODELS = ("llama", "llama, tied", "gpt2", "gemma2", "mixtral", "gpt_oss", "t5", "bart")
+WAYS = ("off", "on")  # activation checkpointing
 
 
 @pytest.fixture(scope="module")
 def both(tiny_model, tmp_path_factory):
-    """The gradients of each model, of two processes and of one."""
+    """The gradients of each model: of two processes each way, and of one."""
     folder = tmp_path_factory.mktemp("gradients")
     commands = []
     for name in MODELS:
@@ -27,26 +28,34 @@ def both(tiny_model, tmp_path_factory):
             # two micro-batches, each of one context: one of each process
             trainer={"contexts_per_round": 2, "samples_per_context": 8, "micro_batch_tokens": 60},
         )
-        (folder / name).mkdir(exist_ok=True)
-        commands.append(["gradients", runs.write_config(folder / name, config)])
-    ended = processes.run(*([*command, folder / f"{i} two"] for i, command in enumerate(commands)))
+        for way in WAYS:
+            (folder / name / way).mkdir(parents=True, exist_ok=True)
+            written = runs.merged(config, {"trainer": {"activation_checkpointing": way}})
+            commands.append(["gradients", runs.write_config(folder / name / way, written), folder / name / way / "two"])
+    ended = processes.run(*commands)
     assert ended.returncode == 0, ended.stderr
-    for i, command in enumerate(commands):
-        processes.do([*map(str, command), str(folder / f"{i} one")])
-    return {name: [torch.load(folder / f"{i} {who}") for who in ("two", "one")] for i, name in enumerate(MODELS)}
+    for name in MODELS:
+        processes.do(["gradients", str(folder / name / "off/config.yaml"), str(folder / name / "one")])
+    return {
+        (name, way): [torch.load(folder / name / path) for path in (f"{way}/two", "one")]
+        for name in MODELS
+        for way in WAYS
+    }
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_those_of_one_process(both, name):
-    found, expected = both[name]
+def test_gradients_are_those_of_one_process(both, name, way):
+    found, expected = both[name, way]
     assert found.keys() == expected.keys()
     largest = max(float(x.norm()) for x in expected.values())
     apart = {key: float((found[key] - x).norm()) / max(float(x.norm()), 1e-3 * largest) for key, x in expected.items()}
     assert largest > 1e-2 and {key: gap for key, gap in apart.items() if gap > 1e-5} == {}
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "mixtral"])
-def test_equal_micro_batches_give_equal_bits(both, name):
+def test_equal_micro_batches_give_equal_bits(both, name, way):
     """But for the embedding, whose rows one process adds up one after another, with those of a tied head."""
-    found, expected = both[name]
+    found, expected = both[name, way]
     assert [key for key, x in expected.items() if not torch.equal(found[key], x) and "embed" not in key] == []
