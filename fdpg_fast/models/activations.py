@@ -33,8 +33,9 @@ OWN_PAGES, MMAP_THRESHOLD = 2**20, -3  # bytes; glibc's number for the limit
 def plan_passes(policy: LanguageModel, dtype: torch.dtype, settings: RoundsConfig, longest: int) -> tuple[int, bool]:
     """Tokens of a forward and backward pass in some dtype, and whether its blocks run twice.
 
-    Left to us, a pass has as many tokens as fit into ROOM, but not too few to be fast; and blocks run twice where the
-    activations of such a pass, or of the longest text, would take more than that, and more than the parameters here.
+    Left to us, a pass has as many tokens as fit into ROOM, but not too few to be fast. Blocks run twice where what a
+    pass has to hold, the longest text or `micro_batch_tokens`, would take more than ROOM and more than the parameters
+    here.
 
     Raises:
         UserError: blocks are to run twice, and the model does not say what they are.
@@ -43,12 +44,12 @@ def plan_passes(policy: LanguageModel, dtype: torch.dtype, settings: RoundsConfi
     layers, unit = config.num_hidden_layers, config.hidden_size * dtype.itemsize
     parameters = sum(p.numel() * p.element_size() for p in policy.model.parameters()) // ranks.count()
     room = ROOM.get(policy.device.type, ROOM["cuda"])
-    least = max(longest, settings.micro_batch_tokens or LEAST_TOKENS) * layers * KEPT * unit
+    needed = max(longest, settings.micro_batch_tokens or 0) * layers * KEPT * unit
     wanted, has_blocks = settings.activation_checkpointing, bool(parallel.blocks(policy.model))
     if wanted == "on" and not has_blocks:
         kind = type(policy.model).__name__
         raise UserError(f"trainer.activation_checkpointing: {kind} does not name its blocks; set it to off")
-    recomputes = has_blocks and least > max(room, parameters) if wanted == "auto" else wanted == "on"
+    recomputes = has_blocks and needed > max(room, parameters) if wanted == "auto" else wanted == "on"
     numbers = layers + KEPT if recomputes else layers * KEPT  # inputs of all blocks and the whole of one, or of all
     return settings.micro_batch_tokens or max(LEAST_TOKENS, room // (numbers * unit)), recomputes
 
