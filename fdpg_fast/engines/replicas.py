@@ -27,7 +27,8 @@ from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
 from .vllm import sampling_settings
 from .vllm_answers import API_KEY, ReplicaError
-from .vllm_replica import Kind, PassingError, Replica, kinds_of, weights_folder
+from .vllm_folder import hand_over
+from .vllm_replica import Kind, PassingError, Replica, kinds_of
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +148,7 @@ class VLLMServerEngine:
                 send = partial(Replica.send_weights, kinds=self._kinds, index=policy.device.index)
                 ranks.for_first(policy.weights(repeat_tied=False), partial(self._ask_all, [replica], send))
         else:
-            with weights_folder(policy, self.weights_dir, label) as folder:
-                self._at_first(self._ask_all, ready, Replica.read_weights, folder)
+            hand_over(policy, ready, partial(self._at_first, self._ask_all), self.weights_dir, label)
         self._at_first(lambda: self._ask_all(self._live(), Replica.use_weights, label, len(policy.head.weight)))
         self._probe(policy)
         for replica in self._live():

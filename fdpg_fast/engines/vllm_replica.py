@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +16,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import ranks
-from ..errors import disk_errors
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion
 from .vllm_answers import API_KEY, GENERATE, ReplicaError, completions, parse
 
 CONNECT_SECONDS, HEALTH_SECONDS = 5.0, 15.0
+LOAD_ADAPTER = "/v1/load_lora_adapter"
 PACKED_BYTES = 2**28  # that NCCL sends at once; vLLM's own GiB, several times over, is too much beside a learner
 Kind = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of a tensor."""
@@ -34,6 +31,10 @@ Kind = tuple[str, torch.dtype, tuple[int, ...]]
 
 class PassingError(ReplicaError):
     """The same may go well in a moment."""
+
+
+class UnknownPathError(ReplicaError):
+    """It was not started with what answers to this."""
 
 
 @dataclass(eq=False)
@@ -45,6 +46,9 @@ class Replica:
         weight_transfer: "nccl", "ipc" or "disk".
         label: the name of the weights that it was given last, which it attaches to every completion.
         vocabulary: how many tokens those know.
+        adapter: the name of the LoRA adapter that it samples with; empty: none.
+        holds_base: its weights are those of the model that adapters belong to.
+        takes_adapters: it lets them be loaded while it runs.
     """
 
     url: str
@@ -52,6 +56,9 @@ class Replica:
     weight_transfer: str
     label: str = ""
     vocabulary: int = 0
+    adapter: str = ""
+    holds_base: bool = False
+    takes_adapters: bool = False
     _sockets: set[socket.socket] = field(default_factory=set)  # that wait for it
     _hung_up: bool = False
     _transfer: Any = None  # vLLM's trainer-side transfer engine: an NCCL communicator, or CUDA IPC
@@ -90,6 +97,7 @@ class Replica:
             raise PassingError(f"{path}: {error or type(error).__name__}") from error
         if response.status != 200:
             failure = PassingError if response.status >= 500 else ReplicaError
+            failure = UnknownPathError if response.status == 404 else failure
             remedy = f"set {API_KEY} to the key that it was started with; " if response.status == 401 else ""
             raise failure(f"{path}: {remedy}status {response.status}, {answer.decode(errors='replace')}")
         if response.length or len(answer) > most:
@@ -98,7 +106,7 @@ class Replica:
 
     def hang_up(self) -> None:
         """Make every thread that waits for this server fail at once; nothing is asked before it expects weights."""
-        self._hung_up = True
+        self._hung_up, self.holds_base = True, False  # it may come back as another
         for waiting in self._sockets.copy():
             with contextlib.suppress(OSError):
                 waiting.shutdown(socket.SHUT_RDWR)
@@ -113,7 +121,8 @@ class Replica:
             ReplicaError: it gives none, or some that cannot be right; see `vllm_answers.completions`.
         """
         most = 2**20 + 2**10 * sampling["n"] * sampling["max_tokens"]  # a token takes about 150 bytes
-        answer = self.ask("POST", GENERATE, {"token_ids": token_ids, "sampling_params": sampling}, most=most)
+        body = {"token_ids": token_ids, "sampling_params": sampling} | ({"model": self.adapter} if self.adapter else {})
+        answer = self.ask("POST", GENERATE, body, most=most)
         return completions(answer, sampling, self.label, self.vocabulary)
 
     def sleep(self) -> None:
@@ -128,9 +137,30 @@ class Replica:
             self.ask("POST", "/wake_up?tags=weights")
         self.ask("POST", "/pause?mode=abort")  # what a broken-off round left there must not meet half of the weights
 
-    def read_weights(self, folder: Path) -> None:
-        """Have it read them from a folder that it sees too."""
+    def read_weights(self, folder: Path, is_base: bool = False) -> None:
+        """Have it read them from a folder that it sees too; is_base: of the model that an adapter belongs to."""
         self.ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        self.adapter, self.holds_base = "", is_base
+
+    def ask_for_adapters(self) -> None:
+        """Find out whether it takes some."""
+        self.takes_adapters = True
+        try:
+            self.ask("POST", LOAD_ADAPTER, {})  # of which it only says that it is none
+        except UnknownPathError:
+            self.takes_adapters = False
+        except PassingError:
+            raise
+        except ReplicaError:
+            pass
+
+    def read_adapter(self, folder: Path) -> None:
+        """Have it read a LoRA adapter from a folder, and sample with it instead of the one before."""
+        # of one that replaces another under the same name vLLM 0.32 reads the folder again for every request
+        self.ask("POST", LOAD_ADAPTER, {"lora_name": folder.name, "lora_path": str(folder)})
+        if self.adapter:
+            self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": self.adapter})
+        self.adapter = folder.name
 
     def send_weights(self, tensors: Iterator[tuple[str, Tensor]], kinds: Sequence[Kind], index: int | None) -> None:
         """By vLLM's own transfer, over a communicator for this server alone: a common one would die with any server.
@@ -227,25 +257,3 @@ def within(seconds: float, function: Callable[[], Any], index: int | None = None
     if not wait([future], seconds).done:
         raise TimeoutError(f"it took more than {seconds:g} s")
     return future.result()
-
-
-@contextlib.contextmanager
-def weights_folder(policy: LanguageModel, parent: Path, name: str) -> Iterator[Path]:
-    """A folder that holds the policy's weights while servers read them, a file a block; the first process writes."""
-    folder = parent.absolute() / name
-
-    def write(blocks: Iterator[dict[str, Tensor]]) -> None:
-        with disk_errors(f"writing weights to {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            for number, block in enumerate(blocks):
-                path = folder / f"model-{number:05d}.safetensors"
-                save_file({name: tensor.contiguous() for name, tensor in block.items()}, path)
-                path.chmod(folder.stat().st_mode & 0o666)  # the servers' user may be another
-                block.clear()  # before the next is made
-
-    try:
-        ranks.for_first(policy.blocks(), write)
-        yield folder
-    finally:
-        if ranks.is_first():
-            shutil.rmtree(folder, ignore_errors=True)

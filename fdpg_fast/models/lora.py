@@ -72,6 +72,11 @@ class LoRAPolicy(LanguageModel):
     def saved_dtype(self) -> torch.dtype:
         return torch.float32
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether linear layers alone are adapted, and no fused experts."""
+        return not self._peft_config.target_parameters
+
     @contextlib.contextmanager
     def as_base(self) -> Iterator[LanguageModel]:
         """This module with its adapter off: no second set of weights."""

@@ -29,7 +29,7 @@ def server(vllm_model, tmp_path_factory):
     """For the tests in their order: the last one kills it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_API_KEY", KEY)  # of both sides
-        server = Server(vllm_model, tmp_path_factory.mktemp("server") / "log", max_length=96)
+        server = Server(vllm_model, tmp_path_factory.mktemp("server") / "log", max_length=96, lora_rank=8)
         try:
             server.wait_until_ready(240)
             yield server
@@ -43,18 +43,31 @@ def by_one_server(server, folder):
 
 
 def test_a_learner_of_two_processes_has_the_servers_log_probs_after_every_sync(server, vllm_model, tmp_path):
-    settings = runs.settings(
-        vllm_model,
-        tmp_path / "run",
-        contexts={"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))},
-        engine=by_one_server(server, tmp_path),
-        trainer={"rounds": 3},
-    )
-    ended = processes.run(["train", runs.write_config(tmp_path, settings)])
+    """All weights, and an adapter alone."""
+    commands = []
+    for run_dir, lora in (("whole", None), ("adapter", {"rank": 4})):
+        settings = runs.settings(
+            vllm_model,
+            tmp_path / run_dir,
+            contexts={"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))},
+            engine=by_one_server(server, tmp_path),
+            lora=lora,
+            optimizer={"learning_rate": 1e-2},
+            trainer={"rounds": 3},
+        )
+        (path := tmp_path / f"{run_dir}.yaml").write_text(runs.yaml.safe_dump(settings))
+        commands.append(["train", path])
+    ended = processes.run(*commands)
     assert ended.returncode == 0, ended.stderr
-    rows = runs.rows(tmp_path / "run" / "metrics.jsonl")
-    assert len(rows) == 3 and all(row["engine/logprob_gap_max"] < 1e-4 for row in rows)
-    assert rows[-1]["policy/kl_to_base"] != rows[0]["policy/kl_to_base"]  # the weights have moved
+    for run_dir in ("whole", "adapter"):
+        rows = runs.rows(tmp_path / run_dir / "metrics.jsonl")
+        assert len(rows) == 3 and all(row["engine/logprob_gap_max"] < 1e-4 for row in rows)
+        assert abs(rows[-1]["policy/kl_to_base"] - rows[0]["policy/kl_to_base"]) > 1e-2  # the weights have moved
+    # 4 syncs of all weights, and one of the base; adapters: before each round and at the end
+    asked = server.log.read_text()
+    assert asked.count('"POST /collective_rpc HTTP/1.1" 200') == 4 + 1
+    assert asked.count('"POST /v1/load_lora_adapter HTTP/1.1" 200') == 4
+    assert not list((tmp_path / "weights").iterdir())
 
 
 def test_a_server_that_dies_leaves_a_run_that_can_go_on(server, vllm_model, tmp_path, capsys):

@@ -12,7 +12,8 @@ from fdpg_fast import Trainer
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import LoRAConfig
 from fdpg_fast.engines.embedded import TransformersEngine
-from fdpg_fast.engines.vllm_replica import kinds_of, weight_source, weights_folder
+from fdpg_fast.engines.vllm_folder import weights_folder
+from fdpg_fast.engines.vllm_replica import kinds_of, weight_source
 from fdpg_fast.errors import UserError
 from fdpg_fast.experiments.compare import frozen_base_sample
 from fdpg_fast.models.load import load_model

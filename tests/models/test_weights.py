@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from fdpg_fast.config.schema import LoRAConfig
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines.embedded import TransformersEngine
-from fdpg_fast.engines.vllm_replica import weights_folder
+from fdpg_fast.engines.vllm_folder import weights_folder
 from fdpg_fast.errors import UserError
 from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy

@@ -11,7 +11,10 @@ from .test_runs import differences
 
 @pytest.fixture(scope="module")
 def finished(vllm_model, tmp_path_factory):
-    """Three contexts do not divide by two: one engine gets two of them."""
+    """Three contexts do not divide by two: one engine gets two of them.
+
+    Where each process has an engine, it is closed behind the second round, and another takes its place.
+    """
     folder = tmp_path_factory.mktemp("vllm")
     for width in (1, 2):
         config = runs.settings(
@@ -21,7 +24,9 @@ def finished(vllm_model, tmp_path_factory):
             contexts={"train": str(runs.write_contexts(folder, *runs.PROMPTS))},
             trainer={"rounds": 3, "contexts_per_round": 3, "samples_per_context": 4},
         )
-        ended = processes.run(["train", runs.write_config(folder, config)])
+        train: list[object] = ["train", runs.write_config(folder, config)]
+        resume: list[object] = ["train", "--resume", folder / "1", "--trainer.rounds=3"]
+        ended = processes.run(*([train] if width == 2 else [[*train, "--trainer.rounds=2"], resume]))
         assert ended.returncode == 0, ended.stderr
     return folder
 

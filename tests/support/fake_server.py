@@ -25,6 +25,7 @@ from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.models.language_model import LanguageModel
 
 GENERATE = "/inference/v1/generate"
+LOAD_ADAPTER = "/v1/load_lora_adapter"
 ONE_MODEL = threading.Lock()  # at a time: the machines of tests have few cores
 
 
@@ -100,6 +101,8 @@ class FakeServer:
             self.asked.append(path)
         if self.key is not None and path == GENERATE and request.headers.get("Authorization") != f"Bearer {self.key}":
             answer = Answer(b'{"error": "Unauthorized"}', status=401)
+        elif path == LOAD_ADAPTER:  # which servers have that were started for adapters
+            answer = Answer(b'{"detail": "Not Found"}', status=404)
         else:
             said = self.answer(path, body)
             answer = Answer(b"" if said is None else json.dumps(said).encode())

