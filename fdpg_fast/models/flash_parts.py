@@ -26,17 +26,23 @@ class Group(NamedTuple):
     """S texts that are padded to T tokens each, which see nothing but themselves."""
 
     shape: tuple[int, int]  # S, T
-    padded: Tensor | slice  # where in the row each of the S·T tokens is; padding is its text's last token
-    real: Tensor | slice  # the n that are no padding, in the row
-    places: Tensor | slice  # and among the S·T
+    padded: Tensor  # where in the row each token is, [S·T]; padding is its text's last token
+    real: Tensor  # those that are no padding: where in the row, [n]
+    places: Tensor  # and where among the S·T
 
     def pad(self, packed: Tensor) -> Tensor:
         """[H, M, …] → [S, H, T, …]."""
-        return packed[:, self.padded].unflatten(1, self.shape).transpose(0, 1)
+        return packed.index_select(1, self.padded).unflatten(1, self.shape).transpose(0, 1)
+
+    def pad_with_zeros(self, packed: Tensor) -> Tensor:
+        """The same, with zeros for padding."""
+        zeros = packed.new_zeros(len(packed), len(self.padded), *packed.shape[2:])
+        zeros.index_copy_(1, self.places, packed.index_select(1, self.real))
+        return zeros.unflatten(1, self.shape).transpose(0, 1)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[S, H, T, …] → [H, n, …]."""
-        return padded.transpose(0, 1).flatten(1, 2)[:, self.places]
+        return padded.transpose(0, 1).flatten(1, 2).index_select(1, self.places)
 
 
 class Plan(NamedTuple):
@@ -71,8 +77,6 @@ def _group(texts: list[Text]) -> Group:
         torch.tensor(column)[:, None] for column in zip(*((t.start, t.length) for t in texts), strict=True)
     )
     shape = (len(texts), texts[0].length)
-    if len(texts) == 1:
-        return Group(shape, slice(texts[0].start, texts[0].stop), slice(texts[0].start, texts[0].stop), slice(None))
     column = torch.arange(shape[1])
     padded = (starts + torch.minimum(column, lengths - 1)).flatten()
     places = (column < lengths).flatten().nonzero()[:, 0]
@@ -88,7 +92,8 @@ class _Parts(torch.autograd.Function):
         for group in plan.groups:
             q, k, v = group.pad(query), *(_repeat(group.pad(x), repeats) for x in (key, value))
             own, own_lse = _forward(q, k, v, 0.0, True, scale=scale)
-            out[:, group.real], lse[:, group.real] = group.unpad(own), group.unpad(own_lse)
+            out.index_copy_(1, group.real, group.unpad(own))
+            lse.index_copy_(1, group.real, group.unpad(own_lse))
         for tokens, prompt in plan.shared:
             q, k, v = _of_prompt(query, key, value, tokens, prompt)
             shared, shared_lse = (x.flatten(0, 1) for x in _forward(q, k, v, 0.0, False, scale=scale))
@@ -106,14 +111,12 @@ class _Parts(torch.autograd.Function):
         repeats = len(query) // len(key)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         for group in ctx.plan.groups:
-            # what padding is given back must be 0
-            upstream = gradient.new_zeros(len(query), group.shape[0] * group.shape[1], gradient.shape[2])
-            upstream[:, group.places] = gradient[:, group.real]
-            upstream = upstream.unflatten(1, group.shape).transpose(0, 1)
+            upstream = group.pad_with_zeros(gradient)  # nothing comes from padding
             q, k, v = group.pad(query), *(_repeat(group.pad(x), repeats) for x in (key, value))
             own = _backward(upstream, q, k, v, group.pad(out), group.pad(lse), 0.0, True, scale=ctx.scale)
             for grad, part in zip(grads, own, strict=True):
-                grad[:, group.real] = group.unpad(part).unflatten(0, (len(grad), -1)).sum(1)
+                heads = part.unflatten(1, (len(grad), -1)).sum(2) if part.shape[1] != len(grad) else part
+                grad.index_copy_(1, group.real, group.unpad(heads))
         for tokens, prompt in ctx.plan.shared:
             q, k, v = _of_prompt(query, key, value, tokens, prompt)
             upstream, o, log_sum = (x[:, tokens].unflatten(0, (len(key), -1)) for x in (gradient, out, lse))

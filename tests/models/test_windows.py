@@ -13,6 +13,7 @@ import transformers as hf
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.models.language_model import LanguageModel
 from support.language import EOS, GROUPED, build, contexts_of, plain_logprobs, rollouts_of
+from support.storages import extra_memory
 
 WINDOW = 7
 SLIDING = {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
@@ -93,3 +94,28 @@ def test_gradients_equal_those_of_the_plain_forward_pass(name):
             continue
         size = max(1.0, float(parameter.grad.abs().max()))
         torch.testing.assert_close(wrapped[parameter_name].grad, parameter.grad, atol=1e-4 * size, rtol=0)
+
+
+NARROW = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+NARROW |= {"num_hidden_layers": 1, "max_position_embeddings": 10_000}
+LONG = {
+    "flash parts": lambda: hf.LlamaConfig(**{**GROUPED, **NARROW}),
+    "blocks": lambda: hf.Gemma2Config(
+        **{**SLIDING, **CAPS, **NARROW, "sliding_window": 200, "num_hidden_layers": 2}, hidden_activation="gelu"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_memory_is_linear_in_tokens_forward_and_backward(name):
+    language_model = LanguageModel(build(LONG[name]()))
+    weights = [*language_model.model.base_model.parameters()]
+    per_token = []
+    for length in (512, 2048, 8192):
+        rollouts = rollouts_of(contexts_of(256), [[[7] * (length - 256), [8] * (length // 2)]])
+
+        def step(rollouts=rollouts):
+            return torch.autograd.grad(language_model.hidden(rollouts).sum(), weights)
+
+        per_token.append(extra_memory(step, weights)["peak_extra_bytes"] / (256 + rollouts.num_tokens))
+    assert max(per_token) < 1.1 * min(per_token), per_token
