@@ -2,7 +2,7 @@
 
 PYTHONPATH=kernels:tests python benchmarks/attention_turns.py --output FILE.json [--tokens 512 2048] [--threads 1]
 
-B completions of T tokens with one prompt of P, 9 query and 3 key heads of 64, float32. Padded SDPA copies the keys of the
+B completions of T tokens with one prompt of P, 9 query and 3 key heads of 64, float32. Padded SDPA copies keys of the
 prompt for every completion and adds a [B, 1, T, P+T] mask, as the library did before; it has turns up to T = 4,096.
 """
 

@@ -22,6 +22,9 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+TOGETHER = 2048  # tokens of texts that are padded to one call
+
+
 class Group(NamedTuple):
     """S texts that are padded to T tokens each, which see nothing but themselves."""
 
@@ -59,9 +62,10 @@ def _plan(row: Row) -> Plan:
     texts = sorted((text for text in row.texts if text.length), key=lambda text: -text.length)
     groups: list[list[Text]] = []
     for text in texts:
-        # padding costs work and memory, a call of its own costs as much as some tokens of padding
         longest = groups[-1][0].length if groups else 0
-        if longest - text.length <= max(32, longest // 4) and groups:
+        # padding costs work, as a call of its own does; together they stay few, for they are copied
+        is_alike = longest - text.length <= max(32, longest // 4)
+        if groups and is_alike and (len(groups[-1]) + 1) * longest <= TOGETHER:
             groups[-1].append(text)
         else:
             groups.append([text])
