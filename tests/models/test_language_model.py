@@ -16,32 +16,8 @@ from fdpg_fast.contexts import Context
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
 from fdpg_fast.models.language_model import LanguageModel
-from support.language import COMMON, EOS, GROUPED, VOCABULARY, build, contexts_of, plain_logprobs, rollouts_of
-
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
-OPT = {**COMMON, "ffn_dim": 40, "word_embed_proj_dim": 24, "pad_token_id": 1}
-LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "qk_nope_head_dim": 8}
-DEEPSEEK = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS, **LATENT}
-NO_SOFTCAP = {"attn_logit_softcapping": None, "final_logit_softcapping": 2.0}
-
-CONFIGS = {
-    "llama": lambda: hf.LlamaConfig(**GROUPED),
-    "qwen3": lambda: hf.Qwen3Config(**GROUPED, head_dim=16),
-    "gpt2: learned positions": lambda: hf.GPT2Config(**GPT2),
-    "gpt_bigcode: one key head": lambda: hf.GPTBigCodeConfig(**GPT2),
-    "gemma3: local and global rope": lambda: hf.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window_pattern=2),
-    "gemma2: final soft cap": lambda: hf.Gemma2Config(**GROUPED, head_dim=8, **NO_SOFTCAP),
-    "mistral": lambda: hf.MistralConfig(**GROUPED),
-    "gpt_neox": lambda: hf.GPTNeoXConfig(**COMMON),
-    "opt: position offset, projections": lambda: hf.OPTConfig(**OPT),
-    "phi3": lambda: hf.Phi3Config(**GROUPED),
-    "phi: bias in the head": lambda: hf.PhiConfig(**COMMON),
-    "mixtral": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4),
-    "cohere: logit_scale": lambda: hf.CohereConfig(**GROUPED, logit_scale=0.3),
-    "granite: logits_scaling": lambda: hf.GraniteConfig(**GROUPED, logits_scaling=4.0, attention_multiplier=0.2),
-    "deepseek: values narrower than keys": lambda: hf.DeepseekV3Config(**COMMON, **DEEPSEEK),
-}
+from support.language import EOS, GROUPED, VOCABULARY, build, contexts_of, plain_logprobs, rollouts_of
+from support.scored_models import CONFIGS, REFUSED
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -108,23 +84,6 @@ class DoubledLogits(hf.LlamaForCausalLM):
         output = super().forward(*args, **options)
         output.logits = output.logits * 2
         return output
-
-
-LOCAL = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8}
-RECURRENT = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 4}
-REFUSED = {
-    "gpt_neo: attention of its own": (
-        lambda: hf.GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, **LOCAL, initializer_range=0.2),
-        "computes its attention itself",
-    ),
-    "mamba: no attention": (lambda: hf.MambaConfig(**RECURRENT), "computes its attention itself|let its attention"),
-    "jamba: attention and recurrence": (lambda: hf.JambaConfig(**GROUPED, **HYBRID), "packed rows"),
-    "bloom: alibi": (
-        lambda: hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
-        "computes its attention itself",
-    ),
-}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -10,7 +10,8 @@ from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.errors import UserError
 from fdpg_fast.models.language_model import LanguageModel
 from support import runs
-from support.language import COMMON, EOS, GROUPED, build, contexts_of, plain_logprobs, rollouts_of
+from support.language import EOS, GROUPED, build, contexts_of, plain_logprobs, rollouts_of
+from support.scored_models import CHOOSING
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -57,17 +58,6 @@ def test_neighbours_change_nothing_or_are_refused(name, lengths, models):
         else:
             assert longest <= 16 or name.startswith("none") or (name == "longrope" and shortest > 16)
             torch.testing.assert_close(ours, plain_logprobs(plain, rollouts), atol=2e-5, rtol=0)
-
-
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LATENT = {**COMMON, **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "v_head_dim": 8}
-LATENT |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
-LATENT |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "index_n_heads": 2, "index_head_dim": 8}
-CHOOSING = {
-    "doge": lambda: hf.DogeConfig(**GROUPED, keep_window_size=16),
-    "deepseek_v32": lambda: hf.DeepseekV32Config(**LATENT, index_topk=16),
-    "glm_moe_dsa": lambda: hf.GlmMoeDsaConfig(**LATENT, index_topk=16),
-}
 
 
 @pytest.mark.parametrize("name", CHOOSING)

@@ -4,8 +4,6 @@ As in test_language_model.py the yardstick is the plain model, one sequence at a
 drops caps and sinks. Some of these models tell attention of a window, and some only mask what is outside.
 """
 
-import copy
-
 import pytest
 import torch
 import transformers as hf
@@ -13,52 +11,13 @@ import transformers as hf
 from fdpg_fast.engines import TransformersEngine
 from fdpg_fast.models.language_model import LanguageModel
 from support.language import EOS, GROUPED, build, contexts_of, plain_logprobs, rollouts_of
+from support.scored_models import CAPS, LOCAL, SLIDING, TABLE, beside_plain, table
 from support.storages import extra_memory
 
-WINDOW = 7
-SLIDING = {**GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
-EVERYWHERE = {**GROUPED, "sliding_window": WINDOW}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0}
-MIMO = {"num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MODELS = {
-    "gemma2": lambda: hf.Gemma2Config(**SLIDING, **CAPS),
-    "gemma3": lambda: hf.Gemma3TextConfig(**SLIDING),
-    "vaultgemma": lambda: hf.VaultGemmaConfig(**SLIDING, **CAPS),
-    "mistral": lambda: hf.MistralConfig(**EVERYWHERE),
-    "ministral": lambda: hf.MinistralConfig(**SLIDING),
-    "mixtral": lambda: hf.MixtralConfig(**EVERYWHERE, num_local_experts=4),
-    "phimoe": lambda: hf.PhimoeConfig(**EVERYWHERE, num_local_experts=4),
-    "phi3": lambda: hf.Phi3Config(**EVERYWHERE),
-    "starcoder2": lambda: hf.Starcoder2Config(**EVERYWHERE),
-    "gpt_oss": lambda: hf.GptOssConfig(**SLIDING, num_local_experts=4),
-    "qwen2": lambda: hf.Qwen2Config(**SLIDING, use_sliding_window=True),
-    "qwen3": lambda: hf.Qwen3Config(**SLIDING, use_sliding_window=True),
-    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
-        **SLIDING, **EXPERTS, use_sliding_window=True, num_experts=4, shared_expert_intermediate_size=16
-    ),
-    "cohere2": lambda: hf.Cohere2Config(**SLIDING),
-    "olmo3": lambda: hf.Olmo3Config(**SLIDING),
-    "smollm3": lambda: hf.SmolLM3Config(**SLIDING, use_sliding_window=True, no_rope_layers=[0, 1]),
-    "exaone4": lambda: hf.Exaone4Config(**SLIDING),
-    "granite_swa": lambda: hf.GraniteSWAConfig(**SLIDING),
-}
 
-
-def pair(name, dtype=torch.float32):
-    """The plain model, and another one behind the scoring path."""
-    plain = build(MODELS[name](), dtype)
-    for parameter_name, parameter in plain.named_parameters():
-        if parameter_name.endswith("sinks"):
-            torch.nn.init.normal_(parameter)
-    wrapped = LanguageModel(copy.deepcopy(plain))
-    plain.set_attn_implementation("eager")
-    return plain, wrapped
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LOCAL)
 def test_engine_scorer_and_plain_forward_agree_past_the_window(name):
-    plain, language_model = pair(name)
+    plain, language_model = beside_plain(LOCAL[name]())
     engine = TransformersEngine(language_model, (EOS, 7, 13), max_new_tokens=20)
     rollouts = engine.sample(contexts_of(1, 21, 9, 4), 6, seed=2)
     assert int(rollouts.lengths.max()) == 20
@@ -77,9 +36,9 @@ def test_engine_scorer_and_plain_forward_agree_past_the_window(name):
                 assert float((plain_logprobs(plain, rollouts) - expected).abs().max()) > 1e-2, part
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LOCAL)
 def test_gradients_equal_those_of_the_plain_forward_pass(name):
-    plain, language_model = pair(name)
+    plain, language_model = beside_plain(LOCAL[name]())
     completions = [[[*range(5, 25)], [EOS]], [[8, 9, 10], [*range(30, 45)]], [[15, EOS, EOS], [16] * 9]]
     rollouts = rollouts_of(contexts_of(3, 1, 17), completions)
     weights = torch.randn(rollouts.num_tokens, generator=torch.Generator().manual_seed(3))
@@ -119,3 +78,8 @@ def test_memory_is_linear_in_tokens_forward_and_backward(name):
 
         per_token.append(extra_memory(step, weights)["peak_extra_bytes"] / (256 + rollouts.num_tokens))
     assert max(per_token) < 1.1 * min(per_token), per_token
+
+
+def test_the_table_of_models_is_what_it_would_be_now():
+    """Renew it by PYTHONPATH=.:kernels:tests python -m support.scored_models."""
+    assert TABLE.read_text(encoding="utf-8") == table()
