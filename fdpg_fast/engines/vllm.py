@@ -111,11 +111,13 @@ class VLLMEngine:
         if self._asleep:
             torch.cuda.empty_cache()  # what the learner has freed since
             self._llm.wake_up(tags=["weights"])
+        # Gemma 2 has no module for its tied head, and refuses its weights
+        weights = policy.weights(repeat_tied=all(self._llm.apply_model(lambda model: hasattr(model, "lm_head"))))
         if self._on_cpu:  # vLLM packs weights there, as its products want them
             self._llm.apply_model(repack_experts)
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": policy.weights()})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         else:
-            self._llm.apply_model(lambda model: model.load_weights(policy.weights()) and None)
+            self._llm.apply_model(lambda model: model.load_weights(weights) and None)
             torch.cuda.synchronize(policy.device)  # the thread that samples next may have a stream of its own
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
