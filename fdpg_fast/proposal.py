@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import by_context
-from .models import parallel
 from .models.language_model import LanguageModel
 
 
@@ -38,13 +37,13 @@ class AdaptiveProposal:
         return gain
 
     def state(self) -> dict[str, Tensor]:
-        """What `load_state` takes."""
-        weights = {f"weights.{name}": tensor.clone() for name, tensor in self.model.tensors()}
+        """What `load_state` takes; parts where the model is divided."""
+        weights = {f"weights.{name}": tensor.clone() for name, tensor in self.model.model.state_dict().items()}
         return weights | {"samples": self._samples.clone(), "version": torch.tensor(self.version)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.model.model.state_dict().items():
-            tensor.copy_(parallel.part_of(state[f"weights.{name}"], tensor))
+            tensor.copy_(state[f"weights.{name}"])
         self.version, self._samples = int(state["version"]), state["samples"]
 
 

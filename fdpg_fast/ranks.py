@@ -26,6 +26,7 @@ PATIENCE = timedelta(hours=6)  # the others wait meanwhile, as where one samples
 Made = TypeVar("Made")
 Sent = TypeVar("Sent")
 _beside: Any = None  # a group for what a thread exchanges while the main thread uses the first
+_writers: Any = None  # another, for threads that write a checkpoint
 
 
 def joined() -> bool:
@@ -40,12 +41,12 @@ def join(device: str) -> str:
     if torch.device(device).type == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    global _beside
+    global _beside, _writers
     if not dist.is_initialized():
         if os.environ["RANK"] != "0":
             logging.getLogger("fdpg_fast").setLevel(logging.ERROR)  # the first one speaks
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
-        _beside = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _beside, _writers = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     return device
 
 
@@ -65,6 +66,11 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return rank() == 0
+
+
+def writers() -> Any:
+    """The group of all processes for what the threads that write a checkpoint exchange."""
+    return _writers
 
 
 def share(total: int, width: int = 1) -> range:
@@ -136,12 +142,12 @@ def total(own: Tensor) -> Tensor:
     return own
 
 
-def gathered(own: Sent, beside: bool = False) -> list[Sent]:
+def gathered(own: Sent, beside: bool = False, group: Any = None) -> list[Sent]:
     """What each process has, in their order; anything that can be pickled. beside: perhaps in a thread."""
     if count() == 1:
         return [own]
     everybodys: list[Sent] = [own] * count()
-    dist.all_gather_object(everybodys, own, group=_beside if beside else None)
+    dist.all_gather_object(everybodys, own, group=_beside if beside else group)
     return everybodys
 
 

@@ -18,10 +18,11 @@ from fdpg_kernels import FDPGLoss
 
 from .. import ranks
 from ..contexts import Context
-from ..errors import UserError, is_out_of_memory, one_line
+from ..errors import UserError, disk_errors, is_out_of_memory, one_line
 from ..rollouts import Rollouts, pack
 from . import attention, parallel, parts
 from .decoding import ContinuedDecoding, Decoding
+from .files import write_weights
 from .head import FusedHead
 from .packed import PackedBatch
 
@@ -171,10 +172,21 @@ class LanguageModel:
             own[name].copy_(parallel.part_of(tensor, own[name]))
 
     def save(self, folder: Path) -> None:
-        """Write what was trained, as `from_pretrained` reads it: the first process does, all gather."""
-        state = parallel.gathered(self.tensors()) if parallel.is_divided(self.model) else None
-        if not ranks.is_first():
-            return
+        """Write what was trained, as `from_pretrained` reads it: the first process does, all gather, block by block."""
+        if not parallel.is_divided(self.model):
+            return self._write(folder, None)
+
+        def write(blocks: Iterator[dict[str, Tensor]]) -> None:
+            with disk_errors(f"writing weights to {folder}"):
+                self._write(folder, {})
+                self.model.config.dtype = self.dtype
+                self.model.config.save_pretrained(folder)
+                write_weights(folder, blocks)
+
+        ranks.for_first(self.blocks(repeat_tied=False), write)
+
+    def _write(self, folder: Path, state: dict[str, Tensor] | None) -> None:
+        """Settings and tensors of a `state_dict`, None: the module's."""
         generation, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             self.model.save_pretrained(folder, state_dict=state)

@@ -2,13 +2,13 @@
 
     checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder), or
                                 a LoRA adapter as peft saves it (peft.AutoPeftModelForCausalLM.from_pretrained does)
-                                trainer/state.tensors: optimizer, Z, baseline, rollouts sampled ahead, an adaptive
-                                proposal; safetensors by another suffix, for loaders and uploads of models take every
-                                *.safetensors that they find
+                                trainer/state.tensors, trainer/parts/: optimizer, Z, baseline, rollouts sampled ahead,
+                                an adaptive proposal; see `tensors`
                                 trainer/state.json: round, λ, the generators of each process
                                 SHA256SUMS: of every file, as `sha256sum --check` reads it
 
-A checkpoint is written under a temporary name, flushed and renamed: a killed process leaves the older one whole.
+A checkpoint is written under a temporary name, flushed and renamed: a killed process leaves the older one whole. Many
+processes write optimizer and proposal while the next rounds go on; the model's folder is complete before.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import ranks
 from ..contexts import Context
 from ..errors import UserError, disk_errors
 from ..learner import Learner
-from ..models import parallel
 from ..partition import Estimates
 from ..rollouts import Rollouts
 from ..sampling import Sampling
+from .tensors import TENSORS, read_tensors, write_tensors
 
-TENSORS, STATE, SUMS = "trainer/state.tensors", "trainer/state.json", "SHA256SUMS"
+STATE, SUMS = "trainer/state.json", "SHA256SUMS"
 NEWEST = 2  # checkpoints that stay; older ones are deleted once a newer one is complete
 
 
@@ -62,6 +62,7 @@ class TrainerState:
     round: int = 0  # counted up just before the weights move
     exponents: tuple[tuple[float, ...], ...] | None = None  # λ of the target, and the standard errors
     settled: Settled | None = None  # of the last round that was finished; None before the first one begins
+    writing: Future[None] | None = None  # the latest checkpoint, while it is written
 
     @property
     def at_rest(self) -> bool:
@@ -78,40 +79,78 @@ class TrainerState:
 
 
 def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokenizer: Any) -> Path:
-    """Write the checkpoint of `settled.round` rounds and delete old ones; a RunError leaves what was there."""
-    moving, generators = _moving(state), ranks.gathered(settled.generators)
+    """Write the checkpoint of `settled.round` rounds and delete old ones; a RunError leaves what was there.
+
+    It is there when `finish_checkpoint` has come back.
+    """
+    finish_checkpoint(state)
     folder = run_dir / "checkpoints"
     final = folder / f"round-{settled.round:06d}"
     temporary = folder / f".writing-{final.name}"
-    if not ranks.is_first():
-        state.learner.policy.save(temporary)  # gathers, and leaves the writing to the first
-        return final
-    try:
-        with disk_errors(f"writing checkpoint {final}"):
+
+    def begin() -> Callable[[], None]:
+        if ranks.is_first():
             for unfinished in folder.glob(".writing-*"):  # of a process that was killed
                 shutil.rmtree(unfinished)
-            temporary.mkdir(parents=True)
-            state.learner.policy.save(temporary)
+            (temporary / STATE).parent.mkdir(parents=True)
+        state.learner.policy.save(temporary)  # gathers, and leaves the writing to the first
+        if ranks.is_first():
             tokenizer.save_pretrained(temporary)
-            (temporary / STATE).parent.mkdir()
-            save_file(moving | settled.tensors, temporary / TENSORS)
-            trainer = settled.trainer | {"generators": generators}
             (temporary / STATE).write_text(json.dumps(trainer, default=lambda array: array.tolist()))
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())  # of a tokenizer in folders too
-            sums = [f"{_sha256(path)}  {path.relative_to(temporary)}\n" for path in files]
-            (temporary / SUMS).write_text("".join(sums))
-            for path in files:  # safetensors shuts out whom the umask lets read
-                path.chmod(temporary.stat().st_mode & 0o666)
-            for path in [*temporary.rglob("*"), temporary]:
-                _fsync(path)
-            temporary.rename(final)
-            _fsync(folder)  # or the rename does not survive a power cut
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    older = [path for path in checkpoints(run_dir) if round_of(path) < settled.round]
-    for old in older[: 1 - NEWEST]:
-        shutil.rmtree(old, ignore_errors=True)
+        return write_tensors(temporary, settled.tensors, _moving(state))
+
+    def complete() -> None:
+        write_parts()
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())  # of a tokenizer in folders too
+        own = {path: _sha256(path) for path in files[ranks.rank() :: ranks.count()]}
+        sums = {path: found for part in ranks.gathered(own, group=ranks.writers()) for path, found in part.items()}
+        failure = None
+        try:
+            if ranks.is_first():
+                publish(files, sums)
+        except OSError as error:
+            failure = error
+        for found in filter(None, ranks.gathered(failure, group=ranks.writers())):  # all know how it ended
+            raise found
+
+    def publish(files: list[Path], sums: dict[Path, str]) -> None:
+        lines = [f"{sums.get(path) or _sha256(path)}  {path.relative_to(temporary)}\n" for path in files]
+        (temporary / SUMS).write_text("".join(lines))
+        for path in files:  # safetensors shuts out whom the umask lets read
+            path.chmod(temporary.stat().st_mode & 0o666)
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+        temporary.rename(final)
+        _fsync(folder)  # or the rename does not survive a power cut
+        older = [path for path in checkpoints(run_dir) if round_of(path) < settled.round]
+        for old in older[: 1 - NEWEST]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def attempt(step: Callable[[], Any]) -> Any:
+        done = False
+        try:
+            with disk_errors(f"writing checkpoint {final}"):
+                result = step()
+            done = True
+            return result
+        finally:
+            if not done and ranks.is_first():
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    trainer = settled.trainer | {"generators": ranks.gathered(settled.generators)}
+    write_parts = attempt(begin)
+    if ranks.joined():
+        state.writing = ThreadPoolExecutor(1).submit(attempt, complete)
+    else:
+        attempt(complete)
     return final
+
+
+def finish_checkpoint(state: TrainerState) -> None:
+    """Wait for what is still written of the latest checkpoint; raises as `save_checkpoint`."""
+    writing, state.writing = state.writing, None
+    if writing is not None:
+        writing.result()
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -136,20 +175,17 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
 
 def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], list[Context]]) -> None:
     """Restore everything but the policy's weights, which are read where it is made; contexts: of a round."""
-    tensors, trainer = load_file(path / TENSORS), json.loads((path / STATE).read_text())
+    tensors, trainer = read_tensors(path, _divided(state)), json.loads((path / STATE).read_text())
 
     def of(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
     optimizer, estimates, sampling = state.learner.optimizer, state.estimates, state.sampling
     groups = optimizer.state_dict()["param_groups"]
-    moments = {
-        index: {name: parallel.part_of(moment, parameter) for name, moment in of(f"optimizer.{index}.").items()}
-        for index, parameter in enumerate(optimizer.param_groups[0]["params"])
-    }
+    moments = {index: of(f"optimizer.{index}.") for index in range(len(groups[0]["params"]))}
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for index, master in enumerate(state.learner.masters):
-        master.detach().copy_(parallel.part_of(tensors[f"master.{index}"], master))
+        master.detach().copy_(tensors[f"master.{index}"])
     estimates.load_state(of("estimates."))
     if sampling.proposal is not None:
         sampling.proposal.load_state(of("proposal."))
@@ -166,12 +202,22 @@ def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], l
 
 
 def _moving(state: TrainerState) -> dict[str, Tensor]:
-    """What moves with the weights, at the end of a round; whole on the first process, nothing on the others."""
+    """What moves with the weights, at the end of a round; parts of what is divided."""
     groups = {f"optimizer.{i}.": moments for i, moments in state.learner.optimizer.state_dict()["state"].items()}
-    groups["master."] = {str(i): master for i, master in enumerate(state.learner.masters)}
+    groups["master."] = {str(i): master.detach() for i, master in enumerate(state.learner.masters)}
     if state.sampling.proposal is not None:
         groups["proposal."] = state.sampling.proposal.state()
-    return parallel.gathered(_named(groups).items())
+    return _named(groups)
+
+
+def _divided(state: TrainerState) -> dict[str, Tensor]:
+    """What tensors of `_moving` are parts as."""
+    parameters = state.learner.optimizer.param_groups[0]["params"]
+    found = {f"optimizer.{i}.{name}": x for i, x in enumerate(parameters) for name in ("exp_avg", "exp_avg_sq")}
+    found |= {f"master.{i}": master for i, master in enumerate(state.learner.masters)}
+    if state.sampling.proposal is not None:
+        found |= {f"proposal.{name}": tensor for name, tensor in state.sampling.proposal.state().items()}
+    return found
 
 
 def _named(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -183,12 +229,15 @@ def _fault(path: Path) -> str | None:
         expected = dict(line.split("  ", 1)[::-1] for line in (path / SUMS).read_text().splitlines())
     except (OSError, ValueError):
         return f"{SUMS} is not readable"
-    for name in (STATE, TENSORS, *expected):
+    found = None
+    for name in (STATE, TENSORS, *expected)[ranks.rank() :: ranks.count()]:
         if not (path / name).is_file():
-            return f"{name} is not there"
-        if _sha256(path / name) != expected.get(name):
-            return f"{name} has changed"
-    return None
+            found = f"{name} is not there"
+        elif _sha256(path / name) != expected.get(name):
+            found = f"{name} has changed"
+        if found is not None:
+            break
+    return next(filter(None, ranks.gathered(found)), None)
 
 
 def _sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from ..measure.diagnostics import Watch
 from ..measure.evaluate import Evaluation
 from ..rollouts import Rollouts
 from ..stopping import Stopped, check, signalled, stoppable
-from .checkpoint import Settled, TrainerState, checkpoints, round_of, save_checkpoint
+from .checkpoint import Settled, TrainerState, checkpoints, finish_checkpoint, round_of, save_checkpoint
 from .folder import ORIGIN, TRACKING, Json, NoFolder, RunFolder, refuse_taken
 from .metrics import Round, progress_line, round_metrics
 from .report import write_report
@@ -118,6 +118,8 @@ class Recorder:
         if done == settings.rounds or (self._due and math.isfinite(this.update.grad_norm)):
             self._save(settled)
             self._due = False
+        if done == settings.rounds:
+            finish_checkpoint(self._state)
         self._state.settled = settled
         for tracker in self._trackers:
             tracker.send("metrics", metrics, this.index)
@@ -133,20 +135,27 @@ class Recorder:
 
     def _leave_checkpoint(self, finished: int, error: BaseException) -> str:
         """Write what a run that ends early has done since its last checkpoint, and say in words what there is."""
-        path, state = self.folder.path, self._state
-        written, failure = max(map(round_of, checkpoints(path)), default=0), ""
-        if state is not None and state.settled is not None and state.at_rest and not isinstance(error, Diverged):
+        path, state, failure = self.folder.path, self._state, ""
+
+        def written() -> int:
+            return max(map(round_of, checkpoints(path)), default=0)
+
+        # writing takes all processes: they are together only where they have agreed to stop
+        if state is not None and (ranks.count() == 1 or isinstance(error, (Stopped, KeyboardInterrupt))):
             try:
-                # writing takes all processes: they are together only where they have agreed to stop
-                if written < finished and (ranks.count() == 1 or isinstance(error, (Stopped, KeyboardInterrupt))):
-                    written = round_of(self._save(state.settled))
+                finish_checkpoint(state)
+                is_worth_it = state.settled is not None and state.at_rest and not isinstance(error, Diverged)
+                if state.settled is not None and is_worth_it and written() < finished:
+                    self._save(state.settled)
+                    finish_checkpoint(state)
             except RunError as full:
                 failure = f"{full}; "
             except Exception as failed:  # as where memory has run out: it must not hide what ended the run
                 failure = f"no checkpoint could be written: {type(failed).__name__}: {one_line(failed)}; "
-        if not written:
+        done = written()
+        if not done:
             return f"{failure}no checkpoint yet; start again with --resume {path}"
-        of = f"all {written}" if written >= finished else f"{written} of {finished}"
+        of = f"all {done}" if done >= finished else f"{done} of {finished}"
         return f"{failure}{of} finished rounds are in {checkpoints(path)[-1]}; continue with --resume {path}"
 
     def _save(self, settled: Settled) -> Path:

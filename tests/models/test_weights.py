@@ -14,6 +14,7 @@ from fdpg_fast.contexts import Context
 from fdpg_fast.engines.embedded import TransformersEngine
 from fdpg_fast.engines.vllm_folder import weights_folder
 from fdpg_fast.errors import UserError
+from fdpg_fast.models.files import write_weights
 from fdpg_fast.models.load import load_model
 from fdpg_fast.models.lora import LoRAPolicy
 from support import runs
@@ -86,6 +87,19 @@ def test_a_saved_model_is_the_model_and_says_nothing_of_us(name, folders, tmp_pa
         assert not [word for word in ("fdpg", "_attn_implementation", str(tmp_path.parent)) if word in path.read_text()]
     kind = AutoModelForSeq2SeqLM if model.model.config.is_encoder_decoder else AutoModelForCausalLM
     again, found = kind.from_pretrained(tmp_path, output_loading_info=True)  # in the dtype that it has
+    assert not any(found.values())
+    assert_same(dict(again.state_dict()), model.model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "mixtral"])
+@pytest.mark.parametrize("file_bytes", [1, 2**31])
+def test_blocks_are_written_as_files_of_a_model(name, file_bytes, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("fdpg_fast.models.files.FILE_BYTES", file_bytes)
+    model = load(folders(name))
+    model.model.config.save_pretrained(tmp_path)
+    write_weights(tmp_path, model.blocks(repeat_tied=False))
+    assert (tmp_path / "model.safetensors.index.json").exists() == (file_bytes == 1)
+    again, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(found.values())
     assert_same(dict(again.state_dict()), model.model.state_dict())
 

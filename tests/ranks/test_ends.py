@@ -47,7 +47,9 @@ def end(process: subprocess.Popen[str], of: list[int]) -> tuple[int, str]:
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_takes_the_others_along(tiny_model, tmp_path, killed):
     process = begin(tiny_model, tmp_path)
-    pids = workers(process)
+    pids, last = workers(process), time.monotonic() + 120
+    while not list(tmp_path.glob("run/checkpoints/.writing-*/trainer/parts")):  # of one of the next rounds
+        assert time.monotonic() < last
     os.kill(pids[killed], signal.SIGKILL)
     status, stderr = end(process, pids)
     assert status == 1 and "fdpg_fast/" not in stderr  # no traceback of ours

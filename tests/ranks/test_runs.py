@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from support import processes, runs
@@ -116,6 +117,11 @@ def test_two_processes_measure_what_one_does(finished, name):
     assert {key: value for key, value in found.items() if not value <= 1e-4} == {}
 
 
+def test_a_checkpoint_is_in_the_dtype_of_the_run(finished):
+    models = (AutoModelForCausalLM.from_pretrained(path) for path in finished.glob("bfloat16/*/checkpoints/*5"))
+    assert [model.dtype for model in models] == [torch.bfloat16] * 2
+
+
 def test_a_round_is_skipped_by_both(finished):
     run_dir = finished / "rounds without a sample in support" / "two"
     assert {row["policy/skipped"] for row in runs.rows(run_dir / "metrics.jsonl")} == {0, 1}
@@ -128,7 +134,10 @@ def test_two_machines_do_what_two_processes_of_one_do(finished, models, tmp_path
 
 
 def test_a_checkpoint_goes_on_with_any_number_of_processes(models, tmp_path):
-    """2 → 2 to the last bit, with a feature that draws too; 2 → 1 and 1 → 2 as near as sums in another order are."""
+    """2 → 2 to the last bit, with a feature that draws too; 2 → 1 and 1 → 2 as near as sums in another order are.
+
+    2 → 2 from a checkpoint that was written while the next round went on.
+    """
     names = ("two", "one", "2 to 2", "2 to 1", "1 to 2")
     paths = {name: write(Case("untied"), models, tmp_path / name, "run") for name in names}
     for name in ("drawing", "drawing, 2 to 2"):
@@ -143,13 +152,14 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(models, tmp_path):
         paths[name] = runs.write_config(tmp_path / name, config)
 
     def train(name: str) -> list[object]:
-        return ["train", paths[name], f"--trainer.rounds={2 if ' to ' in name else 4}"]
+        return ["train", paths[name], f"--trainer.rounds={3 if name == '2 to 2' else 2 if ' to ' in name else 4}"]
 
     def resume(name: str) -> list[object]:
         return ["train", "--resume", tmp_path / name / "run", "--trainer.rounds=4"]
 
     assert runs.call(*train("one")) == runs.call(*train("1 to 2")) == 0
-    commands = [train("two"), train("2 to 2"), resume("2 to 2"), train("2 to 1"), resume("1 to 2")]
+    latest = ["remove", tmp_path / "2 to 2" / "run/checkpoints/round-000003"]
+    commands = [train("two"), train("2 to 2"), latest, resume("2 to 2"), train("2 to 1"), resume("1 to 2")]
     drawing = [train("drawing"), train("drawing, 2 to 2"), resume("drawing, 2 to 2")]
     ended = processes.run(*commands, *drawing)
     assert ended.returncode == 0, ended.stderr

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -131,13 +132,24 @@ def by_nccl(config: str, path: str) -> None:
         torch.save(found | {"sent": dict(zip(names, arrived, strict=True))}, path)
 
 
+def remove(folder: str) -> None:
+    """As somebody does between two commands."""
+    from fdpg_fast import ranks
+
+    if ranks.is_first():
+        shutil.rmtree(folder)
+    ranks.gathered(None)
+
+
 def do(command: list[str]) -> int:
     """A command of fdpg-fast, or one of those above; its exit status."""
     from fdpg_fast.cli import main, prepare_environment
 
     prepare_environment()
     name, *arguments = command
-    if name not in (others := {"gradients": save_gradients, "by_nccl": by_nccl, "weights": save_weights}):
+    if name not in (
+        others := {"gradients": save_gradients, "by_nccl": by_nccl, "weights": save_weights, "remove": remove}
+    ):
         return main(command)
     others[name](*arguments)
     return 0

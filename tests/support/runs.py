@@ -152,6 +152,8 @@ def drawing(model: Path, folder: Path, run_dir: Path | str, **sections: Any) -> 
 
 def record(run_dir: Path) -> dict[str, Any]:
     """What equal runs have in common, to the last bit: not clock and memory, nor generators that nothing drew from."""
+    from fdpg_fast.runs.tensors import read_tensors
+
     kept: dict[str, Any] = {
         "metrics": [
             {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))}
@@ -159,7 +161,7 @@ def record(run_dir: Path) -> dict[str, Any]:
         ]
     }
     for path in [run_dir / "evaluation.jsonl", run_dir / "samples.jsonl", *run_dir.glob("checkpoints/*/**/*")]:
-        if path.is_dir():
+        if path.is_dir() or path.parent.name == "parts":
             continue
         if path.name == "state.json":
             state = strict(path.read_text())
@@ -167,6 +169,9 @@ def record(run_dir: Path) -> dict[str, Any]:
             kept[str(path.relative_to(run_dir))] = state
         elif path.name != "SHA256SUMS":
             kept[str(path.relative_to(run_dir))] = path.read_bytes()
+    for path in run_dir.glob("checkpoints/*/trainer/parts"):  # whose files have a number of their own
+        tensors = read_tensors(path.parents[1], {})
+        kept[str(path.relative_to(run_dir))] = {name: x.numpy().tobytes() for name, x in tensors.items()}
     return kept
 
 
