@@ -157,9 +157,9 @@ class Replica:
     def read_adapter(self, folder: Path) -> None:
         """Have it read a LoRA adapter from a folder, and sample with it instead of the one before."""
         # of one that replaces another under the same name vLLM 0.32 reads the folder again for every request
-        self.ask("POST", LOAD_ADAPTER, {"lora_name": folder.name, "lora_path": str(folder)})
         if self.adapter:
             self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": self.adapter})
+        self.ask("POST", LOAD_ADAPTER, {"lora_name": folder.name, "lora_path": str(folder)})
         self.adapter = folder.name
 
     def send_weights(self, tensors: Iterator[tuple[str, Tensor]], kinds: Sequence[Kind], index: int | None) -> None:
