@@ -27,7 +27,6 @@ from .language_model import LanguageModel
 KEPT = 20  # numbers that a layer keeps for each hidden unit and token; 19.4 measured on a Llama
 LEAST_TOKENS = 448  # products of fewer rows are slow
 ROOM = {"cpu": 2**28, "cuda": 2**33}  # bytes of activations that nobody has to ask for
-OWN_PAGES, MMAP_THRESHOLD = 2**20, -3  # bytes; glibc's number for the limit
 
 
 def plan_passes(policy: LanguageModel, dtype: torch.dtype, settings: RoundsConfig, longest: int) -> tuple[int, bool]:
@@ -58,13 +57,11 @@ def recompute(model: PreTrainedModel) -> None:
     """Let each block of a model keep its input alone; before its parameters are divided."""
     for block in parallel.blocks(model):
         kind: Any = type(block)
-        block.__class__ = _recomputing(kind)
-    if model.device.type == "cpu":
-        _give_tensors_pages_of_their_own()
+        block.__class__ = _recomputing(kind, model.device.type == "cpu")
 
 
 @functools.cache
-def _recomputing(kind: Any) -> Any:
+def _recomputing(kind: Any, on_cpu: bool) -> Any:
     """A class of blocks of that kind: as FSDP2 does it, so that no weight gets another name."""
 
     def forward(self: nn.Module, *inputs: Any, **options: Any) -> Any:
@@ -74,6 +71,8 @@ def _recomputing(kind: Any) -> Any:
         caches = [{}, {name: _apart(value) for name, value in options.items() if isinstance(value, Cache)}]
 
         def run(*inputs: Any) -> Any:
+            if on_cpu:
+                _give_pages_back()
             return kind.forward(self, *inputs, **options | caches.pop(0))
 
         return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -93,11 +92,11 @@ def _apart(kept: Any) -> Any:
     return kept
 
 
-def _give_tensors_pages_of_their_own() -> None:
-    """Memory of a freed tensor goes back at once, from 1 MiB up, where the C library is glibc.
+def _give_pages_back() -> None:
+    """Return the pages of freed tensors to the system, where the C library is glibc.
 
-    By itself it puts what is smaller than 32 MiB into one heap, inputs of blocks that stay between tensors that come
-    and go: holes in which the next ones do not fit, three times as large as all that is used.
+    It keeps tensors of less than 32 MiB in one heap, in which inputs of blocks and gradients, which stay, lie between
+    what comes and goes: holes that the next tensors do not fit into, and together several times what is in use.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, OWN_PAGES)
+        ctypes.CDLL(None).malloc_trim(0)
