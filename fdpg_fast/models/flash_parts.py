@@ -34,18 +34,18 @@ class Group(NamedTuple):
     places: Tensor  # and where among the S·T
 
     def pad(self, packed: Tensor) -> Tensor:
-        """[H, M, …] → [S, H, T, …]."""
-        return packed.index_select(1, self.padded).unflatten(1, self.shape).transpose(0, 1)
+        """[M, H, …] → [S, H, T, …]."""
+        return packed.index_select(0, self.padded).unflatten(0, self.shape).transpose(1, 2)
 
     def pad_with_zeros(self, packed: Tensor) -> Tensor:
         """The same, with zeros for padding."""
-        zeros = packed.new_zeros(len(packed), len(self.padded), *packed.shape[2:])
-        zeros.index_copy_(1, self.places, packed.index_select(1, self.real))
-        return zeros.unflatten(1, self.shape).transpose(0, 1)
+        zeros = packed.new_zeros(len(self.padded), *packed.shape[1:])
+        zeros.index_copy_(0, self.places, packed.index_select(0, self.real))
+        return zeros.unflatten(0, self.shape).transpose(1, 2)
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """[S, H, T, …] → [H, n, …]."""
-        return padded.transpose(0, 1).flatten(1, 2).index_select(1, self.places)
+        """[S, H, T, …] → [n, H, …]."""
+        return padded.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
 
 
 class Plan(NamedTuple):
@@ -55,7 +55,8 @@ class Plan(NamedTuple):
 
 def attend(row: Row, query: Tensor, key: Tensor, value: Tensor, kind: Kind) -> Tensor:
     """[H, M, d] and [K, M, d] twice → [H, M, d]; of the kind only the scale is used."""
-    return _Parts.apply(query, key, value, row.plan(_plan), kind.scale)  # type: ignore[no-any-return]
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # as models have them in memory
+    return _Parts.apply(query, key, value, row.plan(_plan), kind.scale).transpose(0, 1)  # type: ignore[no-any-return]
 
 
 def _plan(row: Row) -> Plan:
@@ -88,23 +89,25 @@ def _group(texts: list[Text]) -> Group:
 
 
 class _Parts(torch.autograd.Function):
+    """[M, H, d] and [M, K, d] twice → [M, H, d]."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> Tensor:
-        repeats = len(query) // len(key)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        repeats = query.shape[1] // key.shape[1]
+        out = query.new_empty(query.shape)
         lse = query.new_empty(query.shape[:2], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
         for group in plan.groups:
             q, k, v = group.pad(query), *(_repeat(group.pad(x), repeats) for x in (key, value))
             own, own_lse = _forward(q, k, v, 0.0, True, scale=scale)
-            out.index_copy_(1, group.real, group.unpad(own))
-            lse.index_copy_(1, group.real, group.unpad(own_lse))
+            out.index_copy_(0, group.real, group.unpad(own))
+            lse.index_copy_(0, group.real, group.unpad(own_lse))
         for tokens, prompt in plan.shared:
             q, k, v = _of_prompt(query, key, value, tokens, prompt)
-            shared, shared_lse = (x.flatten(0, 1) for x in _forward(q, k, v, 0.0, False, scale=scale))
-            own, own_lse = out[:, tokens], lse[:, tokens]
+            shared, shared_lse = (_packed(x) for x in _forward(q, k, v, 0.0, False, scale=scale))
+            own, own_lse = out[tokens], lse[tokens]
             share = torch.sigmoid(shared_lse - own_lse)[..., None]
-            out[:, tokens] = torch.lerp(own.to(lse.dtype), shared.to(lse.dtype), share).to(out.dtype)
-            lse[:, tokens] = torch.logaddexp(own_lse, shared_lse)
+            out[tokens] = torch.lerp(own.to(lse.dtype), shared.to(lse.dtype), share).to(out.dtype)
+            lse[tokens] = torch.logaddexp(own_lse, shared_lse)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out
@@ -112,22 +115,24 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        repeats = len(query) // len(key)
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+        key_heads = key.shape[1]
+        repeats = query.shape[1] // key_heads
+        grads = [x.new_empty(x.shape) for x in (query, key, value)]
         for group in ctx.plan.groups:
             upstream = group.pad_with_zeros(gradient)  # nothing comes from padding
             q, k, v = group.pad(query), *(_repeat(group.pad(x), repeats) for x in (key, value))
-            own = _backward(upstream, q, k, v, group.pad(out), group.pad(lse), 0.0, True, scale=ctx.scale)
+            log_sum = group.pad(lse).contiguous()
+            own = _backward(upstream, q, k, v, group.pad(out), log_sum, 0.0, True, scale=ctx.scale)
             for grad, part in zip(grads, own, strict=True):
-                heads = part.unflatten(1, (len(grad), -1)).sum(2) if part.shape[1] != len(grad) else part
-                grad.index_copy_(1, group.real, group.unpad(heads))
+                heads = part if part.shape[1] == grad.shape[1] else part.unflatten(1, (key_heads, repeats)).sum(2)
+                grad.index_copy_(0, group.real, group.unpad(heads))
         for tokens, prompt in ctx.plan.shared:
             q, k, v = _of_prompt(query, key, value, tokens, prompt)
-            upstream, o, log_sum = (x[:, tokens].unflatten(0, (len(key), -1)) for x in (gradient, out, lse))
+            upstream, o, log_sum = (_by_key_head(x[tokens], key_heads) for x in (gradient, out, lse))
             shared = _backward(upstream, q, k, v, o, log_sum.contiguous(), 0.0, False, scale=ctx.scale)
-            grads[0][:, tokens] += shared[0].flatten(0, 1)
-            grads[1][:, prompt] += shared[1].sum(1)
-            grads[2][:, prompt] += shared[2].sum(1)
+            grads[0][tokens] += _packed(shared[0])
+            grads[1][prompt] += shared[1].sum(1).transpose(0, 1)
+            grads[2][prompt] += shared[2].sum(1).transpose(0, 1)
         return (*grads, None, None)
 
 
@@ -136,8 +141,18 @@ def _repeat(keys: Tensor, repeats: int) -> Tensor:
     return keys if repeats == 1 else keys.repeat_interleave(repeats, dim=1)
 
 
+def _by_key_head(packed: Tensor, key_heads: int) -> Tensor:
+    """[n, H, …] → [K, H/K, n, …]."""
+    return packed.unflatten(1, (key_heads, -1)).movedim(0, 2)
+
+
+def _packed(by_key_head: Tensor) -> Tensor:
+    """[K, H/K, n, …] → [n, H, …]."""
+    return by_key_head.movedim(2, 0).flatten(1, 2)
+
+
 def _of_prompt(query: Tensor, key: Tensor, value: Tensor, tokens: slice, prompt: slice) -> tuple[Tensor, ...]:
     """Completions' queries and their prompt's keys: [K, H/K, n, d], [K, H/K, P, d] twice, of which none is a copy."""
-    q = query[:, tokens].unflatten(0, (len(key), -1))
-    k, v = (x[:, None, prompt].expand(-1, q.shape[1], -1, -1) for x in (key, value))
+    q = _by_key_head(query[tokens], key.shape[1])
+    k, v = (x[prompt].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (key, value))
     return q, k, v
