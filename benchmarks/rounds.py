@@ -162,7 +162,7 @@ class Plain:
             learning_rate=config.optimizer.learning_rate,
         )
         self.contexts = load_contexts(
-            config.contexts.train, Prompting(self.pipeline.tokenizer, 400, len(self.pipeline.tokenizer))
+            config.contexts.train, Prompting(self.pipeline.tokenizer, 10_000, len(self.pipeline.tokenizer))
         )
 
     def round(self, index: int) -> tuple[dict[str, float], int]:
