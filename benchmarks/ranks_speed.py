@@ -65,9 +65,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m-instruct")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--samples", type=int, default=16, help="completions of each of four prompts")
+    parser.add_argument("--micro-batch-tokens", type=int, help="the model's own default if left out")
     parser.add_argument("--rounds", type=int, default=3, help="of each turn; the first warms up")
     options = parser.parse_args()
     found: dict[str, Any] = {"machine": machine(), "load_average": [], "turns": {kind: [] for kind in KINDS}}
+    found |= {"samples": options.samples, "micro_batch_tokens": options.micro_batch_tokens}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -78,7 +80,11 @@ def main() -> None:
             "target": [{"kind": "pointwise", "feature": {"kind": "regex", "name": "the", "pattern": "the"}}],
             "contexts": {"train": str(folder / "prompts.txt")},
             "engine": {"kind": "transformers", "max_new_tokens": 24},
-            "trainer": {"contexts_per_round": len(PROMPTS), "samples_per_context": options.samples},
+            "trainer": {
+                "contexts_per_round": len(PROMPTS),
+                "samples_per_context": options.samples,
+                "micro_batch_tokens": options.micro_batch_tokens,
+            },
         }
         (folder / "config.yaml").write_text(json.dumps(config))
         for _ in range(options.turns):

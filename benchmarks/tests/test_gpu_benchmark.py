@@ -130,7 +130,8 @@ def test_every_path_is_checked(steps):
 
 def test_what_is_timed_is_compiled_and_taken_apart(steps):
     of = {phase: [step for (p, _), step in steps.items() if p == phase] for phase in ("compile", "breakdown", "shapes")}
-    assert len(of["compile"]) == 2 and all(step["status"] == "ok" for step in of["compile"])
+    compiled = [step for step in of["compile"] if "CCE" not in step["step"]]  # which may be installed
+    assert len(compiled) == 2 and all(step["status"] == "ok" for step in compiled)
     names = [step["step"] for step in of["breakdown"]]
     assert sum("mm" in name for name in names) == 4 and sum("cast" in name for name in names) == 1
     assert sum("TMA" in name for name in names) == 2 and sum("ours" in name for name in names) == 2
