@@ -5,6 +5,7 @@ Gemma 2's head is tied too, and vLLM has no module for it.
 
 import contextlib
 
+import pytest
 import torch
 import transformers as hf
 
@@ -20,8 +21,9 @@ SIZES = {
 }
 
 
-def test_log_probs_past_the_window_are_the_learners_after_every_sync(tmp_path):
-    kind, settings = ARCHITECTURES["gemma2"]
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])
+def test_log_probs_past_the_window_are_the_learners_after_every_sync(tmp_path, name):
+    kind, settings = ARCHITECTURES[name]
     torch.manual_seed(0)
     hf.AutoModelForCausalLM.from_config(kind(**settings | SIZES | {"sliding_window": 16})).save_pretrained(tmp_path)
     policy = load_model(str(tmp_path), "float32", "cpu", trust_remote_code=False)
