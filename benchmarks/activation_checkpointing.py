@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from process_memory import restart_peak
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fdpg_fast.config.schema import LossConfig, OptimizerConfig
@@ -49,7 +50,7 @@ def measure(way: str, sequences: int, tokens: int) -> dict[str, float]:
     completions = [(ids, [-10.8] * tokens, False) for ids in drawn[1:]]
     rollouts = pack([Context(0, "", tuple(drawn[0][:8]))], [completions])
     log_q, zeros = torch.full((sequences,), -10.8 * tokens).double(), torch.zeros(sequences).double()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
+    restart_peak()
     before, cpu, wall = peak_memory(), time.process_time(), time.perf_counter()
     loss, _ = learner.backward(rollouts, log_q, zeros, zeros, divergences.get("jensen_shannon"))
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -10,7 +10,6 @@ while others use the machine too.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from process_memory import give_back, memory, restart_peak
 from torch import Tensor
 from torch.nn.functional import linear_cross_entropy
 
@@ -166,17 +166,12 @@ def make_step(inputs: Inputs, work: str, name: str) -> Callable[[], tuple[Tensor
 
 def run(step: Callable[[], tuple[Tensor, ...]]) -> tuple[float, float, int]:
     """Seconds, seconds of all threads, and resident bytes at the worst moment beyond those before (Linux)."""
-
-    def resident(which: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
-
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or the step would use it unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before, started, processor_started = resident("VmRSS"), time.perf_counter(), time.process_time()
+    give_back()
+    restart_peak()
+    before, started, processor_started = memory("VmRSS"), time.perf_counter(), time.process_time()
     returned = step()  # kept until the peak is read
     seconds, processor_seconds = time.perf_counter() - started, time.process_time() - processor_started
-    peak = resident("VmHWM") - before
+    peak = memory("VmHWM") - before
     del returned
     return seconds, processor_seconds, peak
 

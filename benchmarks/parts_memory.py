@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from process_memory import memory
+
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 2
 ALLOWANCE = 1.15
@@ -36,17 +38,13 @@ class Peak:
         self._most = 0
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def now(self) -> int:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
-
     def so_far(self) -> int:
-        most, self._most = max(self._most, self.now()), 0
+        most, self._most = max(self._most, memory("RssAnon")), 0
         return most
 
     def _watch(self) -> None:
         while True:
-            self._most = max(self._most, self.now())
+            self._most = max(self._most, memory("RssAnon"))
             time.sleep(1e-3)
 
 
@@ -88,10 +86,10 @@ def work(folder: Path) -> None:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     peak = Peak()
-    start, found = peak.now(), {}
+    start, found = memory("RssAnon"), {}
 
     def done(phase: str) -> None:
-        found[phase] = {"peak": peak.so_far() - start, "left": peak.now() - start}
+        found[phase] = {"peak": peak.so_far() - start, "left": memory("RssAnon") - start}
 
     (folder / "a.jsonl").write_text('{"prompt": "a"}\n')
     config = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import subprocess
@@ -20,6 +19,8 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from process_memory import give_back, memory, restart_peak
 
 from memory_table import GIB, Run, Shape, peak, total
 
@@ -43,19 +44,18 @@ def allocated_by_pages() -> dict[str, str]:
     return {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-def memory() -> dict[str, int]:
-    """Bytes of this process by the names that Linux has for them."""
-    ctypes.CDLL(None).malloc_trim(0)
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "VmHWM:")}
+def resident() -> int:
+    """Bytes of this process that are in use."""
+    give_back()
+    return memory("VmRSS")
 
 
 def added(function: Any) -> int:
     """Bytes by which a call's peak lies above what was there."""
-    before = memory()["VmRSS"]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident()
+    restart_peak()
     function()
-    return memory()["VmHWM"] - before
+    return memory("VmHWM") - before
 
 
 def worker(config: str, tokens: str, output: str) -> None:
@@ -70,7 +70,7 @@ def worker(config: str, tokens: str, output: str) -> None:
 
     ranks.join("cpu")
     ranks.total(torch.zeros(1 << 20))
-    before = memory()["VmRSS"]
+    before = resident()
     with contextlib.closing(Session(load_config(config))) as session:
         learner, length = session.state.learner, 64
         count = WORLD * MICRO_BATCHES * int(tokens) // length
@@ -84,7 +84,7 @@ def worker(config: str, tokens: str, output: str) -> None:
             assert not learner.step(*gradient, 0).skipped
 
         update()
-        found = {"state": memory()["VmRSS"] - before, "added": added(update)}
+        found = {"state": resident() - before, "added": added(update)}
         found["scoring"] = added(lambda: session.base.token_logprobs(rollouts, session.scorer.micro_batch_tokens))
     everybodys = ranks.gathered(found)
     if ranks.is_first():

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from process_memory import memory, restart_peak
+
 from run import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +113,7 @@ def turn(size: str, way: str) -> dict:
         for _ in range(TURNS):
             ranks.gathered(None)
             before, began = memory("VmRSS"), time.perf_counter()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            restart_peak()
             sync()
             ranks.gathered(None)
             seconds.append(time.perf_counter() - began)
@@ -123,12 +125,6 @@ def turn(size: str, way: str) -> dict:
     sizes = [nbytes for block in blocks for nbytes in block]
     about = {"bytes": sum(sizes), "tensors": len(sizes), "largest": max(sizes), "block": max(map(sum, blocks))}
     return {"rank": ranks.rank(), "seconds": seconds, "peak": peak} | about
-
-
-def memory(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def gathered(policy, folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:

@@ -176,8 +176,11 @@ class VLLMServerEngine:
         def ask(replica: Replica) -> None:
             drawn[replica.url] = replica.complete(prompt.token_ids, few)
 
-        self._at_first(lambda: self._ask_all(self._live(), ask))
-        drawn = ranks.by_first(lambda: drawn)
+        def ask_all() -> dict[str, list[Completion]]:
+            self._ask_all(self._live(), ask)
+            return drawn
+
+        drawn = self._at_first(ask_all)
         for replica in (replica for replica in self.replicas if replica.url in drawn):
             rollouts = pack([prompt], [drawn[replica.url]])
             gap = float(log_ratio(rollouts, policy, rollouts.num_tokens).abs().mean())

@@ -46,7 +46,6 @@ def hand_over(
 @contextlib.contextmanager
 def weights_folder(policy: LanguageModel, parent: Path, name: str) -> Iterator[Path]:
     """A folder that holds the policy's weights while servers read them, a file a block; the first process writes."""
-    folder = parent.absolute() / name
 
     def write(blocks: Iterator[dict[str, Tensor]]) -> None:
         with disk_errors(f"writing weights to {folder}"):
@@ -57,25 +56,29 @@ def weights_folder(policy: LanguageModel, parent: Path, name: str) -> Iterator[P
                 path.chmod(folder.stat().st_mode & 0o666)  # the servers' user may be another
                 block.clear()  # before the next is made
 
-    try:
+    with _temporary(parent, name) as folder:
         ranks.for_first(policy.blocks(), write)
         yield folder
-    finally:
-        if ranks.is_first():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def adapter_folder(policy: LoRAPolicy, parent: Path, name: str) -> Iterator[Path]:
     """The same with an adapter alone, as peft writes it."""
-    folder = parent.absolute() / name
-    try:
+    with _temporary(parent, name) as folder:
         with disk_errors(f"writing an adapter to {folder}"):
             if ranks.is_first():
                 folder.mkdir(parents=True, exist_ok=True)
             policy.save(folder)
             for path in folder.glob("*") if ranks.is_first() else ():
                 path.chmod(folder.stat().st_mode & 0o666)
+        yield folder
+
+
+@contextlib.contextmanager
+def _temporary(parent: Path, name: str) -> Iterator[Path]:
+    """A folder that the first process removes in the end; nobody has made it yet."""
+    folder = parent.absolute() / name
+    try:
         yield folder
     finally:
         if ranks.is_first():

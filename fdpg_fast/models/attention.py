@@ -1,6 +1,6 @@
 """Attention as transformers' models ask for it: who sees whom is the layout's, how, is the layer's own choice.
 
-Prompts and completions lie in a model's input in some layout: `packed.PackedRow`, or the cache of `decoding`. Only
+Prompts and completions lie in a model's input in some layout: `packed.PackedBatch`, or the cache of `decoding`. Only
 attention has to know it, so it is the one thing replaced, through transformers' attention registry. Of the masks that a
 model builds, through its mask registry, no tensor is left: a layer is handed what the model has for it as a `Local`, or
 nothing. Without a layout both registries do what they do for SDPA, and the model stays an ordinary transformers model.
