@@ -79,11 +79,15 @@ def describe(session: Session) -> str:
     size = f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters"
     if config.lora is not None:
         size += f", of which {sum(p.numel() for p in parameters if p.requires_grad) / 1e6:.3g} M are trained"
+    base = config.base.model or config.model
+    if config.base.refresh_every:
+        base += f", and from round {config.base.refresh_every} on the policy, every {config.base.refresh_every} rounds"
     contexts, each = len(session.round_contexts(session.state.round)), settings.samples_per_context
     lines = (
         f"{config.model}: {size}, {config.dtype}, on {session.base.device}",
+        f"target's base: {base}",
         f"{len(session.contexts)} contexts to train on, {len(session.eval_contexts)} to evaluate on; "
-        f"features: {', '.join(session.scorer.feature_names)}",
+        f"features: {', '.join(session.scorer.feature_names) or 'none'}",
         f"{settings.rounds - session.state.round} rounds of {contexts} contexts × {each} samples = {contexts * each} "
         f"completions of at most {config.engine.max_new_tokens} tokens, minimising {session.divergence.name} to the "
         f"target; {session.micro_batch_tokens:,} tokens a forward and backward pass"

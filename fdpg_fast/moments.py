@@ -26,7 +26,7 @@ class BaseSample:
     """Samples of the base that the target allows, S of C contexts."""
 
     centred: Tensor  # f − moment [S, F] float64
-    log_weights: Tensor  # log φ without λ [S] float64, finite
+    log_weights: Tensor  # log φ without λ, plus log a/q where q is another sampler [S] float64, finite
     context_index: Tensor  # 0..C−1 [S]
     fraction: float  # of all contexts that samples were drawn of, at random
 

@@ -40,6 +40,10 @@ class PartitionFunction:
             "log_sum_squares": by_context.log_add(before["log_sum_squares"], 2 * log_weights, slots),
         }
 
+    def forget(self) -> None:
+        """Begin again: what was seen is of another base."""
+        self.state = self._empty
+
     def log_z(self, dataset_index: Tensor) -> Tensor:
         """log Z of each sequence's context, [B] float64; −inf while nothing with P > 0 has been seen."""
         log_z = self.state["log_sum"] - self.state["count"].clamp(min=1).log()

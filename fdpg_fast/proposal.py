@@ -11,13 +11,15 @@ from torch import Tensor
 
 from . import by_context
 from .models.language_model import LanguageModel
+from .models.older import OlderPolicy
 
 
-class AdaptiveProposal:
-    """The weights q that the engine samples with, in a model of their own, and q's samples since the last decision."""
+class AdaptiveProposal(OlderPolicy):
+    """The weights q that the engine samples with, and q's samples since the last decision."""
 
     def __init__(self, every: int, model: LanguageModel):
-        self.every, self.model, self.version = every, model, 0
+        super().__init__(model)
+        self.every = every
         self._samples = torch.zeros(3, 0, dtype=torch.float64)  # log P/q, log π/q, the data set's index of the context
 
     def observe(self, log_weight: Tensor, log_ratio: Tensor, dataset_index: Tensor) -> None:
@@ -32,19 +34,15 @@ class AdaptiveProposal:
         gain = kl_gain(*self._samples)
         self._samples = self._samples[:, :0]
         if gain > 0:
-            self.model.take_weights(policy)
-            self.version = rounds
+            self.take(policy, rounds)
         return gain
 
     def state(self) -> dict[str, Tensor]:
-        """What `load_state` takes; parts where the model is divided."""
-        weights = {f"weights.{name}": tensor.clone() for name, tensor in self.model.model.state_dict().items()}
-        return weights | {"samples": self._samples.clone(), "version": torch.tensor(self.version)}
+        return super().state() | {"samples": self._samples.clone()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.model.model.state_dict().items():
-            tensor.copy_(state[f"weights.{name}"])
-        self.version, self._samples = int(state["version"]), state["samples"]
+        super().load_state(state)
+        self._samples = state["samples"]
 
 
 def kl_gain(log_weight: Tensor, log_ratio: Tensor, context_index: Tensor) -> float:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import RunError, UserError
+from .errors import RunError, UserError, one_line
 
 PATIENCE = timedelta(hours=6)  # the others wait meanwhile, as where one samples from servers, or draws plots
 Made = TypeVar("Made")
@@ -35,7 +35,12 @@ def joined() -> bool:
 
 
 def join(device: str) -> str:
-    """Meet the other processes, if there are any; the device that is this process's."""
+    """Meet the other processes, if there are any; the device that is this process's, where `device:` asks for one.
+
+    Raises:
+        UserError: there is none of this name here.
+    """
+    device = _choose(device)
     if not joined():
         return device
     if torch.device(device).type == "cuda":
@@ -48,6 +53,18 @@ def join(device: str) -> str:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
         _beside, _writers = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     return device
+
+
+def _choose(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device: {name!r} is not usable here: {one_line(error)[:200]}") from None
+    if torch.device(name).type == "meta":
+        raise UserError("device: 'meta' holds no numbers")
+    return name
 
 
 def is_lonely(error: BaseException) -> bool:

@@ -22,13 +22,19 @@ from .targets import Target
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What is known of B rollouts before the update, as float64."""
+class Reading:
+    """What features, base and sampler say of B rollouts, as float64."""
 
     texts: Completions  # as the features saw them
     values: Tensor  # of the target's features, [B, F]; NaN where one does not apply
     behavior_logprob: Tensor  # log q, [B]
     base_logprob: Tensor  # log a, [B]
+
+
+@dataclass(frozen=True)
+class Scores(Reading):
+    """What is known of B rollouts before the update, as float64."""
+
     log_score: Tensor  # log P = log a + log φ, [B]
 
 
@@ -47,8 +53,15 @@ class Scorer:
         return [feature.name for feature in self.target.features]
 
     def __call__(self, rollouts: Rollouts, clock: Clock) -> Scores:
-        """Scores, while async features and the base's forward pass run side by side.
+        """Scores, by the target as it is."""
+        reading = self.read(rollouts, clock)
+        log_phi = self.target.log_phi(reading.values, reading.base_logprob)
+        return Scores(**vars(reading), log_score=reading.base_logprob + log_phi)
 
+    def read(self, rollouts: Rollouts, clock: Clock, is_of_base: bool = False) -> Reading:
+        """All but log P, while async features and the base's forward pass run side by side.
+
+        is_of_base: the base is what they were sampled from, so log a is log q.
         `clock` counts under "features" the text, the sync features and what is then left to wait for the async ones;
         under "base" the pass of the base, at the end of which async features may be done already.
         """
@@ -56,23 +69,20 @@ class Scorer:
             with clock("features"):
                 texts = self._texts(rollouts)
                 wait_for_values = until_done.enter_context(self._started(texts))
-            with clock("base"), self.base.as_base() as base:
-                token_logprobs = base.token_logprobs(rollouts, self.micro_batch_tokens)
+            token_logprobs = rollouts.behavior_logprob
+            if not is_of_base:
+                with clock("base"), self.base.as_base() as base:
+                    token_logprobs = base.token_logprobs(rollouts, self.micro_batch_tokens)
             with clock("features"):
                 values = wait_for_values()
         base_logprob = sum_by_sequence(token_logprobs, rollouts.cu_seqlens)
         behavior_logprob = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens)
         if not bool(behavior_logprob.isfinite().all()):
             raise Diverged("log q is not finite")
-        return Scores(texts, values, behavior_logprob, base_logprob, base_logprob + self.target.log_phi(values))
+        return Reading(texts, values, behavior_logprob, base_logprob)
 
     def _texts(self, rollouts: Rollouts) -> Completions:
         return Completions.decode(rollouts, self.tokenizer, self.base.continues_prompt, self.keep_special_tokens)
-
-    def values(self, base: Rollouts) -> Tensor:
-        """Of the target's features on samples of the base, [B, F]: there log φ is log P/q."""
-        with self._started(self._texts(base)) as wait_for_values:
-            return wait_for_values()
 
     @contextlib.contextmanager
     def _started(self, texts: Completions) -> Iterator[Callable[[], Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import ranks
+from .base import load_base, sampled_from
 from .clock import Clock
 from .config.schema import TrainConfig
 from .contexts import Context, Prompting, load_contexts
@@ -26,6 +27,7 @@ from .models.generation import eos_token_ids
 from .models.language_model import LanguageModel
 from .models.load import load_model, load_tokenizer
 from .models.lora import LoRAPolicy
+from .models.older import OlderPolicy
 from .partition import Baseline, Estimates, PartitionFunction
 from .progress import activity
 from .proposal import AdaptiveProposal
@@ -57,31 +59,35 @@ class Session:
         self.config, self.resumes, rounds = config, resume, config.trainer.rounds
         if not resume:
             refuse_taken(config.run_dir)
-        self._device = ranks.join(choose_device(config.device))
+        self._device = ranks.join(config.device)
         check_installed(config.tracking)
         self.divergence = last_divergence(config.divergence)
         target = build_target(config, self._device)
         if target.can_be_zero and not self.divergence.allows_zeros:
             raise UserError(f"divergence: {self.divergence.refusal}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        base = self._load(config.model)
-        base.model.requires_grad_(False)
-        room = base.prompt_room(config.engine.max_new_tokens)
+        if config.base.refresh_every and target.needs_fit:
+            raise UserError("base.refresh_every: λ of a distributional target is of the first base; leave the key out")
+        start = self._load(config.model)  # that training starts from
+        base = load_base(config, start, self.tokenizer, self._load)
+        max_new_tokens, held_out = config.engine.max_new_tokens, config.contexts.eval
+        room, positions = min((model.prompt_room(max_new_tokens), model.max_length) for model in (start, base))
         if room < 1:
             raise UserError(
-                f"engine.max_new_tokens: {config.engine.max_new_tokens} leaves no room for a prompt "
-                f"in the model's {base.max_length} positions"
+                f"engine.max_new_tokens: {max_new_tokens} leaves no room for a prompt "
+                f"in the model's {positions} positions"
             )
-        rows, held_out = len(base.model.get_input_embeddings().weight), config.contexts.eval
-        self.prompting = Prompting(self.tokenizer, room, rows, base.continues_prompt, config.contexts)
+        rows = len(start.model.get_input_embeddings().weight)
+        self.prompting = Prompting(self.tokenizer, room, rows, start.continues_prompt, config.contexts)
         self.contexts = load_contexts(config.contexts.train, self.prompting)
         self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.prompting)
         self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
-        base.refuse_lengths(self.contexts + self.eval_contexts, config.engine.max_new_tokens)
+        for model in (start, base):
+            model.refuse_lengths(self.contexts + self.eval_contexts, max_new_tokens)
         check_columns(target.features, self.contexts, "contexts.train")
         check_columns(target.features, self.eval_contexts, "contexts.eval")
         prompts = {"train": self.contexts, "eval": self.eval_contexts}
-        self._origin = origin_of(config, base, self.tokenizer, **prompts)
+        self._origin = origin_of(config, start, base, self.tokenizer, **prompts)
         if resume:
             refuse_changes(config.run_dir, self._origin)
         self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
@@ -89,17 +95,19 @@ class Session:
         if done > rounds:
             raise UserError(f"trainer.rounds: {rounds} is less than the {done} that the run has done")
         if config.lora is None:
+            del start  # or there would be three models where the base is another
             policy = self._load(config.model if self.checkpoint is None else str(self.checkpoint), is_trained=True)
         else:
-            policy = base = LoRAPolicy(base, config.lora, self.seed("lora", 0), self.checkpoint)
-        longest = max(len(context.token_ids) for context in self.contexts) + config.engine.max_new_tokens
+            policy = LoRAPolicy(start, config.lora, self.seed("lora", 0), self.checkpoint)
+            base = policy if base is start else base
+        longest = max(len(context.token_ids) for context in self.contexts) + max_new_tokens
         self.micro_batch_tokens, self.recomputes = plan_passes(policy, base.dtype, config.trainer, longest)
         if self.recomputes:
             recompute(policy.model)
         if ranks.joined():
             base.divide(None)
             if policy is not base:
-                policy.divide(base.dtype)
+                policy.divide(base.dtype if config.lora is None else None)
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         # where activations are kept, scoring keeps none: larger micro-batches fit, and waste less
         scored_tokens = (1 if self.recomputes else 4) * self.micro_batch_tokens
@@ -115,11 +123,12 @@ class Session:
         per_context = config.partition.per_context
         partition = PartitionFunction(len(self.contexts), kind=config.partition.kind, per_context=per_context)
         estimates = Estimates(partition, Baseline(config.loss.baseline), config.loss.reward_cap)
-        self.state = TrainerState(learner, estimates, self.sampling, round=done)
+        moving = OlderPolicy(base) if config.base.refresh_every else None
+        self.state = TrainerState(learner, estimates, self.sampling, moving, round=done)
 
     @property
     def base(self) -> LanguageModel:
-        """The frozen model of the target; of a LoRA run the policy, to be asked as `as_base()`."""
+        """The frozen model of the target; it may be the policy of a LoRA run, to be asked as `as_base()`."""
         return self.scorer.base
 
     @property
@@ -130,8 +139,10 @@ class Session:
         return self.sampling.engine
 
     def start_engine(self, model: LanguageModel, version: int) -> Engine:
-        """One more engine, with a model's weights; whoever starts it closes it."""
-        max_new_tokens, learner = self.config.engine.max_new_tokens, self.state.learner
+        """One more engine, with the weights of policy or base; whoever starts it closes it."""
+        config = sampled_from(self.config) if model is self.base else self.config
+        learner = self.state.learner
+        max_new_tokens = config.engine.max_new_tokens
 
         def step() -> None:
             """A forward and backward pass of one full micro-batch of made-up tokens; changes nothing."""
@@ -143,7 +154,7 @@ class Session:
 
         longest = max(len(context.token_ids) for context in self.contexts + self.eval_contexts) + max_new_tokens
         with activity("starting the engine"):
-            engine = build_engine(self.config, model, self.eos_token_ids, longest, step, learner.optimizer_bytes)
+            engine = build_engine(config, model, self.eos_token_ids, longest, step, learner.optimizer_bytes)
             try:
                 engine.sync_weights(model, version)
             except BaseException:
@@ -206,24 +217,10 @@ class Session:
         with activity(f"loading {path}"):
             # spread over processes, what is trained is its own master
             dtype = "float32" if is_trained and ranks.joined() else self.config.dtype
-            return load_model(path, dtype, self._device, self.config.trust_remote_code, ranks.joined())
-
-
-def choose_device(name: str) -> str:
-    """The name of the device that `device:` asks for.
-
-    Raises:
-        UserError: there is none of this name here.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device: {name!r} is not usable here: {one_line(error)[:200]}") from None
-    if torch.device(name).type == "meta":
-        raise UserError("device: 'meta' holds no numbers")
-    return name
+            model = load_model(path, dtype, self._device, self.config.trust_remote_code, ranks.joined())
+        if not is_trained:
+            model.model.requires_grad_(False)
+        return model
 
 
 def build_target(config: TrainConfig, device: str) -> Target:

@@ -3,6 +3,7 @@
 pointwise(f)                     φ = f(x), a constraint where f is 0 or 1 (GDC)
 rlhf(r, beta)                    φ = exp(r/β): the target of RLHF with a KL penalty
 distributional([f], [moment])    φ = exp(λ·(f − moment)), λ such that E_p[f] = moment
+base_power(kappa)                φ = a^(κ−1): with what else there is, p ∝ a^κ·φ
 pointwise(f) * distributional(…) hybrid: f stays hard, λ is fitted under it
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +32,17 @@ class Term:
     """One fixed factor of φ."""
 
     features: tuple[Feature, ...]  # the F that it reads
-    log_phi: Callable[[Tensor], Tensor]  # their values [B, F] float64, NaN where one does not apply → log φ [B]
+    log_phi: Callable[..., Tensor]  # their values [B, F] float64, NaN where one does not apply → log φ [B]
     can_be_zero: bool  # whether log φ may be −inf
+    reads_base: bool = False  # log_phi gets log a [B] float64 too, behind the values
+
+    def evaluate(self, values: Tensor, base_logprob: Tensor | None) -> Tensor:
+        """What `log_phi` makes of them."""
+        if not self.reads_base:
+            return self.log_phi(values)
+        if base_logprob is None:
+            raise ValueError("this term reads log a, which is not given")
+        return self.log_phi(values, base_logprob.clone())
 
 
 @dataclass(frozen=True)
@@ -77,25 +88,37 @@ class Target:
     def needs_fit(self) -> bool:
         return bool(self.moments) and self.exponents is None
 
-    def log_phi(self, values: Tensor) -> Tensor:
-        """log φ of each sequence, [B] float64, from the values of `features`, [B, F] float64."""
+    def log_phi(self, values: Tensor, base_logprob: Tensor | None = None) -> Tensor:
+        """log φ of each sequence, [B] float64, from the values of `features`, [B, F], and log a, [B] float64.
+
+        log a may be left out where no term reads it.
+        """
         if self.needs_fit:
             raise ValueError("a distributional target has no λ before fit()")
-        fixed, centred = self._factors(values)
+        fixed, centred = self._factors(values, base_logprob)
         exponents = torch.tensor(self.exponents or (), dtype=torch.float64)
         return _checked(self, values, lambda _: fixed + centred @ exponents)
 
-    def fit(self, values: Tensor, context_index: Tensor, contexts: int | None = None) -> Target:
-        """λ such that all moments hold together on samples of the base: values [S, F] of `features`, contexts [S].
+    def fit(
+        self,
+        values: Tensor,
+        context_index: Tensor,
+        base_logprob: Tensor | None = None,
+        behavior_logprob: Tensor | None = None,
+        *,
+        contexts: int | None = None,
+    ) -> Target:
+        """λ such that all moments hold together, from samples: values [S, F] of `features`, contexts [S].
 
         Args:
+            base_logprob, behavior_logprob: log a and log q [S]; left out, the base is what was sampled from.
             contexts: how many there are, of which those of the sample were drawn at random; None: these are all.
 
         Raises:
             UserError: a feature hardly occurs, or a moment is out of reach.
             TooFewSamples: too few samples carry the weight, in all or within a context.
         """
-        sample = self._base_sample(values, context_index, contexts, LEAST_CONTEXTS)
+        sample = self._base_sample(values, context_index, base_logprob, behavior_logprob, contexts, LEAST_CONTEXTS)
         for (name, moment), column in zip(self.moments, sample.centred.T, strict=True):
             low, high = float(column.min()), float(column.max())
             if not low < 0 < high:
@@ -116,17 +139,36 @@ class Target:
         errors = covariance.diagonal().sqrt()
         return replace(self, exponents=tuple(exponents.tolist()), exponent_errors=tuple(errors.tolist()))
 
-    def moments_found(self, values: Tensor, context_index: Tensor, contexts: int | None = None) -> Moments:
-        """What the moments are under the fitted λ on another sample of the base; arguments and errors as of `fit`."""
+    def moments_found(
+        self,
+        values: Tensor,
+        context_index: Tensor,
+        base_logprob: Tensor | None = None,
+        behavior_logprob: Tensor | None = None,
+        *,
+        contexts: int | None = None,
+    ) -> Moments:
+        """What the moments are under the fitted λ on another sample; arguments and errors as of `fit`."""
         exponents = torch.tensor(self.exponents, dtype=torch.float64)
-        return moments_under(exponents, self._base_sample(values, context_index, contexts, 2))
+        sample = self._base_sample(values, context_index, base_logprob, behavior_logprob, contexts, 2)
+        return moments_under(exponents, sample)
 
-    def _base_sample(self, values: Tensor, context_index: Tensor, contexts: int | None, least: int) -> BaseSample:
+    def _base_sample(
+        self,
+        values: Tensor,
+        context_index: Tensor,
+        base_logprob: Tensor | None,
+        behavior_logprob: Tensor | None,
+        contexts: int | None,
+        least: int,
+    ) -> BaseSample:
         """The samples that λ may rest on: without contexts in which fewer than LEAST_MET meet the hard terms.
 
         `least` contexts must be left where they stand for others.
         """
-        fixed, centred = self._factors(values)
+        fixed, centred = self._factors(values, base_logprob)
+        if base_logprob is not None and behavior_logprob is not None:
+            fixed = fixed + base_logprob - behavior_logprob
         context_index, drawn = by_context.renumber(context_index)
         possible = fixed > -torch.inf
         usable = context_index[possible].bincount(minlength=len(drawn)) >= LEAST_MET
@@ -140,7 +182,7 @@ class Target:
             )
         return BaseSample(centred[used], fixed[used], by_context.renumber(context_index[used])[0], fraction)
 
-    def _factors(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _factors(self, values: Tensor, base_logprob: Tensor | None) -> tuple[Tensor, Tensor]:
         """log φ of all fixed terms together, [B], and what λ multiplies, [B, number of moments]."""
         fixed, centred = values.new_zeros(len(values)), [values[:, :0]]
         for term in self.terms:
@@ -148,7 +190,7 @@ class Target:
             if isinstance(term, MomentTerm):
                 centred.append((own - torch.tensor(term.moments, dtype=torch.float64)).nan_to_num(0.0))
             else:
-                fixed = fixed + _checked(term, own, term.log_phi)
+                fixed = fixed + _checked(term, own, partial(term.evaluate, base_logprob=base_logprob))
         return fixed, torch.cat(centred, dim=1)
 
 
@@ -203,3 +245,10 @@ def distributional(features: Sequence[Feature], moments: Sequence[float]) -> Tar
     if len(features) != len(moments) or not features:
         raise UserError(f"target: {len(features)} features but {len(moments)} moments; give one moment a feature")
     return Target((MomentTerm(tuple(features), tuple(map(float, moments))),))
+
+
+def base_power(kappa: float) -> Target:
+    """φ = a^(κ−1): the base sharpened (κ > 1), itself (1), flattened, or 0: all that other terms allow alike."""
+    if not 0 <= kappa < torch.inf:
+        raise UserError(f"target: kappa={kappa:g}; it must be 0 or a positive number")
+    return Target((Term((), lambda _, log_a: (kappa - 1) * log_a, can_be_zero=False, reads_base=True),))

@@ -80,6 +80,7 @@ class Trainer:
         divergence = divergence_at(session.config.divergence, index, session.config.trainer.rounds)
         with clock("sync"):
             sampling.sync(index)
+        self._refresh_base(index)
         rollouts = sampling.take(index, session.round_contexts, clock)  # waits; starts what is ahead
         scores = session.scorer(rollouts, clock)  # φ beside log a
         log_z, baseline = state.estimates.update(rollouts, scores, divergence)
@@ -93,6 +94,13 @@ class Trainer:
             sampling.observe(rollouts, scores, update, index + 1)
         log_z_now, samples = state.estimates.partition.summary(), session.scorer.rows(scores, SAMPLES_LOGGED["train"])
         return Round(index, rollouts, scores, log_z_now, update, samples, sampling.facts, clock)
+
+    def _refresh_base(self, index: int) -> None:
+        """Let a base that moves become the policy as it is before a round, if that is due."""
+        state, every = self.session.state, self.session.config.base.refresh_every
+        if state.base is not None and every and index and index % every == 0:
+            state.base.take(state.learner.policy, index)
+            state.estimates.partition.forget()
 
     def _evaluate(self, run: Recorder) -> Evaluation:
         """Measure the policy as it is now, on one fresh sample, and record that."""

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdpg_fast import Trainer, load_config
+from fdpg_fast.clock import Clock
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.config.schema import LossConfig, OptimizerConfig
 from fdpg_fast.errors import RunError
@@ -307,7 +308,7 @@ def test_compare_holds_all_runs_against_one_z_of_the_base(run_dir, tiny_model, t
     drawn = list(run_dir.glob("base-sample-*.safetensors"))
     session = Session(read_config(run_dir), resume=True)
     base = frozen_base_sample(session, 64, 9, run_dir)  # read back, not drawn again
-    phi = session.scorer.target.log_phi(session.scorer.values(base)).exp()
+    phi = session.scorer.target.log_phi(session.scorer.read(base, Clock(), is_of_base=True).values).exp()
     share = [phi[base.context_index == c].mean() for c in range(len(base.contexts))]
     expected = torch.stack(share).log()
     assert first.metrics["log_z"].value == pytest.approx(float(expected[expected.isfinite()].mean()))

@@ -112,6 +112,13 @@ class LoRAConfig(Section):
         return value
 
 
+class BaseConfig(Section):
+    model: UserPath | None = None
+    """Folder or hub name of the target's base, also as `base: NAME`, of the same tokenizer; left out: as `model`."""
+    refresh_every: Count | None = None
+    """k: after every k rounds the base becomes the policy as it is then, and Z begins anew; left out: never."""
+
+
 class RoundsConfig(Section):
     rounds: Count = 100
     """How many times to sample, score, update and sync."""
@@ -147,7 +154,8 @@ class TrainConfig(Section):
     """A run."""
 
     model: UserPath
-    """Folder or hub name of the causal LM to align; the target's base model is its frozen copy."""
+    """Folder or hub name of the causal LM to align; its frozen copy is the target's base, unless base has another."""
+    base: BaseConfig = BaseConfig()
     divergence: UserPath = "jensen_shannon"
     """D_f to minimise: forward_kl, …, alpha:0.5, a path alpha:0.2..0.9 over the rounds, or your own, file.py:name."""
     run_dir: UserPath
@@ -176,6 +184,11 @@ class TrainConfig(Section):
     tracking: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides metrics.jsonl."""
 
+    @field_validator("base", mode="before")
+    @classmethod
+    def _short_form(cls, base: Any) -> Any:
+        return {"model": base} if isinstance(base, str) else base
+
     @field_validator("divergence")
     @classmethod
     def _known_divergence(cls, name: str) -> str:
@@ -191,6 +204,10 @@ class TrainConfig(Section):
                 "partition.kind batch needs trainer.samples_per_context ≥ 2, or nothing is learned: by a Z of its own, "
                 "every sample is as likely as the target has it; use running, oracle or per_context: false"
             )
+        if self.base.refresh_every and self.partition.kind == "oracle":
+            raise ValueError("partition.kind: oracle has Z of the first base; with base.refresh_every use running")
+        if self.base.refresh_every and self.proposal.kind == "adaptive":
+            raise ValueError("proposal.kind: adaptive waits for one target; leave base.refresh_every out")
         if self.proposal.kind == "adaptive" and self.trainer.pipeline_depth:
             raise ValueError(
                 "proposal.kind: adaptive decides itself how old its weights are; set trainer.pipeline_depth: 0"

@@ -13,7 +13,7 @@ from ..features.feature import ImportedFeature
 from ..features.remote import HTTPFeature
 from ..features.text import ClassifierFeature, RegexFeature, SentimentFeature, WordFeature
 from ..imports import import_object
-from ..targets import Target, distributional, pointwise, rlhf
+from ..targets import Target, base_power, distributional, pointwise, rlhf
 from .section import Section, UserPath
 
 FeatureConfig = Annotated[
@@ -64,6 +64,16 @@ class DistributionalTerm(Section):
         return distributional([feature.build(device) for feature in self.features], self.moments)
 
 
+class BasePowerTerm(Section):
+    kind: Literal["base_power"]
+    """φ = a^(kappa − 1) of the base a, so that with the other terms' φ the target is a^kappa·φ."""
+    kappa: float = Field(ge=0)
+    """1: the base itself; more sharpens it, less flattens it; 0: all texts that the other terms allow are alike."""
+
+    def build(self, device: str) -> Target:
+        return base_power(self.kappa)
+
+
 class ImportedTarget(Section):
     kind: Literal["import"]
     """Your own `fdpg_fast.targets.Target`, or a function without arguments that makes one."""
@@ -82,4 +92,6 @@ class ImportedTarget(Section):
         return target
 
 
-TermConfig = Annotated[PointwiseTerm | RLHFTerm | DistributionalTerm | ImportedTarget, Field(discriminator="kind")]
+TermConfig = Annotated[
+    PointwiseTerm | RLHFTerm | DistributionalTerm | BasePowerTerm | ImportedTarget, Field(discriminator="kind")
+]

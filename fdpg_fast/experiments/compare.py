@@ -85,10 +85,12 @@ def measure(
     The evaluation contexts are those of another run, `like`, if there is one.
     """
     session = Session(config, resume=True)
+    session.restore()  # a base that moves
     if like is not None:
         prompting = replace(session.prompting, settings=like.contexts)
         contexts = load_contexts(like.contexts.eval or like.contexts.train, prompting)[: like.evaluation.contexts]
-        session.base.refuse_lengths(contexts, config.engine.max_new_tokens)
+        for model in (session.base, session.state.learner.policy):
+            model.refuse_lengths(contexts, config.engine.max_new_tokens)
         check_columns(session.scorer.target.features, contexts, f"what {like.run_dir} is evaluated on")
         session.eval_contexts = contexts
     return evaluate_checkpoint(session, samples, seed, frozen_base_sample(session, base_samples, seed, folder))
@@ -96,8 +98,11 @@ def measure(
 
 def frozen_base_sample(session: Session, samples: int, seed: int, folder: Path) -> Rollouts:
     """The sample of a run's base for its evaluation contexts; drawn once for all runs that share both."""
-    config, contexts = session.config, tuple(session.eval_contexts)
-    same = [config.model, config.dtype, [c.token_ids for c in contexts], config.engine.max_new_tokens, samples, seed]
+    config, contexts, moving = session.config, tuple(session.eval_contexts), session.state.base
+    source = config.base.model or config.model
+    if moving is not None and moving.version:
+        source = f"{config.run_dir} before round {moving.version}"
+    same = [source, config.dtype, [c.token_ids for c in contexts], config.engine.max_new_tokens, samples, seed]
     key = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
     path = folder / f"base-sample-{key}.safetensors"
     with contextlib.suppress(FileNotFoundError, SafetensorError, TypeError):  # a damaged one is drawn again

@@ -139,7 +139,13 @@ def started(features: Sequence[Feature], batch: Completions) -> Iterator[Callabl
     try:
         for index in sorted(range(len(features)), key=lambda index: not is_async(features[index].score)):
             calls[index] = features[index].start(batch)
-        yield lambda: torch.stack([f.finish(calls[index], batch) for index, f in enumerate(features)], dim=1)
+        none = torch.zeros(len(batch.completions), 0, dtype=torch.float64)  # where a target has no feature
+
+        def wait() -> Tensor:
+            columns = [feature.finish(calls[index], batch)[:, None] for index, feature in enumerate(features)]
+            return torch.cat([none, *columns], dim=1)
+
+        yield wait
     finally:
         for call in calls.values():
             call.cancel()

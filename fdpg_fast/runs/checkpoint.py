@@ -3,12 +3,12 @@
     checkpoints/round-000050/   model and tokenizer as transformers saves them (from_pretrained opens the folder), or
                                 a LoRA adapter as peft saves it (peft.AutoPeftModelForCausalLM.from_pretrained does)
                                 trainer/state.tensors, trainer/parts/: optimizer, Z, baseline, rollouts sampled ahead,
-                                an adaptive proposal; see `tensors`
+                                an adaptive proposal, a base that moves; see `tensors`
                                 trainer/state.json: round, λ, the generators of each process
                                 SHA256SUMS: of every file, as `sha256sum --check` reads it
 
 A checkpoint is written under a temporary name, flushed and renamed: a killed process leaves the older one whole. Many
-processes write optimizer and proposal while the next rounds go on; the model's folder is complete before.
+processes write what moves with the weights while the next rounds go on; the model's folder is complete before.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .. import ranks
 from ..contexts import Context
 from ..errors import UserError, disk_errors
 from ..learner import Learner
+from ..models.older import OlderPolicy
 from ..partition import Estimates
 from ..rollouts import Rollouts
 from ..sampling import Sampling
@@ -59,10 +60,17 @@ class TrainerState:
     learner: Learner
     estimates: Estimates
     sampling: Sampling  # what it has sampled ahead, and an adaptive proposal
+    base: OlderPolicy | None = None  # of the target, where it moves
     round: int = 0  # counted up just before the weights move
     exponents: tuple[tuple[float, ...], ...] | None = None  # λ of the target, and the standard errors
     settled: Settled | None = None  # of the last round that was finished; None before the first one begins
     writing: Future[None] | None = None  # the latest checkpoint, while it is written
+
+    @property
+    def older(self) -> dict[str, OlderPolicy]:
+        """Models that hold weights of earlier rounds, by what their tensors are called in a checkpoint."""
+        kept = {"proposal.": self.sampling.proposal, "base.": self.base}
+        return {prefix: model for prefix, model in kept.items() if model is not None}
 
     @property
     def at_rest(self) -> bool:
@@ -187,8 +195,8 @@ def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], l
     for index, master in enumerate(state.learner.masters):
         master.detach().copy_(tensors[f"master.{index}"])
     estimates.load_state(of("estimates."))
-    if sampling.proposal is not None:
-        sampling.proposal.load_state(of("proposal."))
+    for prefix, model in state.older.items():
+        model.load_state(of(prefix))
     state.round, sampling.ahead = trainer["round"], []
     while fields := of(f"ahead.{len(sampling.ahead)}."):
         sampling.ahead.append(Rollouts(contexts=tuple(contexts(state.round + len(sampling.ahead))), **fields))
@@ -205,9 +213,7 @@ def _moving(state: TrainerState) -> dict[str, Tensor]:
     """What moves with the weights, at the end of a round; parts of what is divided."""
     groups = {f"optimizer.{i}.": moments for i, moments in state.learner.optimizer.state_dict()["state"].items()}
     groups["master."] = {str(i): master.detach() for i, master in enumerate(state.learner.masters)}
-    if state.sampling.proposal is not None:
-        groups["proposal."] = state.sampling.proposal.state()
-    return _named(groups)
+    return _named(groups | {prefix: model.state() for prefix, model in state.older.items()})
 
 
 def _divided(state: TrainerState) -> dict[str, Tensor]:
@@ -215,9 +221,7 @@ def _divided(state: TrainerState) -> dict[str, Tensor]:
     parameters = state.learner.optimizer.param_groups[0]["params"]
     found = {f"optimizer.{i}.{name}": x for i, x in enumerate(parameters) for name in ("exp_avg", "exp_avg_sq")}
     found |= {f"master.{i}": master for i, master in enumerate(state.learner.masters)}
-    if state.sampling.proposal is not None:
-        found |= {f"proposal.{name}": tensor for name, tensor in state.sampling.proposal.state().items()}
-    return found
+    return found | _named({prefix: model.state() for prefix, model in state.older.items()})
 
 
 def _named(groups: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

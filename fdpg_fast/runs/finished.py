@@ -48,10 +48,10 @@ def evaluate_checkpoint(session: Session, samples: int | None, seed: int, base: 
     session.restore()
     log_z, scorer = None, session.scorer
     if base is not None:
-        values = scorer.values(base)
+        known = scorer.read(base, Clock(), is_of_base=True)
         if scorer.target.moments:
-            scorer.target = scorer.target.fit(values, base.context_index)
-        log_phi = scorer.target.log_phi(values)
+            scorer.target = scorer.target.fit(known.values, base.context_index, known.base_logprob)
+        log_phi = scorer.target.log_phi(known.values, known.base_logprob)
         log_z = log_partition(torch.zeros_like(log_phi), log_phi, base.context_index)  # P/a is φ
     samples = samples or session.config.evaluation.samples_per_context
     with contextlib.closing(session):

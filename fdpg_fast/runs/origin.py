@@ -24,12 +24,17 @@ from ..models import parallel
 from ..models.language_model import LanguageModel
 from .folder import ORIGIN, Json
 
-PLACES = ("run_dir", "model", "contexts.train", "contexts.eval")  # what is there counts, wherever it is
+PLACES = ("run_dir", "model", "base.model", "contexts.train", "contexts.eval")  # what is there counts, wherever it is
 CODE = re.compile(r'"(?:path|divergence)": "([^":]+):[^"]*"')  # in the config as JSON: files and modules of the user
 
 
-def origin_of(config: TrainConfig, base: LanguageModel, tokenizer: Any, **contexts: list[Context]) -> Json:
-    """Every key that a resumed run may not change, and hashes of all that the config points to; contexts by name."""
+def origin_of(
+    config: TrainConfig, start: LanguageModel, base: LanguageModel, tokenizer: Any, **contexts: list[Context]
+) -> Json:
+    """Every key that a resumed run may not change, and hashes of all that the config points to; contexts by name.
+
+    start: the model that training starts from; it may be the base.
+    """
     plain = config.model_dump(mode="json")
     origin = {key: value for key, value in _flat(plain, "") if key not in (*RESUMABLE, *PLACES)}
     for name, part in contexts.items():
@@ -42,14 +47,12 @@ def origin_of(config: TrainConfig, base: LanguageModel, tokenizer: Any, **contex
                 file = getattr(importlib.util.find_spec(name), "origin", None)
         if file is not None and Path(file).is_file():
             origin[f"the code of {name}"] = _hash([Path(file).read_bytes()])
-    raw, _ = PretrainedConfig.get_config_dict(config.model)
-    settings = sorted((k, v) for k, v in raw.items() if not k.startswith("_") and k != "transformers_version")
+    origin["the model's config"], origin["the model's weights"] = found = _of_model(config.model, start)
+    if base is not start:
+        found = _of_model(config.base.model or config.model, base)
+    origin["the base's config"], origin["the base's weights"] = found
     ids = sorted(tokenizer.get_vocab().values())
-    return origin | {
-        "the model's config": _hash(settings),
-        "the model's weights": _hash(map(_content, base.model.named_parameters())),
-        "the tokenizer": _hash([tokenizer.decode(ids), tokenizer.all_special_ids]),
-    }
+    return origin | {"the tokenizer": _hash([tokenizer.decode(ids), tokenizer.all_special_ids])}
 
 
 def refuse_changes(run_dir: str, now: Json) -> None:
@@ -68,6 +71,13 @@ def refuse_changes(run_dir: str, now: Json) -> None:
                 f"--resume: {what} has changed{details} since the run began; put it back, or start a new run "
                 f"(to go on with it all the same, delete {path})"
             )
+
+
+def _of_model(path: str, model: LanguageModel) -> tuple[str, str]:
+    """Hashes of a model's config and weights."""
+    raw, _ = PretrainedConfig.get_config_dict(path)
+    settings = sorted((k, v) for k, v in raw.items() if not k.startswith("_") and k != "transformers_version")
+    return _hash(settings), _hash(map(_content, model.model.named_parameters()))
 
 
 def _flat(value: Any, key: str) -> Iterable[tuple[str, Any]]:

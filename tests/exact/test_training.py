@@ -1,43 +1,19 @@
 """f-DPG training from fresh samples reaches the optimum of every divergence, where D_f = 0."""
 
 import pytest
-import torch
 
 from fdpg_fast.experiments.enumerable import Tabular, hard_target, make_bed, soft_target
-from fdpg_kernels import sequence_weights
-from support.exact_bed import HARD, NAMES, divergence, exact_divergence, leave_one_out, packed_loss
+from support.exact_bed import HARD, NAMES, STEPS, exact_divergence, train
 
 BED = make_bed()
 BASE = Tabular(BED, 0)
-STEPS, SAMPLES = 400, 256
-
-
-def train(policy, target, name, *, stale=0, **options):
-    """Adam on fdpg_loss, lr falling to zero; texts come from the policy of `stale` steps ago."""
-    rng = torch.Generator().manual_seed(0)
-    ends = torch.nn.functional.pad(BED.length.cumsum(0), (1, 0))
-    optimiser = torch.optim.Adam(policy.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / STEPS)
-    samplers = []
-    for _ in range(STEPS):
-        with torch.no_grad():
-            samplers = [*samplers, policy.logprob(BED)][-1 - stale :]
-        behavior, log_q = samplers[0]
-        picks = torch.multinomial(log_q.exp(), SAMPLES, replacement=True, generator=rng)
-        known = sequence_weights(behavior, behavior, ends, target.log_score, target.log_z, divergence=divergence(name))
-        baseline = leave_one_out(known.pseudo_reward[picks])
-        loss = packed_loss(BED, policy, picks, behavior, target, name, baseline=baseline, **options).loss
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
 
 
 def trained(target, name, **options):
     """D_f before and after, and the policy."""
     policy = Tabular(BED, 1)
     before = exact_divergence(BED, policy, target, name)
-    train(policy, target, name, **options)
+    train(BED, policy, target, name, **options)
     return before, exact_divergence(BED, policy, target, name), policy
 
 

@@ -23,9 +23,10 @@ NEARLY_ZERO = ("z/log_z", "engine/", "policy/kl_to_base", "policy/log_ratio_max"
 
 @dataclass
 class Case:
-    """A run, and which model it trains."""
+    """A run, which model it trains, and which other one is its base."""
 
     model: str = "tied"
+    base: str | None = None
     sections: dict[str, Any] = field(default_factory=dict)
     by_torchrun: bool = False  # the run of one process too
 
@@ -33,7 +34,7 @@ class Case:
 CASES = {
     "tied": Case(),
     "untied": Case("untied"),
-    "LoRA": Case("untied", {"lora": {"rank": 4}}),
+    "LoRA": Case("untied", sections={"lora": {"rank": 4}}),
     "fewer sequences than processes": Case(
         # Z from a sample of the base: by a Z of its own a single sequence has nothing to learn but rounding
         sections={
@@ -50,6 +51,9 @@ CASES = {
     ),
     "a round ahead": Case(sections={"trainer": {"pipeline_depth": 1}}),
     "adaptive proposal": Case(sections={"proposal": {"kind": "adaptive", "every": 2}}),
+    "another base": Case(base="untied", sections={"partition": {"kind": "oracle"}}),
+    "a base that moves": Case(sections={"base": {"refresh_every": 2}}),
+    "LoRA, a base that moves": Case("untied", sections={"lora": {"rank": 4}, "base": {"refresh_every": 2}}),
     "rounds without a sample in support": Case(
         sections={
             "target": [{"kind": "pointwise", "feature": {"kind": "regex", "name": "rare", "pattern": RARE}}],
@@ -77,6 +81,8 @@ def models(tiny_model, tmp_path_factory) -> dict[str, Path]:
 def write(case: Case, models: dict[str, Path], folder: Path, run_dir: str) -> Path:
     folder.mkdir(exist_ok=True)
     sections = {"contexts": {"train": str(runs.write_contexts(folder, *runs.PROMPTS))}} | case.sections
+    if case.base is not None:
+        sections["base"] = {"model": str(models[case.base])}
     config = runs.settings(models[case.model], folder / run_dir, **sections)
     config = runs.merged(config, {"engine": {"kind": "transformers"}, "trainer": {"rounds": ROUNDS}})
     path = folder / f"{run_dir}.yaml"
@@ -136,10 +142,11 @@ def test_two_machines_do_what_two_processes_of_one_do(finished, models, tmp_path
 def test_a_checkpoint_goes_on_with_any_number_of_processes(models, tmp_path):
     """2 → 2 to the last bit, with a feature that draws too; 2 → 1 and 1 → 2 as near as sums in another order are.
 
-    2 → 2 from a checkpoint that was written while the next round went on.
+    Their base moves. 2 → 2 from a checkpoint that was written while the next round went on.
     """
     names = ("two", "one", "2 to 2", "2 to 1", "1 to 2")
-    paths = {name: write(Case("untied"), models, tmp_path / name, "run") for name in names}
+    moves = Case("untied", sections={"base": {"refresh_every": 2}})
+    paths = {name: write(moves, models, tmp_path / name, "run") for name in names}
     for name in ("drawing", "drawing, 2 to 2"):
         (tmp_path / name).mkdir()
         # of nine completions one process scores four and one five: their generators are soon in different places
