@@ -32,6 +32,8 @@ FEATURE = (
 # adding a key is free; renaming or removing one breaks the configs that people have
 KEYS = [
     "model",
+    "base.model",
+    "base.refresh_every",
     "divergence",
     "run_dir",
     "target",
@@ -42,6 +44,7 @@ KEYS = [
     "target.N.features",
     *(f"target.N.features.N.{name}" for name in FEATURE),
     "target.N.moments",
+    "target.N.kappa",
     "target.N.path",
     "target_fit_samples",
     "keep_special_tokens",
@@ -97,6 +100,7 @@ SMALLEST = {"model": "some/model", "run_dir": "runs/one", "target": [WORD]}
 EVERYTHING = {
     **SMALLEST,
     "divergence": "alpha:0.25",
+    "base": {"model": "a/teacher", "refresh_every": 3},
     "target": [
         {"kind": "pointwise", "feature": {"kind": "regex", "pattern": "^\\s*é", "name": "accent", "timeout": 2.5}},
         {"kind": "pointwise", "feature": {"kind": "python_parses"}},
@@ -108,6 +112,7 @@ EVERYTHING = {
             "features": [{"kind": "classifier", "model": "c", "label": "joy", "batch_size": 4}],
             "moments": [0.5],
         },
+        {"kind": "base_power", "kappa": 0.5},
         {"kind": "import", "path": "package.module:target"},
     ],
     "contexts": {"train": "prompts.jsonl", "eval": None},
