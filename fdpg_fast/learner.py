@@ -45,7 +45,7 @@ class Learner:
     ):
         self.policy, self.micro_batch_tokens = policy, micro_batch_tokens
         self._settings, self._rounds, self._overflows = optimizer, rounds, 0
-        self._loss = {"ratio": loss.ratio, "ratio_cap": loss.ratio_cap, "reward_cap": loss.reward_cap}
+        self._loss = loss.model_dump(exclude={"baseline"})
         self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
         is_narrow = any(p.dtype != torch.float32 for p in self._parameters)
         self._copies = [p.detach().float() for p in self._parameters] if is_narrow else []

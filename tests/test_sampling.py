@@ -94,12 +94,13 @@ def test_a_round_trains_on_samples_of_the_weights_that_many_rounds_before(depth,
 
     monkeypatch.setattr(TransformersEngine, "sample", recorded)
     trainer = {"rounds": 7, "pipeline_depth": depth, "checkpoint_every": 7}
-    rows = runs.rows(runs.train(tiny_model, tmp_path, trainer=trainer) / "metrics.jsonl")
+    run = runs.train(tiny_model, tmp_path, trainer=trainer, loss={"ratio_cap": 1.001, "ratio_drop": 1.002})
+    rows = runs.rows(run / "metrics.jsonl")
     assert versions == [max(0, k - depth) for k in range(7)]
     for k, row in enumerate(rows):  # what is sampled is compared with the learner's weights of that moment
         assert row.get("engine/logprob_gap_max", 0.0) < 1e-4 and ("time/compare" in row) == (k == 0 or k + depth < 7)
         stale = k > 0 and depth > 0
-        assert (row["policy/log_ratio_max"] > 1e-3) == stale
+        assert (row["policy/log_ratio_max"] > 1e-3) == stale == (row["policy/dropped"] > 0)
         assert (row["policy/ratio_ess"] < 1 - 1e-6) == stale and 1 / 8 <= row["policy/ratio_ess"] <= 1 + 1e-9
 
 

@@ -72,6 +72,8 @@ class LossConfig(Section):
     """Importance ratio policy/sampler of the whole sequence, which makes off-policy samples exact, or 1."""
     ratio_cap: float | None = Field(default=None, gt=0)
     """Upper limit of the ratio; how often it bites is reported."""
+    ratio_drop: float | None = Field(default=None, gt=1)
+    """Sequences of larger ratio get weight 0; how many is reported. Above ratio_cap, which still limits the others."""
     reward_cap: float | None = Field(default=None, gt=0)
     """Limit of |pseudo-reward|; how often it bites is reported."""
 
@@ -208,6 +210,9 @@ class TrainConfig(Section):
             raise ValueError("partition.kind: oracle has Z of the first base; with base.refresh_every use running")
         if self.base.refresh_every and self.proposal.kind == "adaptive":
             raise ValueError("proposal.kind: adaptive waits for one target; leave base.refresh_every out")
+        cap, drop = self.loss.ratio_cap, self.loss.ratio_drop
+        if cap is not None and drop is not None and drop <= cap:
+            raise ValueError(f"loss.ratio_drop: {drop:g} leaves loss.ratio_cap: {cap:g} nothing to cap; make it larger")
         if self.proposal.kind == "adaptive" and self.trainer.pipeline_depth:
             raise ValueError(
                 "proposal.kind: adaptive decides itself how old its weights are; set trainer.pipeline_depth: 0"
@@ -220,7 +225,7 @@ class TrainConfig(Section):
             ("engine", ("weights_dir",), engine.weight_transfer == "disk", "engine.weight_transfer: disk"),
             ("engine", ("max_sequences",), not is_served, "an engine.kind that is not a server with limits of its own"),
             ("proposal", ("every",), self.proposal.kind == "adaptive", "proposal.kind: adaptive"),
-            ("loss", ("ratio_cap",), self.loss.ratio == "sequence", "loss.ratio: sequence"),
+            ("loss", ("ratio_cap", "ratio_drop"), self.loss.ratio == "sequence", "loss.ratio: sequence"),
             ("", ("target_fit_samples",), is_fitted, "a distributional target"),
         ):
             settings = getattr(self, section) if section else self

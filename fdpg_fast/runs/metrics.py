@@ -56,6 +56,7 @@ def round_metrics(this: Round, feature_names: list[str]) -> dict[str, float]:
         "policy/finished": float(rollouts.finished.double().mean()),
         "policy/pseudo_reward_std": float(weights.pseudo_reward.std(correction=0)),
         "policy/clipped": float(weights.clipped.double().mean()),
+        "policy/dropped": float(weights.dropped.double().mean()),
         "policy/grad_norm": update.grad_norm,
         "policy/skipped": float(update.skipped),
         "policy/learning_rate": update.learning_rate,

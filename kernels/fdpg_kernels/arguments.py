@@ -69,12 +69,13 @@ class Sequences(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How the weight of a sequence is made of its sums; the caps limit π/q and |f'|."""
+    """How the weight of a sequence is made of its sums; the caps limit π/q and |f'|, and above the drop it is 0."""
 
     divergence: Divergence
     baseline: Tensor | None  # [] or [B]
     ratio: str  # one of RATIOS
     ratio_cap: float | None
+    ratio_drop: float | None
     reward_cap: float | None
 
 

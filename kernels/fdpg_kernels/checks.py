@@ -155,6 +155,10 @@ def check_sequences(per_token: Tensor, sequences: Sequences, options: Options) -
         raise ValueError(f"ratio={options.ratio!r}; choose one of {', '.join(RATIOS)}")
     caps = dict(ratio_cap=options.ratio_cap, reward_cap=options.reward_cap)
     _check_positive("a cap must be a positive number, or None for no cap", math.nan, **caps)
+    _check_positive("it must be a positive number, or None", math.nan, ratio_drop=options.ratio_drop)
+    cap, drop = options.ratio_cap, options.ratio_drop
+    if cap is not None and drop is not None and drop <= cap:
+        raise ValueError(f"ratio_drop={drop!r} leaves ratio_cap={cap!r} nothing to cap; it must be larger")
     for name, value, exception in (
         ("target_log_score", score, ", or −inf where the target is zero"),
         ("log_z", log_z, ", or −inf where it is not known yet"),

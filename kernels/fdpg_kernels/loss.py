@@ -43,6 +43,7 @@ def fdpg_loss(
     baseline: Tensor | float | None = None,
     ratio: str = "sequence",
     ratio_cap: float | None = None,
+    ratio_drop: float | None = None,
     reward_cap: float | None = None,
     bias: Tensor | None = None,
     temperature: Number = 1.0,
@@ -61,7 +62,7 @@ def fdpg_loss(
     Args:
         hidden, weight, target_ids, bias, temperature, softcap: as in `linear_logprob`, hidden [N, D], target_ids [N].
             The loss of a head that is split over ranks is made of its log-probs, whose backward forms logits again.
-        cu_seqlens, target_log_score, log_z, divergence, baseline, ratio, ratio_cap, reward_cap:
+        cu_seqlens, target_log_score, log_z, divergence, baseline, ratio, ratio_cap, ratio_drop, reward_cap:
             as in `sequence_weights`; chunks are cut on cu_seqlens, so leave it on the CPU: a GPU would be waited for.
             target_ids may stay there as well: ignored rows are then left out of all products, which Triton otherwise
             does on CPU tensors only.
@@ -86,7 +87,8 @@ def fdpg_loss(
         raise ValueError(f"target_ids must be [N], sequences end to end; got {tuple(target_ids.shape)}")
     total = len(cu_seqlens) - 1 if total_sequences is None else total_sequences
     sequences = make_sequences(cu_seqlens, behavior_logprob, target_log_score, log_z, total)
-    options = Options(divergences.get(divergence), as_tensor(baseline, hidden.device), ratio, ratio_cap, reward_cap)
+    offset = as_tensor(baseline, hidden.device)
+    options = Options(divergences.get(divergence), offset, ratio, ratio_cap, ratio_drop, reward_cap)
     if local_shard(hidden, weight, bias) is not None:
         if weight_grad_out is not None:
             raise ValueError("weight_grad_out is for a head that is not split over ranks")

@@ -39,7 +39,7 @@ HEAD = (
     "ScalarType? weight_grad_dtype, SymInt? chunk_bytes"
 )
 SEQUENCES = "Tensor cu_seqlens, Tensor behavior_logprob, Tensor target_log_score, Tensor log_z"
-OPTIONS = "str divergence, Tensor? baseline, str ratio, float? ratio_cap, float? reward_cap"
+OPTIONS = "str divergence, Tensor? baseline, str ratio, float? ratio_cap, float? ratio_drop, float? reward_cap"
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: torch 2.10 cannot trace it
 EXACT = ("ieee", "none")  # settings of float32 products that are no TF32 or bfloat16
 MULTIPLIED = (torch.float16, torch.bfloat16, torch.float32)  # by Triton
@@ -167,7 +167,7 @@ def _fake_weights(policy, cu_seqlens, behavior, score, *rest):
 
 @_operator(f"sequence_weights(Tensor policy, {SEQUENCES}, {OPTIONS}, str impl) -> (Tensor, Tensor)", _fake_weights)
 def _sequence_weights(policy, *rest):
-    sequences, options, impl = Sequences(*rest[:4]), _from_schema(rest[4:9]), rest[9]
+    sequences, options, impl = Sequences(*rest[:4]), _from_schema(rest[4:10]), rest[10]
     if impl == "triton" and options.divergence.kernel_family is None:
         impl = "chunked"  # a user's own f is a PyTorch function
     weights = _load(impl).sequence_weights(policy, sequences, options)
@@ -193,8 +193,8 @@ def _fake_loss(hidden, target_ids, weight, bias, *rest):
     torch.Tag.cudagraph_unsafe,
 )
 def _fdpg_loss(hidden, target_ids, *rest):
-    head, sequences, options = Head(*rest[:7]), Sequences(*rest[7:12]), _from_schema(rest[12:17])
-    wants, impl = rest[17:]
+    head, sequences, options = Head(*rest[:7]), Sequences(*rest[7:12]), _from_schema(rest[12:18])
+    wants, impl = rest[18:]
     live, rows = None, hidden
     if impl == "chunked" or target_ids.device.type == "cpu":  # else the GPU would be waited for
         rows, target_ids, head, sequences, live = pack(hidden, target_ids, head, sequences)

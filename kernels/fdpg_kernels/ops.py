@@ -128,6 +128,7 @@ def sequence_weights(
     baseline: Tensor | float | None = None,
     ratio: str = "sequence",
     ratio_cap: float | None = None,
+    ratio_drop: float | None = None,
     reward_cap: float | None = None,
     impl: str = "auto",
 ) -> SequenceWeights:
@@ -143,6 +144,7 @@ def sequence_weights(
         baseline: subtracted from the pseudo-reward, [], [B] or a float; must not depend on its own sequence.
         ratio: "sequence" for the exact π/q of the whole sequence, "none" for 1.
         ratio_cap: upper limit of π/q, > 0.
+        ratio_drop: a sequence with π/q above it gets weight 0; larger than ratio_cap.
         reward_cap: limit of |pseudo-reward|, > 0.
         impl: "auto" | "triton" (one launch) | "chunked" | "reference" (float64, plain).
 
@@ -157,7 +159,7 @@ def sequence_weights(
     """
     sequences = make_sequences(cu_seqlens, behavior_logprob, target_log_score, log_z)
     offset = as_tensor(baseline, policy_logprob.device)
-    options = Options(divergences.get(divergence), offset, ratio, ratio_cap, reward_cap)
+    options = Options(divergences.get(divergence), offset, ratio, ratio_cap, ratio_drop, reward_cap)
     check_sequences(policy_logprob, sequences, options)
     sequences = sequences._replace(cu_seqlens=cu_seqlens.to(policy_logprob.device, non_blocking=True))
     return operators.sequence_weights(policy_logprob.detach(), sequences, options, choose_impl(impl, policy_logprob))

@@ -18,7 +18,7 @@ class SequenceWeights(NamedTuple):
         policy_logprob: log π(x|c), [B].
         behavior_logprob: log q(x|c), [B].
         log_t: log π(x|c) − log p(x|c), [B]; +inf where the target is zero.
-        log_ratio: log π − log q after the cap, [B].
+        log_ratio: log π − log q after the cap, [B]; −inf where it was above `ratio_drop`.
         pseudo_reward: −f'(t) after the cap, [B].
         weight: ratio·(pseudo_reward − baseline), [B].
         clipped: whether a cap changed this sequence's ratio or pseudo-reward, [B] bool.
@@ -31,6 +31,11 @@ class SequenceWeights(NamedTuple):
     pseudo_reward: Tensor
     weight: Tensor
     clipped: Tensor
+
+    @property
+    def dropped(self) -> Tensor:
+        """Whether the ratio was above `ratio_drop`, so that this sequence has weight 0, [B] bool."""
+        return self.log_ratio.isneginf() & (self.policy_logprob - self.behavior_logprob > -torch.inf)
 
 
 def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
@@ -54,7 +59,7 @@ def linear_logprob(hidden: Tensor, target_ids: Tensor, head: Head) -> Logprobs:
 
 def sequence_weights(policy_logprob: Tensor, sequences: Sequences, options: Options) -> SequenceWeights:
     """The definition, sequence by sequence: exponentials are formed where they are written."""
-    divergence, baseline, ratio, ratio_cap, reward_cap = options
+    divergence, baseline, ratio, ratio_cap, ratio_drop, reward_cap = options
     cu_seqlens, behavior_logprob, target_log_score, log_z, _ = sequences
     num_sequences = len(cu_seqlens) - 1
     baselines = torch.as_tensor(0.0 if baseline is None else baseline, dtype=torch.float64).expand(num_sequences)
@@ -72,6 +77,8 @@ def sequence_weights(policy_logprob: Tensor, sequences: Sequences, options: Opti
         capped_reward = reward if reward_cap is None else reward.clamp(-reward_cap, reward_cap)
         weight = capped_ratio.exp() * (capped_reward - baselines[i]) if known else zero
         clipped = known and bool((capped_ratio != log_ratio) | (capped_reward != reward))
+        if ratio_drop is not None and log_ratio > math.log(ratio_drop):
+            capped_ratio, weight, clipped = -torch.full_like(log_ratio, math.inf), zero, False
         rows.append((log_pi, log_q, log_t, capped_ratio, capped_reward, weight, torch.tensor(clipped)))
     return SequenceWeights(*(torch.stack(column) for column in zip(*rows, strict=True)))
 

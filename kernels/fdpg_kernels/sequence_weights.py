@@ -25,13 +25,14 @@ def weights_from_sums(
     policy: Tensor, behavior: Tensor, target_log_score: Tensor, log_z: Tensor, options: Options
 ) -> SequenceWeights:
     """The weights of sequences whose log-probs are summed already, [B] float64; see `sequence_weights`."""
-    divergence, baseline, ratio, ratio_cap, reward_cap = options
+    divergence, baseline, ratio, ratio_cap, ratio_drop, reward_cap = options
     no_z = torch.isneginf(log_z).expand_as(policy)
     log_t = policy - (target_log_score.double() - log_z.double())  # +inf where the target is zero
     log_t = log_t.masked_fill(no_z, 0.0)
 
     uncapped = torch.zeros_like(policy) if ratio == "none" else policy - behavior
     log_ratio = uncapped.clamp(max=math.inf if ratio_cap is None else math.log(ratio_cap))
+    dropped = uncapped > (math.inf if ratio_drop is None else math.log(ratio_drop))
 
     reward = -divergence.f_prime(log_t)
     limit = math.inf if reward_cap is None else reward_cap
@@ -47,8 +48,8 @@ def weights_from_sums(
         joined = (log_ratio + exponent * log_t).exp()
         unclipped = importance * (factor - offset) - factor * joined
         weight = torch.where(reward == capped_reward, unclipped, weight)
-    weight = weight.masked_fill(no_z, 0.0)
-    return SequenceWeights(policy, behavior, log_t, log_ratio, capped_reward, weight, clipped & ~no_z)
+    weight, log_ratio = weight.masked_fill(no_z | dropped, 0.0), log_ratio.masked_fill(dropped, -math.inf)
+    return SequenceWeights(policy, behavior, log_t, log_ratio, capped_reward, weight, clipped & ~(no_z | dropped))
 
 
 def sum_by_sequence(values: Tensor, cu_seqlens: Tensor) -> Tensor:

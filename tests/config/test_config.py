@@ -71,6 +71,7 @@ KEYS = [
     "loss.baseline",
     "loss.ratio",
     "loss.ratio_cap",
+    "loss.ratio_drop",
     "loss.reward_cap",
     "optimizer.learning_rate",
     "optimizer.schedule",

@@ -191,6 +191,7 @@ WITHOUT_EFFECT = [
     ("engine.max_sequences", 8, {"engine": SERVED}, {"engine": {"kind": "vllm"}}),
     ("proposal.every", 3, {}, {"proposal.kind": "adaptive"}),
     ("loss.ratio_cap", 2.0, {"loss.ratio": "none"}, {"loss.ratio": "sequence"}),
+    ("loss.ratio_drop", 2.0, {"loss.ratio": "none"}, {"loss.ratio": "sequence"}),
     ("target_fit_samples", 99, {}, {"target.0": MOMENTS}),
     ("target_fit_samples", 99, {}, {"target.0": {"kind": "import", "path": "a:b"}}),
 ]

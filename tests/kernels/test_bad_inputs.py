@@ -28,6 +28,8 @@ SEQUENCES = {
     "divergence": (dict(divergence="kl"), "unknown divergence 'kl'; choose one of forward_kl"),
     "ratio": (dict(ratio="token"), "ratio='token'; choose one of sequence, none"),
     "ratio_cap": (dict(ratio_cap=0.0), "ratio_cap=0.0; a cap must be a positive number, or None"),
+    "ratio_drop": (dict(ratio_drop=0.0), "ratio_drop=0.0; it must be a positive number, or None"),
+    "ratio_drop ratio_cap": (dict(ratio_drop=2.0, ratio_cap=2.0), "ratio_drop=2.0 leaves ratio_cap=2.0 nothing to cap"),
     "reward_cap": (dict(reward_cap=-2.0), "reward_cap=-2.0; a cap must be a positive number"),
     "impl": (dict(impl="nonsense"), "impl='nonsense'; choose auto.*chunked.*reference"),
     "behavior short": (dict(behavior_logprob=torch.zeros(5)), r"\(6,\) and \(5,\)"),

@@ -12,6 +12,7 @@ from support.kernel_cases import ALLOW_ZEROS, NAMES, head_batch
 
 LENGTHS = [3, 0, 1, 9, 2, 0, 5, 4]  # with 4 rows a chunk: groups, empty sequences, and two that span chunks
 LEAVES = ("hidden", "weight", "bias")
+CAPS = ("ratio_cap", "reward_cap", "ratio_drop")
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def assert_meets_the_definition(arguments, rtol=1e-10, **options):
 
 
 @pytest.mark.parametrize("ratio", ["sequence", "none"])
-@pytest.mark.parametrize("caps", [(None, None), (1.1, None), (None, 0.3), (0.9, 0.5)], ids=str)
+@pytest.mark.parametrize("caps", [(None, None, None), (1.1, None, 2.0), (None, 0.3, 1.1), (0.9, 0.5, None)], ids=str)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("four_rows")
@@ -47,7 +48,7 @@ def test_every_divergence_and_option(name, zeros, caps, ratio):
     spread = torch.linspace(-1, 1, len(LENGTHS), dtype=torch.float64)
     for baseline in (None, 0.3, spread):
         for log_z in (arguments["log_z"], spread - 0.5, spread.masked_fill(spread > 0, -math.inf)):
-            options = dict(divergence=name, ratio=ratio, ratio_cap=caps[0], reward_cap=caps[1])
+            options = dict(divergence=name, ratio=ratio, **dict(zip(CAPS, caps, strict=True)))
             assert_meets_the_definition(arguments | {"log_z": log_z}, baseline=baseline, **options)
 
 

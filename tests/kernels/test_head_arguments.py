@@ -94,7 +94,7 @@ def test_compiled_temperatures():
 
 
 def test_numbers_that_are_tensors_are_refused_by_name():
-    for name in ("softcap", "ratio_cap", "reward_cap"):
+    for name in ("softcap", "ratio_cap", "ratio_drop", "reward_cap"):
         with pytest.raises(ValueError, match=re.escape(f"{name}=tensor(2.); ")):
             fdpg_loss(**single(), **{name: torch.tensor(2.0)})
     with pytest.raises(ValueError, match=r"target_ids must be .* torch.bool"):

@@ -12,7 +12,14 @@ from support.kernel_cases import ALLOW_ZEROS, NAMES, batch, packing
 
 LENGTHS = [3, 0, 1, 7, 2, 0, 5, 4]
 RATIOS = ["sequence", "none"]
-CAPS = [(None, None), (1.2, None), (0.8, 0.5), (None, 0.3)]  # ratio_cap, reward_cap
+CAPS = [
+    {},
+    {"ratio_cap": 1.2},
+    {"ratio_cap": 0.8, "reward_cap": 0.5},
+    {"reward_cap": 0.3},
+    {"ratio_drop": 1.1},
+    {"ratio_cap": 0.7, "ratio_drop": 1.2, "reward_cap": 0.4},
+]
 hypothesis_settings = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
@@ -40,9 +47,9 @@ def test_chunked_meets_the_definition(name, zeros):
     log_zs = [arguments["log_z"], per_sequence, per_sequence.masked_fill(per_sequence > 0, -math.inf)]
     for log_z in [*log_zs, torch.tensor(-math.inf).double()]:
         for ratio in RATIOS:
-            for ratio_cap, reward_cap in CAPS:
+            for caps in CAPS:
                 for baseline in (None, 0.4, per_sequence, per_sequence[0]):
-                    options = dict(divergence=name, ratio=ratio, ratio_cap=ratio_cap, reward_cap=reward_cap)
+                    options = dict(divergence=name, ratio=ratio, **caps)
                     both = [
                         weights(arguments | {"log_z": log_z}, impl, baseline=baseline, **options)
                         for impl in ("chunked", "reference")
@@ -81,7 +88,7 @@ names_with_zeros = st.sampled_from([(n, n in ALLOW_ZEROS) for n in NAMES]).flatm
 def test_ragged_packings(lengths, name_and_zeros, ratio, caps, seed):
     name, zeros = name_and_zeros
     arguments = batch(lengths, zeros=zeros, seed=seed)
-    options = dict(divergence=name, ratio=ratio, ratio_cap=caps[0], reward_cap=caps[1], baseline=0.2)
+    options = dict(divergence=name, ratio=ratio, baseline=0.2, **caps)
     whole = weights(arguments, **options)
     assert_same(whole, weights(arguments, "reference", **options))
     assert all(x.shape == (len(lengths),) for x in whole)
@@ -144,6 +151,24 @@ def test_clipped_marks_what_a_cap_changed(impl):
     assert capped.weight[-1].item() == pytest.approx(-1.5 * math.exp(4))
     unknown = arguments | dict(log_z=torch.tensor([0.0, 0.0, 0.0, -math.inf]).double())
     assert weights(unknown, impl, divergence="reverse_kl", ratio_cap=math.exp(2)).clipped.tolist()[-1] is False
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_what_is_dropped_has_weight_zero_and_counts_apart_from_what_is_capped(impl):
+    # log π/q of −1, 1, 3, 5 and ∞; where the target is zero −f' of pearson_chi2 is −1, and π of 0 is no reason to drop
+    arguments = dict(
+        policy_logprob=torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, -math.inf]).double(),
+        behavior_logprob=torch.tensor([1.0, -1.0, -3.0, -5.0, -math.inf, -1.0]).double(),
+        cu_seqlens=packing([1] * 6),
+        target_log_score=torch.tensor([0.0, 0.0, -math.inf, -math.inf, -math.inf, 0.0]).double(),
+        log_z=torch.tensor(0.0).double(),
+    )
+    got = weights(arguments, impl, divergence="squared_hellinger", ratio_cap=math.exp(2), ratio_drop=math.exp(4))
+    assert got.dropped.tolist() == [False, False, False, True, True, False]
+    assert got.clipped.tolist() == [False, False, True, False, False, False]
+    assert got.weight[2:5].tolist() == pytest.approx([-math.exp(2), 0, 0])
+    assert got.log_ratio.tolist() == pytest.approx([-1, 1, 2, -math.inf, -math.inf, -math.inf])
+    assert not weights(arguments, impl, divergence="squared_hellinger", ratio_cap=math.exp(2)).dropped.any()
 
 
 @pytest.mark.parametrize("name", NAMES)

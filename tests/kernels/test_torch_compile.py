@@ -135,7 +135,7 @@ def test_operators_are_what_they_say(impl, layout, lengths, dtype):
     sizes = torch.int64 if layout == "strided" else torch.int32
     head = (*(arguments[k] for k in ("hidden", "target_ids", "weight", "bias")), 0.8, 2.0)
     names = ("cu_seqlens", "behavior_logprob", "target_log_score")
-    sequences, options = [arguments[k] for k in names], ("alpha:0.3", torch.tensor(0.1), "sequence", 2.0, None)
+    sequences, options = [arguments[k] for k in names], ("alpha:0.3", torch.tensor(0.1), "sequence", 2.0, 3.0, None)
     sequences = [sequences[0].to(sizes), *sequences[1:], torch.tensor(0.1)]
     wants, ops = (True, True, False), torch.ops.fdpg_kernels
     temperatures = place(torch.ones(sum(lengths)))

@@ -171,13 +171,13 @@ def assert_meets_the_definition(arguments, weight_rtol=2e-5, **options):
     return out
 
 
-@pytest.mark.parametrize("caps", [(None, None), (1.1, 0.3)], ids=str)
+@pytest.mark.parametrize("caps", [{}, dict(ratio_cap=1.1, ratio_drop=1.4, reward_cap=0.3)], ids=str)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_of_every_divergence(name, zeros, caps):
     arguments = single(head_batch(LENGTHS, vocab=70, width=24, zeros=zeros and name in ALLOW_ZEROS))
     spread = torch.linspace(-1, 1, len(LENGTHS))
-    options = dict(divergence=name, ratio_cap=caps[0], reward_cap=caps[1])
+    options = dict(divergence=name, **caps)
     # sums of 128 nats and more are rounded by up to 8e-6 in float32; f' is t to a power, pearson_chi2's doubles that
     power = divergences.get(name).power
     options["weight_rtol"] = 2e-5 * max(1.0, abs(power[0]) if power else 1.0)
@@ -265,13 +265,16 @@ def test_a_users_own_divergence():
     )
 
 
+CAPS = [{}, dict(ratio_cap=1.1, ratio_drop=1.4), dict(reward_cap=0.3, ratio_drop=1.1)]
+
+
 @pytest.mark.parametrize("ratio", ["sequence", "none"])
-@pytest.mark.parametrize("caps", [(None, None), (1.1, None), (None, 0.3)], ids=str)
+@pytest.mark.parametrize("caps", CAPS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_sequence_weights(name, caps, ratio):
     arguments = batch([3, 0, 17, 1, 40, 5], zeros=name in ALLOW_ZEROS)
     spread = torch.linspace(-1, 1, 6, dtype=torch.float64)
-    options = dict(divergence=name, ratio=ratio, ratio_cap=caps[0], reward_cap=caps[1])
+    options = dict(divergence=name, ratio=ratio, **caps)
     for log_z in (arguments["log_z"], spread.masked_fill(spread > 0.5, -math.inf)):
         for baseline in (None, 0.3, spread):
             both = [
@@ -289,8 +292,8 @@ def test_sequence_weights(name, caps, ratio):
 def test_no_cap_hides_a_nan(impl):
     arguments = batch([3, 2, 4])
     arguments["policy_logprob"][4] = math.nan
-    found = sequence_weights(**arguments, ratio_cap=2.0, reward_cap=0.3, impl=impl)
-    expected = sequence_weights(**arguments, ratio_cap=2.0, reward_cap=0.3, impl="reference")
+    found = sequence_weights(**arguments, ratio_cap=2.0, ratio_drop=3.0, reward_cap=0.3, impl=impl)
+    expected = sequence_weights(**arguments, ratio_cap=2.0, ratio_drop=3.0, reward_cap=0.3, impl="reference")
     for mine, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, exact.to(mine.dtype), equal_nan=True)
     assert found.weight.isnan().tolist() == [False, True, False]

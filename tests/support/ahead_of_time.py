@@ -124,7 +124,7 @@ def _row_kernels(chip: int) -> Iterator[Case]:
     types = head | ids | ints | scalars | wide
     halves = {"x_ptr": "*fp32", "e_low_ptr": "*bf16", "scaled_low_ptr": "*bf16"}
     both = dict(HAS_BIAS=True, HAS_SOFTCAP=True)
-    caps = dict(HAS_RATIO=True, LOG_RATIO_CAP=2.0, REWARD_CAP=5.0, HAS_BASELINE=True)
+    caps = dict(HAS_RATIO=True, LOG_RATIO_CAP=2.0, LOG_RATIO_DROP=3.0, REWARD_CAP=5.0, HAS_BASELINE=True)
     for family, exponent in (("power", -0.5), ("jensen_shannon", 0.0), ("reverse_kl", 0.0), ("total_variation", 0.0)):
         at_infinity = math.inf if family == "reverse_kl" else 1.0
         law = dict(FAMILY=family, EXPONENT=exponent, FACTOR=-1.0, AT_INFINITY=at_infinity, BT=128) | caps

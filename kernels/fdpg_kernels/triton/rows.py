@@ -139,7 +139,7 @@ def finish_sequences(
     score_ptr, log_z_ptr, baseline_ptr, result_ptr, clipped_ptr,
     first_block, num_sequences, stride_log_z, stride_baseline,
     FAMILY: tl.constexpr, EXPONENT: tl.constexpr, FACTOR: tl.constexpr, AT_INFINITY: tl.constexpr,
-    HAS_RATIO: tl.constexpr, LOG_RATIO_CAP: tl.constexpr, REWARD_CAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr, LOG_RATIO_CAP: tl.constexpr, LOG_RATIO_DROP: tl.constexpr, REWARD_CAP: tl.constexpr,
     HAS_BASELINE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Row sums → log π of every token; whoever finishes a sequence last makes its weight of it, in the same launch.
@@ -166,5 +166,6 @@ def finish_sequences(
             sequence, tl.load(cu_seqlens_ptr + sequence), end, logprob_ptr, behavior_ptr, target_ids_ptr,
             score_ptr, log_z_ptr, baseline_ptr, result_ptr, clipped_ptr,
             num_sequences, stride_log_z, stride_baseline,
-            FAMILY, EXPONENT, FACTOR, AT_INFINITY, HAS_RATIO, LOG_RATIO_CAP, REWARD_CAP, HAS_BASELINE, True, ".cg", BT,
+            FAMILY, EXPONENT, FACTOR, AT_INFINITY, HAS_RATIO, LOG_RATIO_CAP, LOG_RATIO_DROP, REWARD_CAP,
+            HAS_BASELINE, True, ".cg", BT,
         )  # fmt: skip

@@ -67,6 +67,7 @@ def make_weighing(sequences: Sequences, options: Options, dtype: torch.dtype) ->
             AT_INFINITY=divergence.f_prime_at_infinity,
             HAS_RATIO=options.ratio == "sequence",
             LOG_RATIO_CAP=None if options.ratio_cap is None else math.log(options.ratio_cap),
+            LOG_RATIO_DROP=None if options.ratio_drop is None else math.log(options.ratio_drop),
             REWARD_CAP=options.reward_cap,
             HAS_BASELINE=baseline is not None,
         ),

@@ -29,7 +29,7 @@ def weigh_sequence(
     sequence, start, end, policy_ptr, behavior_ptr, target_ids_ptr, score_ptr, log_z_ptr, baseline_ptr,
     result_ptr, clipped_ptr, num_sequences, stride_log_z, stride_baseline,
     FAMILY: tl.constexpr, EXPONENT: tl.constexpr, FACTOR: tl.constexpr, AT_INFINITY: tl.constexpr,
-    HAS_RATIO: tl.constexpr, LOG_RATIO_CAP: tl.constexpr, REWARD_CAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr, LOG_RATIO_CAP: tl.constexpr, LOG_RATIO_DROP: tl.constexpr, REWARD_CAP: tl.constexpr,
     HAS_BASELINE: tl.constexpr, HAS_IGNORED: tl.constexpr, CACHE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Sum tokens start:end in a fixed order and write column `sequence` of result [6, B] and clipped [B]."""
@@ -61,6 +61,11 @@ def weigh_sequence(
         limit = tl.full((), LOG_RATIO_CAP, tl.float64)
         capped_ratio = tl.where(log_ratio > limit, limit, log_ratio)  # NaN stays, which tl.minimum would drop
     clipped = capped_ratio != log_ratio
+    ignored = no_z
+    if LOG_RATIO_DROP is not None:
+        dropped = log_ratio > tl.full((), LOG_RATIO_DROP, tl.float64)
+        ignored = no_z | dropped
+        capped_ratio = tl.where(dropped, float("-inf"), capped_ratio)
     log_ratio = capped_ratio
     reward = -slope_of(finite, FAMILY, EXPONENT, FACTOR)
     reward = tl.where(off_support, -AT_INFINITY, reward)
@@ -80,7 +85,7 @@ def weigh_sequence(
         if EXPONENT > 0:
             joined = tl.where(off_support, float("inf"), joined)
         weight = tl.where(reward == capped, ratio * (FACTOR - offset) - FACTOR * joined, weight)
-    weight = tl.where(no_z, 0.0, weight)
+    weight = tl.where(ignored, 0.0, weight)
 
     column = result_ptr + sequence
     tl.store(column, log_pi)
@@ -89,7 +94,7 @@ def weigh_sequence(
     tl.store(column + 3 * num_sequences, log_ratio)
     tl.store(column + 4 * num_sequences, capped)
     tl.store(column + 5 * num_sequences, weight)
-    tl.store(clipped_ptr + sequence, (clipped & (no_z == 0)).to(tl.int8))
+    tl.store(clipped_ptr + sequence, (clipped & (ignored == 0)).to(tl.int8))
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -97,7 +102,7 @@ def weigh_sequences(
     policy_ptr, behavior_ptr, cu_seqlens_ptr, score_ptr, log_z_ptr, baseline_ptr, result_ptr, clipped_ptr,
     num_sequences, stride_log_z, stride_baseline,
     FAMILY: tl.constexpr, EXPONENT: tl.constexpr, FACTOR: tl.constexpr, AT_INFINITY: tl.constexpr,
-    HAS_RATIO: tl.constexpr, LOG_RATIO_CAP: tl.constexpr, REWARD_CAP: tl.constexpr,
+    HAS_RATIO: tl.constexpr, LOG_RATIO_CAP: tl.constexpr, LOG_RATIO_DROP: tl.constexpr, REWARD_CAP: tl.constexpr,
     HAS_BASELINE: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence: `sequence_weights` as one launch, without atomics, equal from run to run."""
@@ -107,5 +112,6 @@ def weigh_sequences(
     weigh_sequence(
         sequence, start, end, policy_ptr, behavior_ptr, policy_ptr, score_ptr, log_z_ptr, baseline_ptr,
         result_ptr, clipped_ptr, num_sequences, stride_log_z, stride_baseline,
-        FAMILY, EXPONENT, FACTOR, AT_INFINITY, HAS_RATIO, LOG_RATIO_CAP, REWARD_CAP, HAS_BASELINE, False, "", BT,
+        FAMILY, EXPONENT, FACTOR, AT_INFINITY, HAS_RATIO, LOG_RATIO_CAP, LOG_RATIO_DROP, REWARD_CAP,
+        HAS_BASELINE, False, "", BT,
     )  # fmt: skip
