@@ -24,7 +24,7 @@ from fdpg_fast.config.schema import LossConfig, OptimizerConfig
 from fdpg_fast.contexts import Context
 from fdpg_fast.engines.memory import peak_memory
 from fdpg_fast.learner import Learner
-from fdpg_fast.models import activations
+from fdpg_fast.models import activations, pages
 from fdpg_fast.models.language_model import LanguageModel
 from fdpg_fast.rollouts import pack
 from fdpg_kernels import divergences
@@ -42,7 +42,7 @@ def measure(way: str, sequences: int, tokens: int) -> dict[str, float]:
     torch.manual_seed(0)
     policy = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     if way == "on, pages kept":  # by glibc, as it does by itself
-        activations._give_pages_back = lambda: None
+        pages.give_back = lambda: None
     if way != "off":
         activations.recompute(policy.model)
     learner = Learner(policy, LossConfig(ratio="none"), OptimizerConfig(), rounds=1, micro_batch_tokens=10**9)

@@ -19,8 +19,11 @@ from .errors import RunError, UserError, is_out_of_memory, one_line, printable
 from .progress import lines_for_a_person
 
 # threads that wait for the next loop spin for some 20 µs: for longer, as OpenMP's do by themselves, and a busy machine
-# runs small models many times slower
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+# runs small models many times slower; and large tensors begin as pages of 2 MiB, each a page fault, not 512
+ENVIRONMENT = {
+    **{"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"},
+    **{"THP_MEM_ALLOC_ENABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+}
 MAX_DRAWS = 4096
 PATIENCE = 20.0  # seconds
 LESS_MEMORY = (
@@ -65,6 +68,7 @@ def _end(error: BaseException, said: str) -> int:
         if isinstance(error, UserError):  # which all find: the first one says it, and torchrun ends the others
             time.sleep(PATIENCE)
     print(f"fdpg-fast: {printable(line)}", file=sys.stderr)
+    sys.last_value = error  # as Python has it of an exception that nobody caught, for what runs at exit
     return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 

@@ -6,9 +6,7 @@ the time, and the same gradients to the last bit.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import functools
 import itertools
 from typing import Any
@@ -22,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .. import ranks
 from ..config.schema import RoundsConfig
 from ..errors import UserError
-from . import parallel
+from . import pages, parallel
 from .language_model import LanguageModel
 
 KEPT = 20  # numbers that a layer keeps for each hidden unit and token; 19.4 measured on a Llama
@@ -75,7 +73,7 @@ def _recomputing(kind: Any, on_cpu: bool) -> Any:
 
         def run(*inputs: Any) -> Any:
             if on_cpu and next(count) % 2:  # more often costs time, less often memory
-                _give_pages_back()
+                pages.give_back()
             return kind.forward(self, *inputs, **options | caches.pop(0))
 
         return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -93,13 +91,3 @@ def _apart(kept: Any) -> Any:
         kept = copy.copy(kept)
         vars(kept).update(_apart(vars(kept)))
     return kept
-
-
-def _give_pages_back() -> None:
-    """Return the pages of freed tensors to the system, where the C library is glibc.
-
-    It keeps tensors of less than 32 MiB in one heap, in which inputs of blocks and gradients, which stay, lie between
-    what comes and goes: holes that the next tensors do not fit into, and together several times what is in use.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .. import ranks
 from ..errors import UserError, is_out_of_memory, one_line
+from . import pages
 
 Loaded = tuple[Any, dict[str, Any]]  # a model, and what was found of its weights
 # of experts one after another, of which a process reads its own; others mix the rows of a tensor
@@ -33,6 +34,8 @@ def read_parts(load: Callable[..., Loaded], device: torch.device) -> Loaded:
     load the whole model in turn and keep their parts: so it is whole once on a machine. What is wrong with the files
     shows there too, and is said as one process says it.
     """
+    if device.type == "cpu":
+        pages.give_back_from(2**20)  # between gathered weights, which come and go, the heap would be full of holes
     found = None
     try:
         with _divided_before_reading(device) as options:
