@@ -50,7 +50,7 @@ def turn(kind: str, config: Path, rounds: int) -> list[dict[str, float]]:
     start, threads = KINDS[kind]
     output = config.with_suffix(".json")
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "benchmarks"))
-    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1"}
+    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "THP_MEM_ALLOC_ENABLE": "1", "HF_HUB_OFFLINE": "1"}
     environment = os.environ | quiet | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, *start, __file__, "--worker", str(config), str(rounds), str(output)]
     subprocess.run(command, check=True, env=environment)
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--samples", type=int, default=16, help="completions of each of four prompts")
     parser.add_argument("--micro-batch-tokens", type=int, help="the model's own default if left out")
+    parser.add_argument("--keep-whole", action="store_true", help="trainer.reshard_after_forward: false")
     parser.add_argument("--rounds", type=int, default=3, help="of each turn; the first warms up")
     options = parser.parse_args()
     found: dict[str, Any] = {"machine": machine(), "load_average": [], "turns": {kind: [] for kind in KINDS}}
@@ -84,6 +85,7 @@ def main() -> None:
                 "contexts_per_round": len(PROMPTS),
                 "samples_per_context": options.samples,
                 "micro_batch_tokens": options.micro_batch_tokens,
+                "reshard_after_forward": not options.keep_whole,
             },
         }
         (folder / "config.yaml").write_text(json.dumps(config))

@@ -6,11 +6,13 @@ From there on each does the same arithmetic on the same numbers. Without torchru
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import collections
 import itertools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -52,6 +54,7 @@ def join(device: str) -> str:
             logging.getLogger("fdpg_fast").setLevel(logging.ERROR)  # the first one speaks
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
         _beside, _writers = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+        atexit.register(leave)
     return device
 
 
@@ -65,6 +68,15 @@ def _choose(name: str) -> str:
     if torch.device(name).type == "meta":
         raise UserError("device: 'meta' holds no numbers")
     return name
+
+
+def leave() -> None:
+    """Part from the others as the process ends: without it gloo aborts now and then. After an error they may wait."""
+    if hasattr(sys, "last_value"):  # of an exception that nobody caught
+        return
+    global _beside, _writers
+    _beside = _writers = None  # groups end with the last who knows them
+    dist.destroy_process_group()
 
 
 def is_lonely(error: BaseException) -> bool:

@@ -107,7 +107,8 @@ class Session:
         if ranks.joined():
             base.divide(None)
             if policy is not base:
-                policy.divide(base.dtype if config.lora is None else None)
+                dtype = base.dtype if config.lora is None else None
+                policy.divide(dtype, config.trainer.reshard_after_forward)
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         # where activations are kept, scoring keeps none: larger micro-batches fit, and waste less
         scored_tokens = (1 if self.recomputes else 4) * self.micro_batch_tokens

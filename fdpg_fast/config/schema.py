@@ -136,6 +136,8 @@ class RoundsConfig(Section):
     """Tokens in a forward and backward pass: bounds memory, changes nothing else; by the model if left out: 448 up."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """on: blocks keep only their input and run again for gradients; auto: where the rest would outweigh the weights."""
+    reshard_after_forward: bool = True
+    """torchrun: false: a block stays whole until its backward pass, so that less is sent; takes memory of a model."""
     checkpoint_every: Count = 50
     """Rounds between checkpoints; the last round always writes one."""
 
@@ -241,5 +243,6 @@ class TrainConfig(Section):
 # what a resumed run may change without becoming another run
 RESUMABLE = (
     *("trainer.rounds", "trainer.checkpoint_every", "trainer.activation_checkpointing", "tracking", "device"),
+    "trainer.reshard_after_forward",
     *(f"engine.{key}" for key in EngineConfig.model_fields if key != "max_new_tokens"),
 )

@@ -130,10 +130,10 @@ class LanguageModel:
         parallel.release(self.model)
         return ranks.whole(found, torch.empty(rollouts.num_tokens))
 
-    def divide(self, dtype: torch.dtype | None) -> None:
+    def divide(self, dtype: torch.dtype | None, reshard_after_forward: bool = True) -> None:
         """Spread over all processes; the dtype that passes compute in, None: that of the parameters."""
         self.dtype = dtype or self.dtype
-        parallel.divide(self.model, dtype)
+        parallel.divide(self.model, dtype, reshard_after_forward)
         self._check_scoring()
 
     @contextlib.contextmanager

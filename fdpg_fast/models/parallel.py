@@ -28,11 +28,12 @@ def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def divide(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+def divide(model: PreTrainedModel, dtype: torch.dtype | None, reshard_after_forward: bool = True) -> None:
     """Divide a model's parameters among all processes, block by block; a head of its own and its embedding apart.
 
     The parts that this process holds already, see `parts`, are those that it holds afterwards.
     dtype: that passes compute in; None: each parameter's own.
+    reshard_after_forward: False: what a forward pass has gathered stays until its backward pass, or `release`.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
     from torch.distributed.fsdp import fully_shard as shard
@@ -43,7 +44,7 @@ def divide(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     mesh, put_back = parts.mesh(model.device.type), parts.set_aside(model)
     fully_shard = functools.partial(shard, mesh=mesh)
     for block in blocks(model):
-        fully_shard(block, mp_policy=policy)
+        fully_shard(block, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is not embedding.weight:
         fully_shard(embedding, mp_policy=policy)
@@ -71,14 +72,24 @@ def inside(module: torch.nn.Module, function: Callable[..., Result], *arguments:
 
 def release(model: Any) -> None:
     """Let go of what a forward pass has gathered that no backward pass follows."""
-    for module in (model, model.get_output_embeddings()) if is_divided(model) else ():
-        if hasattr(module, "reshard"):  # a tied head is none of its own
+    for module in model.modules() if is_divided(model) else ():
+        if hasattr(module, "reshard"):
             module.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:
     """A parameter as a whole; all processes ask for it at once."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    if tensor.device.type != "cpu" or ranks.count() == 1:
+        return tensor.full_tensor()
+    own: Any = tensor
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for rank, rows in enumerate(whole.chunk(ranks.count())):  # one by one: gloo gathers into memory of its own first
+        if rank == ranks.rank():
+            rows.copy_(own.to_local())
+        torch.distributed.broadcast(rows, rank)
+    return whole
 
 
 def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

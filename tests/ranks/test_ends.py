@@ -76,3 +76,19 @@ def test_bad_input_is_refused_in_one_line(tiny_model, tmp_path):
     said = [line for line in ended.stderr.splitlines() if line.startswith("fdpg-fast:")]
     assert ended.returncode == 1 and len(said) == 1 and "none.jsonl" in said[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_have_ended_well_end_with_status_0(tmp_path):
+    """Gloo aborts at the end of every second process or so whose last exchange was a broadcast, unless they part."""
+    script = tmp_path / "broadcasts.py"
+    script.write_text(
+        "import torch\n"
+        "from fdpg_fast import ranks\n"
+        "ranks.join('cpu')\n"
+        "for sender in [*range(4)] * 5:\n"
+        "    torch.distributed.broadcast(torch.zeros(1000), sender)\n"
+        "ranks.by_first(lambda: None)\n"
+    )
+    command = [*processes.TORCHRUN, "--nproc-per-node", "4", str(script)]
+    ended = subprocess.run(command, env=processes.environment(), capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

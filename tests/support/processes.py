@@ -55,7 +55,7 @@ def _ended(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 
 
 def save_gradients(config: str, path: str) -> None:
-    """Of a run's first round, by name, whole and on the first process; and the loss."""
+    """Of a run's first round, by name, whole and on the first process; and the loss. Beside it: gathers of weights."""
     import torch
 
     from fdpg_fast import ranks
@@ -73,13 +73,16 @@ def save_gradients(config: str, path: str) -> None:
         scores = session.scorer(rollouts, Clock())
         log_z, baseline = session.state.estimates.update(rollouts, scores, session.divergence)
         learner = session.state.learner
-        loss, _ = learner.backward(rollouts, scores.log_score, log_z, baseline, session.divergence)
+        with torch.profiler.profile() as profile:
+            loss, _ = learner.backward(rollouts, scores.log_score, log_z, baseline, session.divergence)
+        gathers = sum(event.name.startswith("FSDP::all_gather (") for event in profile.events())
         parameters = learner.policy.model.named_parameters()
         gradients = {name: x.grad for name, x in parameters if x.grad is not None}
         gradients = {name: x.to_dense() if x.layout == torch.sparse_coo else x for name, x in gradients.items()}
         found = {name: parallel.full(x) for name, x in gradients.items()} | {"loss": loss}
         if ranks.is_first():
             torch.save(found, path)
+            Path(path).with_suffix(".gathers").write_text(str(gathers))
 
 
 def by_nccl(config: str, path: str) -> None:
