@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,26 +33,35 @@ class Feature:
         score: called with those keyword arguments of `Completions.arguments` that it takes; returns (or awaits) one
             number, bool or None a completion.
         timeout: seconds that one call may take.
+        answers: for majority@k, of a feature that judges an answer; called as `score` is, returns the answer that each
+            completion names, None where it names none. Answers that are the same must be equal as text.
 
     Raises:
-        UserError: the name cannot be shown, the function takes nothing by name, or the timeout is out of range.
+        UserError: the name cannot be shown, a function takes nothing by name, or the timeout is out of range.
     """
 
     name: str
     score: Callable[..., Any]
     timeout: float = 60.0
+    answers: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name and self.name.isprintable()):
             raise UserError(f"a feature cannot be called {self.name!r}: give it a name of printable characters")
-        try:
-            parameters = inspect.signature(self.score).parameters.values()
-        except (TypeError, ValueError):  # of something written in C
-            parameters = None
-        if parameters is None or any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
-            raise UserError(f"feature {self.name!r} takes no arguments by name; call it in a function that does")
+        for function in self.functions:
+            try:
+                parameters = inspect.signature(function).parameters.values()
+            except (TypeError, ValueError):  # of something written in C
+                parameters = None
+            if parameters is None or any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
+                raise UserError(f"feature {self.name!r} takes no arguments by name; call it in a function that does")
         if not 0 < self.timeout <= LONGEST:
             raise UserError(f"feature {self.name!r}: its timeout is {self.timeout:g}, not in (0, {LONGEST:g}] seconds")
+
+    @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """What of it is called: `score`, and `answers` if it has some."""
+        return [self.score, *filter(None, [self.answers])]
 
     def __call__(self, batch: Completions) -> Tensor:
         """Its values, [B] float64; NaN where it does not apply.
@@ -70,6 +80,16 @@ class Feature:
         """The values of a call that was started, [B] float64; raises as `__call__`."""
         with self._named_errors(batch):
             return self._checked(call.result(), batch.completions)
+
+    def read_answers(self, batch: Completions) -> list[str | None]:
+        """The answers that B completions name, as text; of a feature with `answers`. Raises as `__call__`."""
+        assert self.answers is not None
+        with self._named_errors(batch):
+            found = Call(self.answers, batch.arguments(self.answers), self.timeout).result()
+            if isinstance(found, str) or not isinstance(found, Sequence) or len(found) != len(batch.completions):
+                expected = f"a list of {len(batch.completions)} answers"
+                raise RunError(f"feature {self.name!r} read {one_line(repr(found))[:60]}, not {expected}")
+            return [None if answer is None else str(answer) for answer in found]
 
     @contextlib.contextmanager
     def _named_errors(self, batch: Completions) -> Iterator[None]:
@@ -119,7 +139,8 @@ def check_columns(features: Sequence[Feature], contexts: Sequence[Context], wher
     if taken := sorted(columns & given):
         raise UserError(f"{where}: the column {taken[0]!r} has the name of what features get anyway; rename it")
     for feature in features:
-        for parameter in inspect.signature(feature.score).parameters.values():
+        signatures = map(inspect.signature, feature.functions)
+        for parameter in itertools.chain.from_iterable(signature.parameters.values() for signature in signatures):
             variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if not variadic and parameter.default is parameter.empty and parameter.name not in columns | given:
                 raise UserError(
@@ -152,14 +173,18 @@ def started(features: Sequence[Feature], batch: Completions) -> Iterator[Callabl
 
 
 def feature(
-    function: Callable[..., Any] | None = None, *, name: str | None = None, timeout: float | None = None
+    function: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    timeout: float | None = None,
+    answers: Callable[..., Any] | None = None,
 ) -> Any:
-    """Decorator that makes a `Feature` of a batched callable: `@feature` or `@feature(name=…, timeout=…)`."""
+    """Decorator that makes a `Feature` of a batched callable: `@feature`, or with its other attributes by name."""
+    given: dict[str, Any] = {"name": name, "timeout": timeout, "answers": answers}
     if function is None:
-        return lambda f: feature(f, name=name, timeout=timeout)
+        return lambda f: feature(f, **given)
     if not isinstance(function, Feature):
         function = Feature(str(getattr(function, "__name__", type(function).__name__)), function)
-    given: dict[str, Any] = {"name": name, "timeout": timeout}
     return replace(function, **{key: value for key, value in given.items() if value is not None})
 
 

@@ -14,6 +14,7 @@ from ..scoring import Scores
 from ..targets import Target
 from .diversity import distinct_n, self_bleu
 from .estimators import MATRIX, Estimate, LogPartition, divergence_matrix, log_partition, mean, mean_under_target, ratio
+from .pass_at_k import is_binary, majority_at_k, pass_at_k
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Evaluation:
     feature_of_target/… is what a feature would be if the policy were the target, by reweighting its samples, and so
     kl_of_target_to_base, the least that the preference costs in KL to the base. `contexts_left_out` counts contexts
     without a sample that the target allows: log Z and divergences are averages over the others, the easier ones.
+    pass@k/… is of features that are 0 or 1 in this sample, majority@k/… of those among them that read answers.
     """
 
     metrics: dict[str, Estimate]
@@ -46,6 +48,12 @@ def evaluate(
     metrics = {}
     for feature, values in zip(target.features, scores.values.T, strict=True):
         metrics[f"feature/{feature.name}"] = mean(values, context_index)
+        if is_binary(values):
+            found = {"pass": pass_at_k(values, context_index)}
+            if feature.answers is not None:
+                found["majority"] = majority_at_k(values, feature.read_answers(scores.texts), context_index)
+            for what, curve in found.items():
+                metrics |= {f"{what}@{k}/{feature.name}": estimate for k, estimate in curve.items()}
         metrics[f"feature_of_target/{feature.name}"] = mean_under_target(values, log_pi, log_score, context_index)
     errors = itertools.chain(target.exponent_errors, itertools.repeat(math.nan))
     for (name, _), exponent, error in zip(target.moments, target.exponents or (), errors, strict=False):
