@@ -30,9 +30,9 @@ from ..progress import activity
 from ..rollouts import Rollouts
 from ..runs.finished import evaluate_checkpoint, read_finished
 from ..runs.folder import Run, read_run
-from ..runs.plots import Drawing, coloured, curve, drawing, new_axes
+from ..runs.plots import Drawing, coloured, curve, draw_by_k, drawing, new_axes
 from ..runs.report import CURVES, write_page
-from ..runs.tables import UNKNOWN, label_of, metric_keys, text_of, text_table
+from ..runs.tables import BY_K, UNKNOWN, is_of_feature, label_of, metric_keys, text_of, text_table
 from ..session import Session
 from .pictures import draw_point
 
@@ -144,6 +144,7 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
         runs=runs,
         colours=colours,
         trade_offs=[_scatter(ends, x, y) for y in features for x in ("entropy_per_token", "kl_to_base")],
+        by_k=draw_by_k([(metrics, colour) for _, colour, metrics in ends]),
         curves=[curve(titles[key], [(run, key, colours[name]) for name, run in named]) for key in titles],
         quality=list(zip(header, *quality, strict=True)),
         divergences=list(zip(header, *divergences, strict=True)),
@@ -155,17 +156,17 @@ def _comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]], l
     header = ["", *(run.path.resolve().name[-20:] for run in runs)]
     trained = [str(run.config.get("divergence", "?")) for run in runs]
     seeds = [str((run.config.get("trainer") or {}).get("seed", "?")) for run in runs]
-    quality = [_ranked_row(runs, key) for key in [*metric_keys(runs, "feature/"), *COMPARED]]
+    quality = [_ranked_row(runs, key) for key in [*metric_keys(runs, ("feature/", *BY_K)), *COMPARED]]
     divergences = [_ranked_row(runs, key) for key in metric_keys(runs, "divergence/")]
     return header, [["trained", *trained], ["seed", *seeds], *quality], divergences
 
 
 def _ranked_row(runs: Sequence[Run], key: str) -> list[str]:
     """A row with * before its best value, where there is a better side: a prescribed mean has none."""
-    sign = 1 if key.startswith(("feature/", "entropy", "distinct")) else -1
+    sign = 1 if key.startswith(("feature/", *BY_K, "entropy", "distinct")) else -1
     estimates = [run.after.get(key, UNKNOWN) for run in runs]
     values = [sign * estimate.value for estimate in estimates if math.isfinite(estimate.value)]
-    prescribed = key.startswith("feature/") and any("moments" in str(run.config.get("target")) for run in runs)
+    prescribed = is_of_feature(key) and any("moments" in str(run.config.get("target")) for run in runs)
     best = sign * max(values) if len(values) > 1 and not prescribed and key not in NO_BETTER_SIDE else None
     return [label_of(key), *("*" * (e.value == best) + text_of(e, key) for e in estimates)]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..runs.folder import write_whole
-from ..runs.tables import DOUBT, FEATURE_LABELS, LABELS, doubtful, label_of, with_error
+from ..runs.tables import DOUBT, LABELS, doubtful, in_short, is_of_feature, label_of, with_error
 from .experiment import Experiment
 from .intervals import average
 from .pictures import draw_curves, draw_trade_offs
@@ -19,7 +19,6 @@ COLUMNS = (
     *("distinct_2", "self_bleu_5", "log_z"),
     *("divergence/forward_kl", "divergence/reverse_kl", "divergence/total_variation", "divergence/jensen_shannon"),
 )
-FEATURES = tuple(f"{kind}/" for kind in FEATURE_LABELS)
 
 
 def write_page(place: Path, name: str, budget: str, experiment: Experiment, rows: Sequence[Row]) -> Path:
@@ -58,9 +57,9 @@ def write_page(place: Path, name: str, budget: str, experiment: Experiment, rows
 
 def _study_table(rows: list[Row]) -> str:
     measured = dict.fromkeys(key for row in rows for key in row.metrics)
-    keys = [key for key in measured if key.startswith(FEATURES) and not _certain(rows, key)]
+    keys = [key for key in in_short(measured) if is_of_feature(key) and not _certain(rows, key)]
     keys += [key for key in COLUMNS if key in measured and not _certain(rows, key)]
-    keys += [key for key in measured if key not in LABELS and not key.startswith((*FEATURES, "divergence/"))]
+    keys += [key for key in measured if not (key in LABELS or is_of_feature(key) or key.startswith("divergence/"))]
     # a column of nothing but infinities or unknowns says nothing
     keys = [key for key in keys if any(math.isfinite(row.metrics[key].value) for row in rows if key in row.metrics)]
     axes = [axis for axis in rows[0].labels if axis != "study"]

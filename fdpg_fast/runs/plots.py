@@ -13,7 +13,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..measure.estimators import Estimate
 from .folder import Run
+from .tables import curves_by_k
 
 PALETTE = ("#3b82c4", "#dd7a2f", "#2f9e77", "#b8578f", "#8370c9", "#a88a1f", "#5f8f9e", "#c2504b")
 INK = "#010203"  # stands for currentColor, which matplotlib does not know
@@ -41,6 +43,21 @@ def curve(title: str, lines: Iterable[tuple[Run, str, str]]) -> Drawing | None:
     (low, high), room = axes.get_ylim(), 0.6 * (max(drawn) - min(drawn)) or math.inf
     axes.set_ylim(max(low, min(drawn) - room), min(high, max(drawn) + room))
     return drawing(title, axes)
+
+
+def draw_by_k(evaluations: Sequence[tuple[dict[str, Estimate], str]]) -> list[Drawing]:
+    """pass@k and majority@k of each feature against log2 k, with 95 % intervals; evaluations with their colours."""
+    pictures = []
+    for title, keys in curves_by_k(dict.fromkeys(key for metrics, _ in evaluations for key in metrics)).items():
+        axes = new_axes("k")
+        for metrics, colour in evaluations:
+            here = [(k, metrics[key]) for k, key in keys.items() if key in metrics]
+            band = [[finite(estimate.interval[side]) for _, estimate in here] for side in (0, 1)]
+            draw_line(axes, [k for k, _ in here], [finite(estimate.value) for _, estimate in here], band, colour)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([*keys], [*map(str, keys)])
+        pictures.append(drawing(title, axes))
+    return pictures
 
 
 def coloured(names: Iterable[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from ..measure.diagnostics import complaints
 from .folder import Json, read_run, to_float, write_whole
-from .plots import PALETTE, coloured, curve, finite
+from .plots import PALETTE, coloured, curve, draw_by_k, finite
 from .tables import DOUBT, UNKNOWN, is_number, label_of, metric_keys, text_of, with_error
 
 CURVES = {
@@ -42,6 +42,8 @@ def write_report(run_dir: str | Path) -> Path:
         cards=(features, ["kl_to_base"], ["distinct_2"]),
         colours=colours,
         curves=curves,
+        ends=(ends := coloured(["after", "before"])),
+        by_k=draw_by_k([(run.before, ends["before"]), (run.after, ends["after"])]),
         others=[key for key in keys if key not in divergences],
         divergences=divergences,
         phases=_phases(run.metrics),

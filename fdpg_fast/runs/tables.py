@@ -32,8 +32,12 @@ LABELS = {  # in the order of the tables
     "contexts_left_out": "contexts without support",
     **{f"divergence/{name}": label for name, label in _DIVERGENCES},
 }
-# of what every feature has, in the order of the tables
-FEATURE_LABELS = {"feature": "E[{}]", "feature_of_target": "E[{}] under the target", "exponent": "λ of {}"}
+# of what features have, in the order of the tables: their name, and k
+FEATURE_LABELS = {
+    **{"feature": "E[{}]", "pass": "pass@{1} of {0}", "majority": "majority@{1} of {0}"},
+    **{"feature_of_target": "E[{}] under the target", "exponent": "λ of {}"},
+}
+BY_K = ("pass@", "majority@")
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")
 MATRIX = tuple(f"divergence/{x}" for x in ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"))
 WIDTH = 100  # columns of a terminal that tables may take
@@ -71,29 +75,57 @@ def with_error(value: float, error: float) -> str:
 
 def label_of(key: str) -> str:
     """A metric in words."""
-    kind, _, name = key.partition("/")
+    kind, k, name = _parts(key)
     if name and kind in FEATURE_LABELS:
-        return FEATURE_LABELS[kind].format(name if len(name) <= 36 else name[:35] + "…")
+        return FEATURE_LABELS[kind].format(name if len(name) <= 36 else name[:35] + "…", k)
     return LABELS.get(key, name or key)
 
 
-def metric_keys(runs: Iterable[Run], prefix: str = "") -> list[str]:
-    """Evaluation metrics that any of the runs has, in the order of the tables."""
-    keys = dict.fromkeys(key for run in runs for key in [*run.before, *run.after] if key.startswith(prefix))
-    return sorted(keys, key=_place)
+def metric_keys(runs: Iterable[Run], prefix: str | tuple[str, ...] = "") -> list[str]:
+    """Evaluation metrics that any of the runs has, in the order of the tables; of a curve over k as `in_short`."""
+    return in_short(dict.fromkeys(key for run in runs for key in [*run.before, *run.after] if key.startswith(prefix)))
+
+
+def in_short(keys: Iterable[str]) -> list[str]:
+    """Metrics in the order of the tables: of pass@k and majority@k those of the middle k and of the largest."""
+    keys = sorted(keys, key=_place)
+    curves = [[*curve.values()] for curve in curves_by_k(keys).values()]
+    kept = {key for curve in curves for key in (curve[len(curve) // 2], curve[-1])}
+    return [key for key in keys if key in kept or not key.startswith(BY_K)]
+
+
+def curves_by_k(keys: Iterable[str]) -> dict[str, dict[int, str]]:
+    """The keys of each curve of pass@k or majority@k, by its name in words; k grows."""
+    curves: dict[str, dict[int, str]] = {}
+    for key in keys:
+        kind, k, name = _parts(key)
+        if key.startswith(BY_K):
+            curves.setdefault(FEATURE_LABELS[kind].format(name, "k"), {})[int(k)] = key
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+
+
+def is_of_feature(key: str) -> bool:
+    """Whether a metric is one of those that every feature has."""
+    return _parts(key)[0] in FEATURE_LABELS
+
+
+def _parts(key: str) -> tuple[str, str, str]:
+    """Kind, k and name of a metric that is called kind/name or kind@k/name."""
+    kind, _, name = key.partition("/")
+    kind, _, k = kind.partition("@")
+    return kind, k, name
 
 
 def _place(key: str) -> int:
     """Features come first, under the policy and under the target, then what LABELS has, then the rest."""
-    kind = key.partition("/")[0]
-    return [*FEATURE_LABELS, *LABELS, key].index(kind if kind in FEATURE_LABELS else key)
+    return [*FEATURE_LABELS, *LABELS, key].index(_parts(key)[0] if is_of_feature(key) else key)
 
 
 def before_after_table(run_dir: str | Path) -> str:
     """What training changed, with 95 % intervals; raises UserError as `read_run`."""
     run = read_run(run_dir)
     trained = f"divergence/{run.trained}"
-    labels = {key: label_of(key) for key in [*metric_keys([run], "feature/"), *SUMMARY]}
+    labels = {key: label_of(key) for key in [*metric_keys([run], ("feature/", *BY_K)), *SUMMARY]}
     for key in [trained, *MATRIX]:
         labels[key] = f"to target: {label_of(key)}{' (trained)' if key == trained else ''}"
     rows = [
@@ -105,7 +137,7 @@ def before_after_table(run_dir: str | Path) -> str:
 def evaluation_table(row: Json) -> str:
     """One evaluation, an object as in evaluation.jsonl."""
     estimates = estimates_of(row)
-    rows = [[label_of(key), text_of(estimates[key], key)] for key in sorted(estimates, key=_place)]
+    rows = [[label_of(key), text_of(estimates[key], key)] for key in in_short(estimates)]
     return text_table([["", f"round {row.get('round', '?')}"], *rows])
 
 

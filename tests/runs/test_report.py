@@ -257,6 +257,44 @@ def test_before_after_table(make_run):
     assert all(place == places[0] for place in places)
 
 
+def with_curves(row, by_k):
+    row["metrics"] |= {
+        f"{kind}@{k}/parses": {"value": value, "standard_error": 0.01, "ess": 1024}
+        for kind in ("pass", "majority")
+        for k, value in by_k.items()
+    }
+    return row
+
+
+@pytest.fixture
+def run_with_curves(make_run):
+    run = make_run()
+    before = with_curves(evaluation(0, 0.25, 0.0), {1: 0.25, 2: 0.4, 4: 0.5, 8: 0.6, 10: 0.65})
+    after = with_curves(evaluation(4, 0.75, 1.5), {10: 0.9, 8: 0.88, 4: 0.8, 2: 0.78, 1: 0.75})
+    write_jsonl(run / "evaluation.jsonl", [before, after])
+    return run
+
+
+def test_tables_have_two_k_of_each_curve_and_pages_have_all(run_with_curves):
+    table = before_after_table(run_with_curves)
+    assert re.findall(r"^(?:E|pass|maj)\S+(?: of \S+)?", table, re.M) == [
+        *("E[parses]", "pass@4 of parses", "pass@10 of parses", "majority@4 of parses", "majority@10 of parses")
+    ]
+    assert re.search(r"pass@10 of parses +0.650 ± 0.020 +0.900 ± 0.020$", table, re.M)
+    evaluated = evaluation_table(json.loads((run_with_curves / "evaluation.jsonl").read_text().splitlines()[1]))
+    assert evaluated.count("pass@") == 2 and "majority@4 of parses" in evaluated
+    page = assert_self_contained(write_report(run_with_curves))
+    assert page.tags.count("svg") == 8 and "pass@k of parses" in page.text and "majority@k of parses" in page.text
+
+
+def test_a_comparison_ranks_and_draws_curves_over_k(run_with_curves, make_run, tmp_path):
+    runs = read_runs([run_with_curves, make_run("b")])  # one of them measured without
+    assert re.search(r"pass@10 of parses +0.900 ± 0.020 +–$", compare_table(runs), re.M)
+    assert re.search(r"pass@10 of parses +\*0.900 ± 0.020 +\*0.900", compare_table([runs[0]] * 2), re.M)
+    page = assert_self_contained(write_comparison(runs, tmp_path / "x.html"))
+    assert "pass@k of parses" in page.text and "at least one of k samples" in page.text
+
+
 def test_table_keeps_its_width_with_a_long_feature_name(make_run):
     run = make_run()
     row = evaluation(4, 0.5, 1.0)
