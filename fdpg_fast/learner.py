@@ -19,7 +19,7 @@ from .models.language_model import LanguageModel
 from .rollouts import Rollouts
 
 BETAS = (0.9, 0.95)  # of AdamW
-MAX_OVERFLOWS = 3  # rounds in a row: one may be chance
+MAX_OVERFLOWS = 3  # in a row: one may be chance
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Learner:
         rate = self.learning_rate(round_index)
         self._overflows = 0 if math.isfinite(norm) else self._overflows + 1
         if self._overflows == MAX_OVERFLOWS:
-            raise Diverged(f"the gradient was not finite {MAX_OVERFLOWS} rounds in a row")
+            raise Diverged(f"the gradient was not finite {MAX_OVERFLOWS} times in a row")
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate

@@ -61,6 +61,21 @@ class Rollouts:
             finished=self.finished[rows],
         )
 
+    def of_contexts(self, chosen: Sequence[int]) -> tuple[Tensor, Rollouts]:
+        """Which completions continue these contexts, ascending places among `contexts`, [b] int64; and they alone."""
+        places = torch.tensor(chosen)
+        rows = torch.isin(self.context_index, places).nonzero()[:, 0]
+        tokens = torch.isin(torch.repeat_interleave(self.lengths), rows)
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths[rows].cumsum(0)])
+        return rows, Rollouts(
+            contexts=tuple(self.contexts[i] for i in chosen),
+            context_index=torch.searchsorted(places, self.context_index[rows]),
+            token_ids=self.token_ids[tokens],
+            cu_seqlens=ends.int(),
+            behavior_logprob=self.behavior_logprob[tokens],
+            finished=self.finished[rows],
+        )
+
     def micro_batches(self, max_tokens: int) -> Iterator[slice]:
         """Ranges of consecutive completions of at most max_tokens tokens, each context's prompt counted once."""
         first, tokens, previous = 0, 0, -1

@@ -13,13 +13,13 @@ from .config.schema import TrainConfig
 from .contexts import Context
 from .engines import Engine, VLLMServerEngine
 from .errors import RunError
-from .learner import Update
 from .measure.agreement import Disagreement, compare_with_learner, gap_limits, refuse_far
 from .models.language_model import LanguageModel
 from .proposal import AdaptiveProposal
 from .rollouts import Rollouts
 from .scoring import Scores
 from .seeds import derived_seed
+from .updates import Updates
 
 
 class Sampling:
@@ -68,7 +68,7 @@ class Sampling:
     def meet(self, index: int, rollouts: Rollouts, weights: SequenceWeights, clock: Clock) -> None:
         """Wait for what is sampled beside round `index`; it must agree with the learner before the weights move.
 
-        So must the round's own completions, if the learner has the weights that they were drawn from.
+        So must completions of its own, all or a mini-batch, if the learner has the weights that they were drawn from.
         """
         depth = self._config.trainer.pipeline_depth
         if self.proposal is None and not depth:
@@ -89,14 +89,16 @@ class Sampling:
             self._engine.sync_weights(model, version)
             self._synced = version
 
-    def observe(self, rollouts: Rollouts, scores: Scores, update: Update, done: int) -> None:
+    def observe(self, rollouts: Rollouts, scores: Scores, updates: Updates, done: int) -> None:
         """Let an adaptive proposal see the last of `done` rounds, and take the new weights if they are nearer."""
-        proposal, weights = self.proposal, update.weights
+        proposal, rows = self.proposal, updates.rows
         if proposal is None:
             return
+        weights = updates.weights
         self.facts["proposal/version"] = float(proposal.version)  # that the round was sampled with
         log_ratio = weights.policy_logprob - weights.behavior_logprob
-        proposal.observe(scores.log_score - scores.behavior_logprob, log_ratio, rollouts.dataset_index)
+        log_weight = scores.log_score - scores.behavior_logprob
+        proposal.observe(log_weight[rows], log_ratio, rollouts.dataset_index[rows])
         if (gain := proposal.decide(self._policy, done)) is not None:
             self.facts["proposal/kl_gain"] = gain
 

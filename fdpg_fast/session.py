@@ -80,6 +80,11 @@ class Session:
         rows = len(start.model.get_input_embeddings().weight)
         self.prompting = Prompting(self.tokenizer, room, rows, start.continues_prompt, config.contexts)
         self.contexts = load_contexts(config.contexts.train, self.prompting)
+        in_round, updates = min(config.trainer.contexts_per_round, len(self.contexts)), config.trainer.updates_per_round
+        if updates > in_round:
+            raise UserError(
+                f"trainer.updates_per_round: {updates} updates need {updates} contexts, and a round has {in_round}"
+            )
         self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.prompting)
         self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]
         for model in (start, base):

@@ -1,4 +1,4 @@
-"""The round, as data flows: sync → sample → score → log Z and baseline → gradient → step."""
+"""The round, as data flows: sync → sample → score → log Z and baseline → gradient → steps."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .preparation import prepare
 from .runs.metrics import Round
 from .runs.recorder import Recorder
 from .session import Session
+from .updates import mini_batches, update
 
 log = logging.getLogger(__name__)
 
@@ -84,16 +85,18 @@ class Trainer:
         rollouts = sampling.take(index, session.round_contexts, clock)  # waits; starts what is ahead
         scores = session.scorer(rollouts, clock)  # φ beside log a
         log_z, baseline = state.estimates.update(rollouts, scores, divergence)
+        count, seed = session.config.trainer.updates_per_round, session.seed("updates", index)
+        batches = mini_batches(rollouts, scores.log_score, log_z, baseline, count, seed)
         with clock("update"):
-            loss, weights = learner.backward(rollouts, scores.log_score, log_z, baseline, divergence)
-        sampling.meet(index, rollouts, weights, clock)  # all samples must agree with the weights that now move
+            loss, weights = learner.backward(*batches[0][:4], divergence)
+        sampling.meet(index, batches[0].rollouts, weights, clock)  # all samples must agree with weights that now move
         stopping.check()
         state.round = index + 1  # from here on this round is finished, or lost
         with clock("update"):
-            update = learner.step(loss, weights, index)
-            sampling.observe(rollouts, scores, update, index + 1)
+            updates = update(learner, batches, (loss, weights), divergence, index)
+            sampling.observe(rollouts, scores, updates, index + 1)
         log_z_now, samples = state.estimates.partition.summary(), session.scorer.rows(scores, SAMPLES_LOGGED["train"])
-        return Round(index, rollouts, scores, log_z_now, update, samples, sampling.facts, clock)
+        return Round(index, rollouts, scores, log_z_now, updates, samples, sampling.facts, clock)
 
     def _refresh_base(self, index: int) -> None:
         """Let a base that moves become the policy as it is before a round, if that is due."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..by_context import LEAST_PER_CONTEXT
 from ..clock import Clock
 from ..engines.memory import peak_memory
-from ..learner import Update
 from ..measure.diagnostics import pareto_k
 from ..measure.estimators import mean
 from ..rollouts import Rollouts
 from ..scoring import Scores
+from ..updates import Updates
 
 RESERVED = ("in_support", "ess", "pareto_k")  # keys under target/ that no feature may take
 
@@ -29,7 +29,7 @@ class Round:
     rollouts: Rollouts
     scores: Scores
     log_z: dict[str, float]  # known of it after the round, as `PartitionFunction.summary` has it
-    update: Update
+    updates: Updates
     samples: list[dict[str, Any]]  # a few completions, as samples.jsonl records them
     facts: dict[str, float]  # of engine and proposal, by the names of their metrics
     clock: Clock
@@ -37,12 +37,12 @@ class Round:
 
 def round_metrics(this: Round, feature_names: list[str]) -> dict[str, float]:
     """Everything that metrics.jsonl records of a round; nats, tokens, seconds, bytes."""
-    rollouts, scores, update, weights = this.rollouts, this.scores, this.update, this.update.weights
+    rollouts, scores, updates, weights = this.rollouts, this.scores, this.updates, this.updates.weights
     log_importance = scores.log_score - scores.behavior_logprob  # log P/q
     log_ratio = weights.policy_logprob - weights.behavior_logprob
     satisfied = scores.log_score > -torch.inf
     seconds = this.clock.total
-    metrics = {"loss": update.loss}
+    metrics = {"loss": updates.loss}
     for name, values in zip(feature_names, scores.values.T, strict=True):
         metrics |= _with_error(f"target/{name}", values, rollouts.context_index)
     metrics |= {
@@ -57,17 +57,20 @@ def round_metrics(this: Round, feature_names: list[str]) -> dict[str, float]:
         "policy/pseudo_reward_std": float(weights.pseudo_reward.std(correction=0)),
         "policy/clipped": float(weights.clipped.double().mean()),
         "policy/dropped": float(weights.dropped.double().mean()),
-        "policy/grad_norm": update.grad_norm,
-        "policy/skipped": float(update.skipped),
-        "policy/learning_rate": update.learning_rate,
+        "policy/grad_norm": updates.grad_norm,
+        "policy/skipped": float(updates.skipped),
+        "policy/learning_rate": updates.learning_rate,
         "policy/log_ratio_max": float(log_ratio.abs().max()),
-        "policy/ratio_ess": float(1 / log_ratio.double().softmax(0).square().sum()) / len(rollouts),
+        "policy/ratio_ess": min(updates.ratio_ess),
         **this.facts,
         **{f"time/{phase}": spent for phase, spent in this.clock.phases.items()},
         "time/round": seconds,
         "time/tokens_per_second": rollouts.num_tokens / seconds,
         "memory/peak_bytes": float(peak_memory()),
     }
+    if len(updates.ratio_ess) > 1:
+        metrics["policy/updates"] = float(len(updates.made))
+        metrics |= {f"policy/ratio_ess/{i}": share for i, share in enumerate(updates.ratio_ess, 1)}
     if torch.cuda.is_available():
         metrics["memory/peak_device_bytes"] = float(torch.cuda.max_memory_allocated())
     return metrics
@@ -91,6 +94,7 @@ def progress_line(done: int, rounds: int, metrics: dict[str, float], names: list
             f"log Z {known('z/log_z', 2)}" + "?" * (metrics["z/ess"] < LEAST_PER_CONTEXT),
             f"ESS {metrics['target/ess']:.0f}",
             f"KL(π‖a) {number(metrics['policy/kl_to_base'], 2)}",
+            *([f"{metrics['policy/updates']:.0f} updates"] if "policy/updates" in metrics else []),
             f"{metrics['time/tokens_per_second']:,.0f} tok/s",
             f"{minutes}:{seconds:02d} left",
         ]

@@ -115,7 +115,7 @@ class Recorder:
         self.folder.append("metrics.jsonl", {"round": this.index, **metrics})
         self._due = self._due or done % settings.checkpoint_every == 0
         # after an overflow the weights may be past saving: those of before it stay, until there is a gradient again
-        if done == settings.rounds or (self._due and math.isfinite(this.update.grad_norm)):
+        if done == settings.rounds or (self._due and math.isfinite(this.updates.grad_norm)):
             self._save(settled)
             self._due = False
         if done == settings.rounds:

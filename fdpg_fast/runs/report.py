@@ -20,6 +20,7 @@ CURVES = {
     "z/ess": "effective samples behind log Z",
     "target/ess": "effective samples of the round",
     "loss": "surrogate loss",
+    "policy/updates": "updates of the round",
     "time/tokens_per_second": "tokens per second",
 }
 MAX_SAMPLES = 8

@@ -87,6 +87,7 @@ KEYS = [
     "trainer.seed",
     "trainer.contexts_per_round",
     "trainer.samples_per_context",
+    "trainer.updates_per_round",
     "trainer.pipeline_depth",
     "trainer.micro_batch_tokens",
     "trainer.activation_checkpointing",

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from fdpg_fast.experiments.enumerable import D_F
 from support import processes, runs
+from support.enumerable_llama import LONGEST, TEXTS, save_model
 
-END, LETTERS, LONGEST = "<|end|>", "abc", 3
-TEXTS = [text for n in range(LONGEST + 1) for text in itertools.product((1, 2, 3), repeat=n)]
 COUNT_B = "def count(completions):\n    return [float(text.count('b')) for text in completions]\n"
 ROUNDS = 50
-
-
-def save_model(folder: Path) -> Path:
-    """A random Llama of four tokens, one of which ends a text."""
-    vocabulary = {symbol: index for index, symbol in enumerate((END, *LETTERS))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()

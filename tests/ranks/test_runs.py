@@ -50,6 +50,7 @@ CASES = {
         sections={"engine": {"max_new_tokens": 60}, "trainer": {"micro_batch_tokens": 64}, "target": [BEGINS]}
     ),
     "a round ahead": Case(sections={"trainer": {"pipeline_depth": 1}}),
+    "two updates a round": Case(sections={"trainer": {"updates_per_round": 2, "micro_batch_tokens": 20}}),
     "adaptive proposal": Case(sections={"proposal": {"kind": "adaptive", "every": 2}}),
     "another base": Case(base="untied", sections={"partition": {"kind": "oracle"}}),
     "a base that moves": Case(sections={"base": {"refresh_every": 2}}),

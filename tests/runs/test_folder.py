@@ -163,7 +163,7 @@ def test_an_overflow_is_skipped_and_three_end_the_run_with_the_checkpoint_of_bef
         return step(loss, weights, index)
 
     monkeypatch.setattr(learner, "step", overflowing)
-    with pytest.raises(Diverged, match="the gradient was not finite 3 rounds in a row"):
+    with pytest.raises(Diverged, match="the gradient was not finite 3 times in a row"):
         trainer.train()
     assert [row["policy/skipped"] for row in runs.rows(tmp_path / "run/metrics.jsonl")] == [0.0, 1.0, 0.0, 1.0, 1.0]
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["round-000001", "round-000003"]
