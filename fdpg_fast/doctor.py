@@ -92,7 +92,7 @@ def describe(session: Session) -> str:
         f"completions of at most {config.engine.max_new_tokens} tokens, minimising {session.divergence.name} to the "
         f"target; {session.micro_batch_tokens:,} tokens a forward and backward pass"
         + (", which runs every block twice (trainer.activation_checkpointing)" if session.recomputes else ""),
-        build.describe_engine(config, session.base),
+        build.describe_engine(config, session.state.learner.policy),
         f"writes to {config.run_dir}",
     )
     return "\n".join(map(printable, lines))

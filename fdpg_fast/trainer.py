@@ -67,7 +67,7 @@ class Trainer:
             run.start(session.state, session.checkpoint)
             if session.checkpoint is None and evaluate:
                 before = self._evaluate(run)
-            log.info("%s", describe_engine(session.config, session.base))
+            log.info("%s", describe_engine(session.config, session.state.learner.policy))
             for index in range(session.state.round, rounds):
                 run.record(self.round(index))
             if evaluate:

@@ -10,9 +10,11 @@ import shutil
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fdpg_fast.config.load import parse_config
 from fdpg_fast.experiments.compare import measure_runs
+from fdpg_fast.session import Session
 from support import runs
 from support.architectures import save_architecture
 
@@ -268,10 +270,30 @@ def test_the_dry_run_says_what_the_base_is(tiny_model, other, tmp_path, capsys):
     assert f"target's base: {tiny_model}, and from round 2 on the policy, every 2 rounds\n" in capsys.readouterr().out
 
 
+def test_a_larger_base_is_scored_in_smaller_passes(tiny_model, tmp_path):
+    config = LlamaConfig.from_pretrained(tiny_model, num_hidden_layers=40, hidden_size=128)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "large")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "large")
+    beside, alone = (
+        Session(parse_config(runs.settings(tiny_model, tmp_path / "run", base=base)))
+        for base in (str(tmp_path / "large"), {})
+    )
+    assert beside.micro_batch_tokens == alone.micro_batch_tokens
+    assert beside.scorer.micro_batch_tokens < alone.scorer.micro_batch_tokens / 10
+
+
+def test_an_encoder_decoder_may_have_another_as_its_base(tiny_model, tmp_path):
+    model, base = (save_architecture(name, tmp_path / name, tiny_model) for name in ("t5", "bart"))
+    moving = runs.train(model, tmp_path, base=EVERY, target=[TEXT], **ROUNDS)
+    assert abs(runs.rows(moving / "metrics.jsonl")[4]["policy/kl_to_base"]) < 1e-4
+    fixed = runs.train(model, tmp_path, "fixed", base=str(base), target=[TEXT])
+    assert abs(runs.rows(fixed / "metrics.jsonl")[0]["policy/kl_to_base"]) > 0.01
+
+
 def test_a_target_of_the_base_alone_needs_no_feature(tiny_model, other, tmp_path):
     """Distillation: p is the base, Z is 1."""
     target = [{"kind": "base_power", "kappa": 1.0}]
     run_dir = runs.train(other, tmp_path, base=str(tiny_model), target=target, trainer={"samples_per_context": 64})
     last = runs.rows(run_dir / "evaluation.jsonl")[-1]["metrics"]
     assert last["divergence/reverse_kl"]["value"] > 0.1
-    assert (run_dir / "report.html").is_file()
+    assert f"base: {tiny_model}, φ: base^(1.0 − 1)" in (run_dir / "report.html").read_text()

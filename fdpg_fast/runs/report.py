@@ -92,6 +92,8 @@ def _term(term: Json) -> str:
     names = [_feature(feature) for feature in [term.get("feature"), *(term.get("features") or [])] if feature]
     if "beta" in term:
         return f"exp({', '.join(names)} / {term['beta']})"
+    if "kappa" in term:
+        return f"base^({term['kappa']} − 1)"
     if "moments" in term:
         return ", ".join(f"E[{name}] = {mean}" for name, mean in zip(names, term["moments"], strict=False))
     return ", ".join(names) or str(term.get("path") or term.get("kind"))
