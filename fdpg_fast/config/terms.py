@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..errors import UserError, one_line
+from ..features.answers import ExactAnswerFeature, MathFeature
 from ..features.code import Pep8Feature, PythonParsesFeature
 from ..features.entities import EntitiesFeature
 from ..features.feature import ImportedFeature
@@ -25,6 +26,8 @@ FeatureConfig = Annotated[
     | EntitiesFeature
     | ClassifierFeature
     | HTTPFeature
+    | ExactAnswerFeature
+    | MathFeature
     | ImportedFeature,
     Field(discriminator="kind"),
 ]
