@@ -81,7 +81,7 @@ def describe(session: Session) -> str:
         size += f", of which {sum(p.numel() for p in parameters if p.requires_grad) / 1e6:.3g} M are trained"
     base = config.base.model or config.model
     if config.base.refresh_every:
-        base += f", and from round {config.base.refresh_every} on the policy, every {config.base.refresh_every} rounds"
+        base += f", replaced by the policy every {config.base.refresh_every} rounds"
     contexts, each = len(session.round_contexts(session.state.round)), settings.samples_per_context
     lines = (
         f"{config.model}: {size}, {config.dtype}, on {session.base.device}",

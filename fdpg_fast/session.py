@@ -13,6 +13,7 @@ from . import ranks
 from .base import is_start, load_base, sampled_from
 from .clock import Clock
 from .config.schema import TrainConfig
+from .config.terms import build_target
 from .contexts import Context, Prompting, load_contexts
 from .divergence import last_divergence
 from .engines import Engine
@@ -34,14 +35,12 @@ from .proposal import AdaptiveProposal
 from .rollouts import Rollouts, pack
 from .runs.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of
 from .runs.folder import refuse_taken
-from .runs.metrics import RESERVED
 from .runs.origin import origin_of, refuse_changes
 from .runs.recorder import Recorder
 from .runs.tracking import check_installed
 from .sampling import Sampling
 from .scoring import Scorer
 from .seeds import derived_seed, schedule
-from .targets import Target
 
 
 class Session:
@@ -62,7 +61,7 @@ class Session:
         self._device = ranks.join(config.device)
         check_installed(config.tracking)
         self.divergence = last_divergence(config.divergence)
-        target = build_target(config, self._device)
+        target = build_target(config.target, self._device)
         if target.can_be_zero and not self.divergence.allows_zeros:
             raise UserError(f"divergence: {self.divergence.refusal}")
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
@@ -230,21 +229,3 @@ class Session:
         if not is_trained:
             model.model.requires_grad_(False)
         return model
-
-
-def build_target(config: TrainConfig, device: str) -> Target:
-    """The product of the config's terms.
-
-    Raises:
-        UserError: a feature or target cannot be made, or two features share a name.
-    """
-    target = Target(())
-    for term in config.target:
-        target *= term.build(device)
-    names = [feature.name for feature in target.features]
-    for name in names:
-        if name in RESERVED:
-            raise UserError(f"target: {name!r} is the name of a metric of its own; give the feature another name")
-        if names.count(name) > 1:
-            raise UserError(f"target: two features are called {name!r}; give one of them another name")
-    return target

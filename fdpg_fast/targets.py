@@ -123,8 +123,8 @@ class Target:
             low, high = float(column.min()), float(column.max())
             if not low < 0 < high:
                 raise UserError(
-                    f"target: feature {name!r} lies in [{low + moment:g}, {high + moment:g}] on {len(column)} samples "
-                    f"of the base, so no reweighting of them has mean {moment:g}; {REMEDY}, choose another moment, or "
+                    f"target: feature {name!r} lies in [{low + moment:g}, {high + moment:g}] on {len(column)} "
+                    f"samples, so no reweighting of them has mean {moment:g}; {REMEDY}, choose another moment, or "
                     "start nearer"
                 )
         exponents, covariance, each = solve_exponents(sample)
@@ -176,7 +176,7 @@ class Target:
         needed = least if fraction < 1 else 1
         if int(used.sum()) < LEAST_ESS or int(usable.sum()) < needed:
             raise TooFewSamples(
-                f"target: {int(possible.sum())} of {len(possible)} samples of the base are of use (hard terms met), "
+                f"target: {int(possible.sum())} of {len(possible)} samples are of use (hard terms met), "
                 f"{LEAST_MET} or more in {int(usable.sum())} of {len(drawn)} contexts; λ needs {LEAST_ESS:g}, and "
                 f"{needed} such contexts; {REMEDY}"
             )

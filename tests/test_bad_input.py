@@ -92,7 +92,7 @@ OVERRIDES = {
         "^target: 1 features but 2 moments; give one moment a feature"
     ),
     "--target=[{kind: distributional, features: [{kind: import, path: 'features.py:ones'}], moments: [0.5]}]": (
-        "^target: feature 'ones' lies in .* on 2048 samples of the base.* mean 0.5; raise target_fit_samples"
+        "^target: feature 'ones' lies in .* on 2048 samples.* mean 0.5; raise target_fit_samples"
     ),
     "--device=cuda:99": "^device: 'cuda:99' is not usable here",
     "--device=abacus": "^device: 'abacus' is not usable here",

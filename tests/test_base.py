@@ -267,7 +267,7 @@ def test_the_dry_run_says_what_the_base_is(tiny_model, other, tmp_path, capsys):
     assert runs.call("train", written(tmp_path, tiny_model, base=str(other)), "--dry-run") == 0
     assert f"target's base: {other}\n" in capsys.readouterr().out
     assert runs.call("train", written(tmp_path, tiny_model, base=EVERY), "--dry-run") == 0
-    assert f"target's base: {tiny_model}, and from round 2 on the policy, every 2 rounds\n" in capsys.readouterr().out
+    assert f"target's base: {tiny_model}, replaced by the policy every 2 rounds\n" in capsys.readouterr().out
 
 
 def test_a_larger_base_is_scored_in_smaller_passes(tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -16,6 +17,8 @@ from ..features.text import ClassifierFeature, RegexFeature, SentimentFeature, W
 from ..imports import import_object
 from ..targets import Target, base_power, distributional, pointwise, rlhf
 from .section import Section, UserPath
+
+RESERVED = ("in_support", "ess", "pareto_k")  # keys under target/ of a round's metrics, which no feature may take
 
 FeatureConfig = Annotated[
     WordFeature
@@ -98,3 +101,21 @@ class ImportedTarget(Section):
 TermConfig = Annotated[
     PointwiseTerm | RLHFTerm | DistributionalTerm | BasePowerTerm | ImportedTarget, Field(discriminator="kind")
 ]
+
+
+def build_target(terms: Sequence[TermConfig], device: str) -> Target:
+    """The product of terms.
+
+    Raises:
+        UserError: a feature or target cannot be made, or two features share a name.
+    """
+    target = Target(())
+    for term in terms:
+        target *= term.build(device)
+    names = [feature.name for feature in target.features]
+    for name in names:
+        if name in RESERVED:
+            raise UserError(f"target: {name!r} is the name of a metric of its own; give the feature another name")
+        if names.count(name) > 1:
+            raise UserError(f"target: two features are called {name!r}; give one of them another name")
+    return target

@@ -18,8 +18,6 @@ from ..rollouts import Rollouts
 from ..scoring import Scores
 from ..updates import Updates
 
-RESERVED = ("in_support", "ess", "pareto_k")  # keys under target/ that no feature may take
-
 
 @dataclass(frozen=True)
 class Round:

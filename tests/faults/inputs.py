@@ -93,6 +93,11 @@ KEYS = {
     "--lora={rank: 2, target_modules: [nowhere]}": "nowhere",
     "--lora={rank: 2, target_modules: []}": "target_modules",
     "--lora=4": "lora",
+    "--base=./nowhere": "base.model",
+    "--base=[a]": "base",
+    "--base={refresh_every: 0}": "base.refresh_every",
+    "--target.0={kind: base_power, kappa: -1}": "kappa",
+    "--target.0={kind: base_power, kappa: .inf}": "kappa",
     # values that exclude each other
     "--divergence=kl": "divergence",
     "--divergence=": "divergence",
