@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,8 +19,8 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     Repetition between texts counts as much as within one. It falls as texts are added, so it compares only sets of
     equal size and length.
     """
-    ngrams = [ngram for text in texts for ngram in _ngrams(WORD.findall(text), n)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+    *_, (ngrams, _) = _ngrams([WORD.findall(text) for text in texts], n)
+    return len(np.unique(ngrams)) / len(ngrams) if len(ngrams) else math.nan
 
 
 def self_bleu(texts: Sequence[str], n: int = 5) -> float:
@@ -33,7 +32,7 @@ def self_bleu(texts: Sequence[str], n: int = 5) -> float:
     if len(texts) < 2:
         return math.nan
     words = [WORD.findall(text) for text in texts]
-    matches = np.array([_matches(words, order) for order in range(1, n + 1)])  # [n, texts]
+    matches = np.array([_matches(*ngrams, len(texts)) for ngrams in _ngrams(words, n)])  # [n, texts]
     lengths = np.array([len(text) for text in words])
     totals = np.maximum(lengths - np.arange(n)[:, None], 1)
     log_precision = np.log(np.where(matches > 0, matches, SMOOTHING) / totals).mean(0)
@@ -43,20 +42,31 @@ def self_bleu(texts: Sequence[str], n: int = 5) -> float:
     return float(np.where(matches[0] > 0, scores, 0.0).mean())
 
 
-def _ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(words[start:] for start in range(n)), strict=False)
+def _ngrams(texts: Sequence[Sequence[str]], longest: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For n = 1 … longest: the n-grams of all texts, numbered from 0 on without a gap, and the text that each is of."""
+    numbers: dict[str, int] = {}
+    words = np.array([numbers.setdefault(word, len(numbers)) for text in texts for word in text], dtype=np.int64)
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    ngrams, start = words, np.arange(len(words))  # and the place of its first word
+    for n in range(1, longest + 1):
+        yield ngrams, owner[start]
+        inside = start + n < len(words)
+        inside[inside] = owner[start[inside] + n] == owner[start[inside]]
+        ngrams, start = ngrams[inside], start[inside]
+        ngrams = np.unique(ngrams * len(numbers) + words[start + n], return_inverse=True)[1]
 
 
-def _matches(words: Sequence[Sequence[str]], n: int) -> list[int]:
+def _matches(ngrams: np.ndarray, owner: np.ndarray, texts: int) -> np.ndarray:
     """How many n-grams of each text some other text has, each up to its largest count there."""
-    counts = [Counter(_ngrams(text, n)) for text in words]
-    all_times = defaultdict(list)
-    for count in counts:
-        for ngram, times in count.items():
-            all_times[ngram].append(times)
+    each, times = np.unique(ngrams * texts + owner, return_counts=True)
+    ngram, owner = each // texts, each % texts  # of each text once
+    times_by_ngram = times[np.lexsort((-times, ngram))]
+    first = np.flatnonzero(np.diff(ngram, prepend=-1))
+    shared = np.diff(first, append=len(ngram)) > 1
     # the limit for the text with the largest count; the others do not reach it
-    second = {ngram: sorted([0, *times])[-2] for ngram, times in all_times.items()}
-    return [sum(min(times, second[ngram]) for ngram, times in count.items()) for count in counts]
+    second = np.zeros(len(first), dtype=np.int64)
+    second[shared] = times_by_ngram[first[shared] + 1]
+    return np.bincount(owner, np.minimum(times, second[ngram]), minlength=texts)
 
 
 def _log_brevity_penalty(length: int, ordered: Sequence[int]) -> float:
