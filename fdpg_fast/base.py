@@ -58,7 +58,7 @@ def _refuse_other_texts(base: LanguageModel, its_tokenizer: Any, start: Language
         kinds = ["a decoder" if model.continues_prompt else "an encoder-decoder" for model in (base, start)]
         raise UserError(f"base.model: it is {kinds[0]} and model {kinds[1]}, which get other tokens of a prompt")
     theirs, ours = its_tokenizer.get_vocab(), tokenizer.get_vocab()
-    for token in {**ours, **theirs}:
+    for token in sorted({**ours, **theirs}):
         if theirs.get(token) != ours.get(token):
             places = [f"number {ids[token]}" if token in ids else "not there" for ids in (theirs, ours)]
             raise UserError(f"base.model: in its tokenizer {token!r} is {places[0]}, in that of model {places[1]}")

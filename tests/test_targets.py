@@ -351,7 +351,7 @@ def test_too_few_effective_samples_are_refused():
 def test_a_hard_term_that_is_hardly_ever_met_is_refused():
     for met in (0, 49):
         values = torch.cat([mixed(met, 1000 - met), mixed(500, 500).flip(0)], dim=1)
-        with pytest.raises(UserError, match=rf"{met} of 1000 samples .* are of use .hard terms.*target_fit_samples"):
+        with pytest.raises(UserError, match=rf"{met} of 1000 samples are of use .hard terms.*target_fit_samples"):
             (pointwise(named("h")) * distributional([named("f")], [0.5])).fit(values, one_context(values))
 
 

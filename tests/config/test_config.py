@@ -93,6 +93,7 @@ KEYS = [
     "trainer.pipeline_depth",
     "trainer.micro_batch_tokens",
     "trainer.activation_checkpointing",
+    "trainer.reshard_after_forward",
     "trainer.checkpoint_every",
     "evaluation.contexts",
     "evaluation.samples_per_context",
