@@ -1,4 +1,4 @@
-"""What precedes the first round: λ of prescribed moments and the oracle's Z, from samples of the policy as it starts.
+"""What precedes the first round, from samples of the policy as it starts: λ, the oracle's Z, exact samples of p.
 
 It is the base, or what it samples is reweighted to the base by a/q.
 """
@@ -9,16 +9,26 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from . import ranks
 from .base import is_start
 from .clock import Clock
+from .contexts import Context
+from .errors import UserError, one_line
 from .measure.estimators import Estimate
+from .measure.target_samples import TargetSamples, accepted
 from .moments import REMEDY, TooFewSamples
 from .progress import activity
+from .rollouts import Rollouts
+from .runs.folder import TARGET_SAMPLES
 from .runs.tables import DOUBT, doubtful, text_of, with_error
+from .runs.tensors import keep
 from .session import Session
 from .targets import Target
 
@@ -67,6 +77,53 @@ def prepare(session: Session) -> None:
         if found["contexts_at_zero"]:
             at_zero = f"in {found['contexts_at_zero']:,.0f} of {total:,} contexts none of these meets the target"
             log.warning(f"oracle: {at_zero}: nothing is learned there; choose partition.kind: running")
+
+
+def find_target_samples(session: Session) -> None:
+    """Give the session the run's exact samples of the target, for evaluations.
+
+    They are drawn and kept before the first round, while the policy is the base. There are none where φ is not 0 or 1,
+    or the base is another, or moves, or nothing asks for them.
+
+    Raises:
+        UserError: their file is damaged.
+    """
+    config, target, contexts = session.config, session.scorer.target, session.eval_contexts
+    each, path = config.evaluation.base_samples, Path(config.run_dir) / TARGET_SAMPLES
+    is_base = is_start(config) and not config.base.refresh_every
+    if not (each and is_base and all(term.can_be_zero for term in target.terms)):
+        return
+    if session.checkpoint is not None:
+        session.target_samples = _read(path, contexts)
+        return
+    with activity("sampling the base for exact samples of the target", each * len(contexts)):
+        base = session.sample(contexts, each, session.seed("target samples", 0))
+    known = session.scorer.read(base, Clock(), is_of_base=True)
+    found = accepted(base, target.log_phi(known.values, known.base_logprob), session.scorer)
+    if found is None:
+        log.info("target: none of %s samples of the base is an exact sample of it, to measure on", f"{len(base):,}")
+        return
+    without = len(contexts) - len(found.rollouts.contexts)
+    log.info(
+        f"target: {len(found.rollouts):,} of {len(base):,} samples of the base meet it, to measure on; "
+        f"in {without:,} of {len(contexts):,} contexts none does"
+    )
+    session.target_samples, tensors = found, found.rollouts.tensors()
+    tensors["dataset_index"] = torch.tensor([context.index for context in found.rollouts.contexts], dtype=torch.long)
+    if ranks.is_first():
+        keep(path, tensors | {"draws": torch.tensor(found.draws)})
+
+
+def _read(path: Path, contexts: Sequence[Context]) -> TargetSamples | None:
+    """The samples in a run's folder, if it has some."""
+    try:
+        tensors = load_file(path)
+        draws, chosen = int(tensors.pop("draws")), tensors.pop("dataset_index").tolist()
+        return TargetSamples(Rollouts(contexts=tuple(contexts[index] for index in chosen), **tensors), draws)
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, LookupError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}); delete it to evaluate without") from error
 
 
 def fit_moments(target: Target, draw: Draw, order: Sequence[int], budget: int, source: str = "the base") -> Target:

@@ -63,17 +63,20 @@ class Rollouts:
 
     def of_contexts(self, chosen: Sequence[int]) -> tuple[Tensor, Rollouts]:
         """Which completions continue these contexts, ascending places among `contexts`, [b] int64; and they alone."""
-        places = torch.tensor(chosen)
-        rows = torch.isin(self.context_index, places).nonzero()[:, 0]
-        tokens = torch.isin(torch.repeat_interleave(self.lengths), rows)
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths[rows].cumsum(0)])
-        return rows, Rollouts(
-            contexts=tuple(self.contexts[i] for i in chosen),
-            context_index=torch.searchsorted(places, self.context_index[rows]),
+        rows = torch.isin(self.context_index, torch.tensor(chosen))
+        return rows.nonzero()[:, 0], self.where(rows)
+
+    def where(self, chosen: Tensor) -> Rollouts:
+        """The completions that are chosen, [B] bool, with the contexts that they continue."""
+        tokens = chosen.repeat_interleave(self.lengths)
+        places, context_index = self.context_index[chosen].unique(return_inverse=True)
+        return Rollouts(
+            contexts=tuple(self.contexts[place] for place in places.tolist()),
+            context_index=context_index,
             token_ids=self.token_ids[tokens],
-            cu_seqlens=ends.int(),
+            cu_seqlens=torch.nn.functional.pad(self.lengths[chosen].cumsum(0), (1, 0)).int(),
             behavior_logprob=self.behavior_logprob[tokens],
-            finished=self.finished[rows],
+            finished=self.finished[chosen],
         )
 
     def micro_batches(self, max_tokens: int) -> Iterator[slice]:

@@ -23,6 +23,7 @@ from .features import check_columns
 from .learner import Learner
 from .measure.estimators import LogPartition
 from .measure.evaluate import Evaluation, evaluate
+from .measure.target_samples import TargetSamples
 from .models.activations import plan_passes, recompute
 from .models.generation import eos_token_ids
 from .models.language_model import LanguageModel
@@ -133,6 +134,7 @@ class Session:
         estimates = Estimates(partition, Baseline(config.loss.baseline), config.loss.reward_cap)
         moving = OlderPolicy(base) if config.base.refresh_every else None
         self.state = TrainerState(learner, estimates, self.sampling, moving, round=done)
+        self.target_samples: TargetSamples | None = None  # for the evaluation contexts, where there are exact ones
 
     @property
     def base(self) -> LanguageModel:
@@ -204,8 +206,10 @@ class Session:
             rollouts = self.sample(self.eval_contexts, samples_per_context, seed)
         with activity(f"evaluating: scoring {what}", total):
             scores = self.scorer(rollouts, Clock())
-        evaluation = evaluate(rollouts, scores, self.scorer.target, self.divergence, log_z)
-        return evaluation, self.scorer.rows(scores, count)
+            exact, policy = self.target_samples, self.state.learner.policy
+            known = None if exact is None else (exact, exact.logprob(policy, self.scorer.micro_batch_tokens))
+        found = evaluate(rollouts, scores, self.scorer.target, self.divergence, log_z, known)
+        return found, self.scorer.rows(scores, count)
 
     def round_contexts(self, round_index: int) -> list[Context]:
         """What a round samples from."""

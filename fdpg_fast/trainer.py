@@ -15,7 +15,7 @@ from .config.schema import TrainConfig
 from .divergence import divergence_at
 from .engines.build import describe_engine
 from .measure.evaluate import Evaluation
-from .preparation import prepare
+from .preparation import find_target_samples, prepare
 from .runs.metrics import Round
 from .runs.recorder import Recorder
 from .session import Session
@@ -64,6 +64,8 @@ class Trainer:
         with contextlib.closing(session), session.recorder() as run:
             transformers.set_seed(session.config.trainer.seed)  # for features that draw from the global generators
             prepare(session) if session.checkpoint is None else session.restore()
+            if evaluate:
+                find_target_samples(session)
             run.start(session.state, session.checkpoint)
             if session.checkpoint is None and evaluate:
                 before = self._evaluate(run)

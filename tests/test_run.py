@@ -38,6 +38,7 @@ def test_folder_holds_what_the_guide_lists(run_dir):
         "metrics.jsonl",
         "samples.jsonl",
         "evaluation.jsonl",
+        "target-samples.safetensors",
         "checkpoints",
         "report.html",
     }
@@ -243,8 +244,9 @@ def test_library_does_what_the_command_line_does(tiny_model, tmp_path, caplog):
     assert result.run_dir == tmp_path / "library" and result.report.exists()
     assert result.before.metrics["kl_to_base"].value == pytest.approx(0, abs=1e-4)
     assert result.after.as_dict()["num_samples"] == 9
-    assert said[0] == "engine: transformers, the learner's own module (there is no GPU)"
-    assert [line.split("  ")[0] for line in said[1:]] == ["round 1/2", "round 2/2"]
+    assert said[0].startswith("target: 143 of 192 samples of the base meet it")
+    assert said[1] == "engine: transformers, the learner's own module (there is no GPU)"
+    assert [line.split("  ")[0] for line in said[2:]] == ["round 1/2", "round 2/2"]
     saved = load_file(result.run_dir / "checkpoints/round-000002/model.safetensors")
     trained = trainer.session.state.learner.policy.model.state_dict()
     assert all(torch.equal(saved[name], trained[name]) for name in saved)
@@ -262,6 +264,59 @@ def test_evaluate_measures_the_checkpoint_on_a_fresh_sample(run_dir, tmp_path, c
         assert f"written to {copy}/evaluation.json" in shown.out
     assert found[0] == found[1] != found[2] and found[0]["num_samples"] == 15
     runs.assert_equal(runs.record(copy), runs.record(run_dir))
+
+
+@pytest.mark.parametrize("sections", [{}, {"lora": {"rank": 2}}, {"dtype": "bfloat16"}], ids=["", "LoRA", "bfloat16"])
+def test_before_training_all_distance_to_exact_samples_of_the_target_is_z(sections, tiny_model, tmp_path):
+    run_dir = runs.train(tiny_model, tmp_path, evaluation={"base_samples": 16}, **sections)
+    before, after = (row["metrics"] for row in runs.rows(run_dir / "evaluation.jsonl"))
+    kept = load_file(run_dir / "target-samples.safetensors")
+    assert int(kept["draws"]) == 16
+    accepted = kept["context_index"].bincount().double()
+    log_z = (accepted / 16).log() + (1 / accepted - 1 / 16) / 2
+    cost = before["target_samples/kl_of_target_to_base"]["value"]
+    assert cost == pytest.approx(-float(log_z.mean())) and before["target_samples/contexts_left_out"]["value"] == 0
+    assert before["target_samples/forward_kl"]["value"] == pytest.approx(cost, abs=1e-5)  # log a is log π
+    assert after["target_samples/forward_kl"]["value"] != before["target_samples/forward_kl"]["value"]
+    assert after["target_samples/kl_of_target_to_base"] == before["target_samples/kl_of_target_to_base"]
+
+
+def test_exact_samples_of_the_target_stay_with_the_run(tiny_model, tmp_path, capsys):
+    run_dir = runs.train(tiny_model, tmp_path)
+    path = run_dir / "target-samples.safetensors"
+    kept, last = path.read_bytes(), runs.rows(run_dir / "evaluation.jsonl")[-1]["metrics"]
+
+    def exact() -> dict[str, float]:
+        assert runs.call("evaluate", run_dir) == 0
+        found = runs.strict((run_dir / "evaluation.json").read_text())["metrics"]
+        return {key: found[key]["value"] for key in found if key.startswith("target_samples/")}
+
+    found = exact()
+    assert found["target_samples/forward_kl"] == last["target_samples/forward_kl"]["value"]  # needs p's samples alone
+    assert found["target_samples/jensen_shannon"] != last["target_samples/jensen_shannon"]["value"]
+    assert path.read_bytes() == kept
+    path.write_bytes(kept[:-40])
+    capsys.readouterr()
+    assert runs.call("evaluate", run_dir) == 2
+    assert capsys.readouterr().err.startswith(f"fdpg-fast: {path} is damaged (")
+    path.unlink()
+    assert exact() == {}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"target": [SOFT]},
+        {"target": [runs.LETTERS, SOFT | {"feature": {"kind": "regex", "name": "a", "pattern": "a"}}]},
+        {"evaluation": {"base_samples": 0}},
+    ],
+    ids=["soft", "hard and soft", "not asked for"],
+)
+def test_without_exact_samples_of_the_target_nothing_is_kept(sections, tiny_model, tmp_path):
+    run_dir = runs.train(tiny_model, tmp_path, **sections)
+    assert not (run_dir / "target-samples.safetensors").exists()
+    (*_, last) = runs.rows(run_dir / "evaluation.jsonl")
+    assert not [key for key in last["metrics"] if key.startswith("target_samples/")]
 
 
 def test_an_evaluation_that_cannot_be_written_has_been_shown(run_dir, tmp_path, capsys):

@@ -15,7 +15,7 @@ from ..chats import ContextsConfig
 from ..divergence import last_divergence
 from ..errors import UserError
 from .section import Section, UserPath
-from .terms import DistributionalTerm, ImportedTarget, TermConfig
+from .terms import DistributionalTerm, ImportedTarget, PointwiseTerm, TermConfig
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
 MAX_SAMPLES = 10**5  # of a context: more of them, and a round would not end
@@ -154,6 +154,8 @@ class EvaluationConfig(Section):
     """Contexts to evaluate on, the first ones of the file."""
     samples_per_context: int = Field(default=32, ge=2, le=MAX_SAMPLES)
     """Completions of each; Z and divergences come from this one sample: few a context bias them to 0, which ? marks."""
+    base_samples: int = Field(default=64, ge=0, le=MAX_SAMPLES)
+    """Completions of the base for each, drawn once, of which a hard constraint leaves exact samples of p; 0: none."""
 
 
 class TrainConfig(Section):
@@ -223,6 +225,8 @@ class TrainConfig(Section):
             )
         engine, is_served = self.engine, self.engine.kind == "vllm_server"
         is_fitted = any(isinstance(term, (DistributionalTerm, ImportedTarget)) for term in self.target)
+        has_exact_samples = all(isinstance(term, (PointwiseTerm, ImportedTarget)) for term in self.target)
+        has_exact_samples &= self.base.model in (None, self.model) and not self.base.refresh_every
         for section, keys, has_effect, beside in (
             ("engine", ("urls", "weight_transfer", "request_timeout"), is_served, "engine.kind: vllm_server"),
             ("engine", ("tensor_parallel",), engine.kind in ("auto", "vllm"), "engine.kind: vllm"),
@@ -230,6 +234,7 @@ class TrainConfig(Section):
             ("engine", ("max_sequences",), not is_served, "an engine.kind that is not a server with limits of its own"),
             ("proposal", ("every",), self.proposal.kind == "adaptive", "proposal.kind: adaptive"),
             ("loss", ("ratio_cap", "ratio_drop"), self.loss.ratio == "sequence", "loss.ratio: sequence"),
+            ("evaluation", ("base_samples",), has_exact_samples, "pointwise terms alone, and a base that is model"),
             ("", ("target_fit_samples",), is_fitted, "a distributional target"),
         ):
             settings = getattr(self, section) if section else self

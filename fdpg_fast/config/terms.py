@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..errors import UserError, one_line
-from ..features.answers import ExactAnswerFeature, MathFeature
 from ..features.code import Pep8Feature, PythonParsesFeature
 from ..features.entities import EntitiesFeature
 from ..features.feature import ImportedFeature
@@ -29,8 +28,6 @@ FeatureConfig = Annotated[
     | EntitiesFeature
     | ClassifierFeature
     | HTTPFeature
-    | ExactAnswerFeature
-    | MathFeature
     | ImportedFeature,
     Field(discriminator="kind"),
 ]

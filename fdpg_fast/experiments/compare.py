@@ -12,17 +12,16 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..config.schema import TrainConfig
 from ..contexts import load_contexts
-from ..errors import UserError, disk_errors
+from ..errors import UserError
 from ..features import check_columns
 from ..measure.estimators import Estimate
 from ..measure.evaluate import Evaluation
@@ -33,6 +32,7 @@ from ..runs.folder import Run, read_run
 from ..runs.plots import Drawing, coloured, curve, draw_by_k, drawing, new_axes
 from ..runs.report import CURVES, write_page
 from ..runs.tables import BY_K, UNKNOWN, is_of_feature, label_of, metric_keys, text_of, text_table
+from ..runs.tensors import keep
 from ..session import Session
 from .pictures import draw_point
 
@@ -42,6 +42,7 @@ COMPARED = (
     *("kl_to_base", "kl_of_target_to_base", "entropy_per_token", "distinct_1", "distinct_2", "distinct_3"),
     *("self_bleu_5", "perplexity_under_base"),
 )
+NO_DIVERGENCE = ("target_samples/kl_of_target_to_base", "target_samples/contexts_left_out")
 NO_BETTER_SIDE = ("kl_of_target_to_base", "perplexity_under_base")
 
 
@@ -114,11 +115,7 @@ def frozen_base_sample(session: Session, samples: int, seed: int, folder: Path) 
         contextlib.closing(session.start_engine(base, 0)) as engine,
     ):
         rollouts = engine.sample(contexts, samples, seed)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # of two runs side by side the later one wins
-    with disk_errors(f"cannot write {path}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(rollouts.tensors(), temporary)
-        temporary.rename(path)
+    keep(path, rollouts.tensors())
     return rollouts
 
 
@@ -157,7 +154,8 @@ def _comparison_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]], l
     trained = [str(run.config.get("divergence", "?")) for run in runs]
     seeds = [str((run.config.get("trainer") or {}).get("seed", "?")) for run in runs]
     quality = [_ranked_row(runs, key) for key in [*metric_keys(runs, ("feature/", *BY_K)), *COMPARED]]
-    divergences = [_ranked_row(runs, key) for key in metric_keys(runs, "divergence/")]
+    measured = [key for prefix in ("target_samples/", "divergence/") for key in metric_keys(runs, prefix)]
+    divergences = [_ranked_row(runs, key) for key in measured if key not in NO_DIVERGENCE]
     return header, [["trained", *trained], ["seed", *seeds], *quality], divergences
 
 

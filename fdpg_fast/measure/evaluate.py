@@ -7,14 +7,18 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from fdpg_kernels import Divergence
 
 from ..rollouts import Rollouts
 from ..scoring import Scores
 from ..targets import Target
+from . import target_samples
 from .diversity import distinct_n, self_bleu
 from .estimators import MATRIX, Estimate, LogPartition, divergence_matrix, log_partition, mean, mean_under_target, ratio
 from .pass_at_k import is_binary, majority_at_k, pass_at_k
+from .target_samples import TargetSamples
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Evaluation:
     kl_of_target_to_base, the least that the preference costs in KL to the base. `contexts_left_out` counts contexts
     without a sample that the target allows: log Z and divergences are averages over the others, the easier ones.
     pass@k/… is of features that are 0 or 1 in this sample, majority@k/… of those among them that read answers.
+    target_samples/… comes from exact samples of the target, see `target_samples`, all else from those of the policy.
     """
 
     metrics: dict[str, Estimate]
@@ -36,12 +41,19 @@ class Evaluation:
 
 
 def evaluate(
-    rollouts: Rollouts, scores: Scores, target: Target, divergence: str | Divergence, known: LogPartition | None = None
+    rollouts: Rollouts,
+    scores: Scores,
+    target: Target,
+    divergence: str | Divergence,
+    known: LogPartition | None = None,
+    exact: tuple[TargetSamples, Tensor] | None = None,
 ) -> Evaluation:
     """Measure a policy on B on-policy rollouts and their scores; entropies and KL in nats, lengths in tokens.
 
     Divergences, the trained one among them, are between policy and target and use `known`, the Z of each context, or
     without it the Z of this very sample (see `divergence_matrix`).
+
+    `exact`: samples of the target for the same contexts, and the policy's log-prob of each, [S] float64.
     """
     context_index, lengths, texts = rollouts.context_index, rollouts.lengths.double(), scores.texts.completions
     log_pi, log_a, log_score = scores.behavior_logprob, scores.base_logprob, scores.log_score
@@ -80,4 +92,7 @@ def evaluate(
     matrix = divergence_matrix(log_pi, log_score, context_index, known, (*MATRIX, divergence))
     metrics["contexts_left_out"] = Estimate(matrix.contexts_left_out, math.nan, len(rollouts.contexts))
     metrics |= {f"divergence/{name}": estimate for name, estimate in matrix.estimates.items()}
+    if exact is not None:
+        distances = target_samples.measure(*exact, log_pi, log_score, context_index)
+        metrics |= {f"target_samples/{name}": estimate for name, estimate in distances.items()}
     return Evaluation(metrics, len(rollouts), len(rollouts.contexts))

@@ -21,6 +21,8 @@ from ..errors import UserError
 from ..measure import quasi_rejection
 from ..measure.estimators import log_partition
 from ..measure.evaluate import Evaluation
+from ..measure.target_samples import accepted
+from ..preparation import find_target_samples
 from ..progress import activity
 from ..rollouts import Rollouts
 from ..session import Session
@@ -43,16 +45,20 @@ def evaluate_checkpoint(session: Session, samples: int | None, seed: int, base: 
 
     Args:
         samples: completions a context; None: as many as the config says.
-        base: samples of the base for the evaluation contexts: Z, and λ of a distributional target, are then theirs.
+        base: samples of the base for the evaluation contexts: Z, λ of a distributional target, and exact samples of a
+            hard constraint are then theirs; None: the exact samples are the run's.
     """
     session.restore()
     log_z, scorer = None, session.scorer
-    if base is not None:
+    if base is None:
+        find_target_samples(session)
+    else:
         known = scorer.read(base, Clock(), is_of_base=True)
         if scorer.target.moments:
             scorer.target = scorer.target.fit(known.values, base.context_index, known.base_logprob)
         log_phi = scorer.target.log_phi(known.values, known.base_logprob)
         log_z = log_partition(torch.zeros_like(log_phi), log_phi, base.context_index)  # P/a is φ
+        session.target_samples = accepted(base, log_phi, scorer)
     samples = samples or session.config.evaluation.samples_per_context
     with contextlib.closing(session):
         return session.measure(samples, session.seed("fresh evaluation", seed), 0, log_z)[0]

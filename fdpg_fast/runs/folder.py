@@ -23,7 +23,11 @@ from ..measure.estimators import Estimate
 
 Json = dict[str, Any]
 Parsed = TypeVar("Parsed")
-OURS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "checkpoints", "report.html")
+TARGET_SAMPLES = "target-samples.safetensors"
+OURS = (
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl"),
+    *(TARGET_SAMPLES, "checkpoints", "report.html"),
+)
 ORIGIN, TRACKING = ".origin.json", ".tracking.json"
 TEXT: Json = {"encoding": "utf-8", "errors": "replace"}  # a lone surrogate in a prompt is no reason to stop
 EVERY_ENGINE = ("kind", "max_new_tokens", "gap_warning", "gap_limit")  # keys of `engine` that mean the same to all

@@ -11,7 +11,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from ..measure.diagnostics import complaints
 from .folder import Json, read_run, to_float, write_whole
 from .plots import PALETTE, coloured, curve, draw_by_k, finite
-from .tables import DOUBT, UNKNOWN, is_number, label_of, metric_keys, text_of, with_error
+from .tables import DOUBT, UNKNOWN, is_number, label_of, metric_keys, of_target, text_of, with_error
 
 CURVES = {
     "policy/kl_to_base": "KL to base (nats)",
@@ -29,7 +29,8 @@ MAX_SAMPLES = 8
 def write_report(run_dir: str | Path) -> Path:
     """Make RUN/report.html from whatever the run has written so far; raises UserError as `read_run`."""
     run = read_run(run_dir)
-    keys, features, divergences = (metric_keys([run], prefix) for prefix in ("", "feature/", "divergence/"))
+    keys, features = (metric_keys([run], prefix) for prefix in ("", "feature/"))
+    divergences = [key for prefix in ("target_samples/", "divergence/") for key in metric_keys([run], prefix)]
     trained = [key[7:-3] for row in run.metrics for key in row if key.startswith("target/") and key.endswith("_se")]
     colours = coloured([key.removeprefix("feature/") for key in features] + trained)
     title = "E[φ]" if len(colours) > 1 else f"E[{''.join(colours)}]"
@@ -41,6 +42,7 @@ def write_report(run_dir: str | Path) -> Path:
         run=run,
         complaints=complaints(run.metrics[-1] if run.metrics else {}).values(),
         cards=(features, ["kl_to_base"], ["distinct_2"]),
+        of_target={key: own for key in (*features, "kl_to_base") if (own := of_target(run, key)) is not UNKNOWN},
         colours=colours,
         curves=curves,
         ends=(ends := coloured(["after", "before"])),

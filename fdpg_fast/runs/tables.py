@@ -32,6 +32,12 @@ LABELS = {  # in the order of the tables
     "contexts_left_out": "contexts without support",
     **{f"divergence/{name}": label for name, label in _DIVERGENCES},
 }
+EXACT = "on exact samples of p"  # all else is from the policy's
+LABELS |= {
+    f"target_samples/{key.removeprefix('divergence/')}": f"{label}, {EXACT}"
+    for key, label in LABELS.items()
+    if key.endswith(("/forward_kl", "/jensen_shannon", "/jensen_shannon_half", "kl_of_target_to_base", "left_out"))
+}
 # of what features have, in the order of the tables: their name, and k
 FEATURE_LABELS = {
     **{"feature": "E[{}]", "pass": "pass@{1} of {0}", "majority": "majority@{1} of {0}"},
@@ -39,7 +45,7 @@ FEATURE_LABELS = {
 }
 BY_K = ("pass@", "majority@")
 SUMMARY = ("kl_to_base", "entropy_per_token", "distinct_2", "self_bleu_5")
-MATRIX = tuple(f"divergence/{x}" for x in ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon"))
+MATRIX = ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon")
 WIDTH = 100  # columns of a terminal that tables may take
 DOUBT = f"?: fewer than {LEAST_ESS:g} effective samples or {LEAST_PER_CONTEXT:g} a context: biased, blind to parts of p"
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
@@ -52,7 +58,7 @@ def text_of(estimate: Estimate, key: str = "") -> str:
 
 def doubtful(estimate: Estimate, key: str = "") -> bool:
     """Whether a metric rests on so few samples that it means little; KL(π‖p) and χ²(π‖p) need no p/π."""
-    looks_at_p = key.startswith(("divergence/", "feature_of_target/", "kl_of_target_to_base"))
+    looks_at_p = key.startswith(("divergence/", "feature_of_target/", "kl_of_target_to_base", "target_samples/"))
     looks_at_p &= key not in ("divergence/reverse_kl", "divergence/neyman_chi2")
     few = (looks_at_p and estimate.ess < LEAST_ESS) or estimate.per_context < LEAST_PER_CONTEXT
     return few and math.isfinite(estimate.value)
@@ -121,17 +127,36 @@ def _place(key: str) -> int:
     return [*FEATURE_LABELS, *LABELS, key].index(_parts(key)[0] if is_of_feature(key) else key)
 
 
+def of_target(run: Run, key: str) -> Estimate:
+    """What a metric of the policy would be if it were the target; unknown of most."""
+    measured = run.before | run.after
+    keys = [key.replace("feature/", "feature_of_target/")] if key.startswith("feature/") else []
+    if key == "kl_to_base":
+        keys = ["target_samples/kl_of_target_to_base", "kl_of_target_to_base"]
+    return next((measured[key] for key in keys if key in measured), UNKNOWN)
+
+
 def before_after_table(run_dir: str | Path) -> str:
-    """What training changed, with 95 % intervals; raises UserError as `read_run`."""
+    """What training changed, with 95 % intervals, and what the target has; raises UserError as `read_run`."""
     run = read_run(run_dir)
-    trained = f"divergence/{run.trained}"
-    labels = {key: label_of(key) for key in [*metric_keys([run], ("feature/", *BY_K)), *SUMMARY]}
-    for key in [trained, *MATRIX]:
-        labels[key] = f"to target: {label_of(key)}{' (trained)' if key == trained else ''}"
-    rows = [
-        [label, *(text_of(x.get(key, UNKNOWN), key) for x in (run.before, run.after))] for key, label in labels.items()
-    ]
-    return text_table([["", "before", "after"], *rows])
+    columns = (run.before, run.after)
+    rows = [["", "before", "after", "target"]]
+    for key in [*metric_keys([run], ("feature/", *BY_K)), *SUMMARY]:
+        own = of_target(run, key)
+        cells = [text_of(x.get(key, UNKNOWN), key) for x in columns]
+        rows.append([label_of(key), *cells, "" if own is UNKNOWN else text_of(own, "feature_of_target/")])
+    names = dict.fromkeys([run.trained, *MATRIX])
+    exact = [name for name in names if any(f"target_samples/{name}" in x for x in columns)]
+    others = [name for name in names if name not in exact]
+    for kind, heading, group in (
+        ("target_samples", f"to target p, {EXACT}", exact),
+        ("divergence", "to target p, from the policy's samples, reweighted", others),
+    ):
+        rows += [[heading, "", "", ""]] if group else []
+        for name in group:
+            key, label = f"{kind}/{name}", label_of(f"divergence/{name}") + " (trained)" * (name == run.trained)
+            rows.append([f"  {label}", *(text_of(x.get(key, UNKNOWN), key) for x in columns), ""])
+    return text_table(rows)
 
 
 def evaluation_table(row: Json) -> str:

@@ -8,6 +8,7 @@ Parts are written by threads, while the next rounds go on: what is written is a 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import ranks
-from ..errors import one_line
+from ..errors import disk_errors, one_line
 from ..models import parallel
 from ..models.parts import mesh
 
@@ -67,6 +68,18 @@ def read_tensors(folder: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     with warnings.catch_warnings(action="ignore"):  # that a single process is one
         checkpoint.load(parts, storage_reader=reader, no_dist=not ranks.joined())
     return found | parts
+
+
+def keep(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file of tensors whole or not at all; of two processes side by side the later one wins."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_errors(f"writing {path}"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary)
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _copy(tensor: Tensor) -> Tensor:

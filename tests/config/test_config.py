@@ -26,8 +26,6 @@ FEATURE = (
     "concurrency",
     "attempts",
     "request_timeout",
-    "read",
-    "column",
     "path",
 )
 
@@ -97,6 +95,7 @@ KEYS = [
     "trainer.checkpoint_every",
     "evaluation.contexts",
     "evaluation.samples_per_context",
+    "evaluation.base_samples",
     "tracking",
 ]
 

@@ -192,6 +192,8 @@ WITHOUT_EFFECT = [
     ("proposal.every", 3, {}, {"proposal.kind": "adaptive"}),
     ("loss.ratio_cap", 2.0, {"loss.ratio": "none"}, {"loss.ratio": "sequence"}),
     ("loss.ratio_drop", 2.0, {"loss.ratio": "none"}, {"loss.ratio": "sequence"}),
+    ("evaluation.base_samples", 9, {"target": [WORD, MOMENTS]}, {"target": [WORD]}),
+    ("evaluation.base_samples", 9, {"base": {"model": "other"}}, {"base": None}),
     ("target_fit_samples", 99, {}, {"target.0": MOMENTS}),
     ("target_fit_samples", 99, {}, {"target.0": {"kind": "import", "path": "a:b"}}),
 ]

@@ -124,14 +124,13 @@ def test_two_processes_measure_what_one_does(finished, name):
     assert {key: value for key, value in found.items() if not value <= 1e-4} == {}
 
 
-def test_three_processes_do_too(finished, models, tmp_path):
-    """Where rows of a parameter, contexts and passes are no multiple of the processes."""
-    names = ("tied", "fewer sequences than processes", "very uneven lengths")
-    commands = [["train", write(CASES[name], models, tmp_path / name, "three")] for name in names]
-    ended = processes.run(*commands, count=3)
-    assert ended.returncode == 0, ended.stderr
-    found = {name: differences(tmp_path / name / "three", finished / name / "one") for name in names}
-    assert {name: far for name in names if (far := [k for k, v in found[name].items() if not v <= 1e-4])} == {}
+@pytest.mark.parametrize("name", ["tied", "LoRA", "a round ahead", "one micro-batch a sequence"])
+def test_distances_on_exact_samples_of_the_target_are_the_same(finished, name):
+    two, one = (runs.rows(finished / name / run / "evaluation.jsonl") for run in ("two", "one"))
+    for ours, expected in zip(two, one, strict=True):
+        for key in ("forward_kl", "jensen_shannon", "kl_of_target_to_base"):
+            values = [row["metrics"][f"target_samples/{key}"]["value"] for row in (ours, expected)]
+            assert values[0] == pytest.approx(values[1], abs=1e-4) and values[1] > 0
 
 
 def test_a_checkpoint_is_in_the_dtype_of_the_run(finished):

@@ -243,14 +243,14 @@ def test_an_estimate_is_shown_with_half_of_its_interval():
 
 def test_before_after_table(make_run):
     lines = before_after_table(make_run()).splitlines()
-    assert lines[0].split() == ["before", "after"]
+    assert lines[0].split() == ["before", "after", "target"]
     assert lines[1].split() == ["E[parses]", "0.250", "±", "0.020", "0.750", "±", "0.020"]
-    by_label = {line.split("  ")[0]: line for line in lines}
+    by_label = {line.strip().split("  ")[0]: line for line in lines}
     assert by_label["KL to base (nats)"].endswith("1.500 ± 0.020")
-    assert by_label["to target: Jensen–Shannon (trained)"].endswith("0.550 ± 0.020")
-    assert by_label["to target: reverse KL(π‖p)"].split()[-2:] == ["∞", "∞"]
-    assert by_label["to target: total variation"].split()[-2:] == ["–", "–"]
-    assert len(lines) == 1 + 1 + 4 + 4
+    assert by_label["Jensen–Shannon (trained)"].endswith("0.550 ± 0.020")
+    assert by_label["reverse KL(π‖p)"].split()[-2:] == ["∞", "∞"]
+    assert by_label["total variation"].split()[-2:] == ["–", "–"]
+    assert lines[6] == "to target p, from the policy's samples, reweighted" and len(lines) == 1 + 1 + 4 + 1 + 4
     assert max(map(len, lines)) <= 100
     # every ± of a column is below the others
     places = [[m.start() for m in re.finditer("±", line)] for line in lines if "±" in line]
@@ -280,7 +280,7 @@ def test_tables_have_two_k_of_each_curve_and_pages_have_all(run_with_curves):
     assert re.findall(r"^(?:E|pass|maj)\S+(?: of \S+)?", table, re.M) == [
         *("E[parses]", "pass@4 of parses", "pass@10 of parses", "majority@4 of parses", "majority@10 of parses")
     ]
-    assert re.search(r"pass@10 of parses +0.650 ± 0.020 +0.900 ± 0.020$", table, re.M)
+    assert re.search(r"pass@10 of parses +0.650 ± 0.020 +0.900 ± 0.020 *$", table, re.M)
     evaluated = evaluation_table(json.loads((run_with_curves / "evaluation.jsonl").read_text().splitlines()[1]))
     assert evaluated.count("pass@") == 2 and "majority@4 of parses" in evaluated
     page = assert_self_contained(write_report(run_with_curves))
@@ -293,6 +293,35 @@ def test_a_comparison_ranks_and_draws_curves_over_k(run_with_curves, make_run, t
     assert re.search(r"pass@10 of parses +\*0.900 ± 0.020 +\*0.900", compare_table([runs[0]] * 2), re.M)
     page = assert_self_contained(write_comparison(runs, tmp_path / "x.html"))
     assert "pass@k of parses" in page.text and "at least one of k samples" in page.text
+
+
+def test_what_the_target_has_stands_beside_what_the_policy_has(make_run):
+    """Also whence each distance is: from exact samples of the target, or not."""
+    run = make_run()
+    row = evaluation(4, 0.75, 1.5)
+    more = {"feature_of_target/parses": 1.0, "kl_of_target_to_base": 9.0, "target_samples/forward_kl": 0.875}
+    more |= {"target_samples/jensen_shannon": 0.375, "target_samples/kl_of_target_to_base": 0.625}
+    more |= {"target_samples/contexts_left_out": 3.0}
+    row["metrics"] |= {name: {"value": value, "standard_error": 0.01, "ess": 512} for name, value in more.items()}
+    write_jsonl(run / "evaluation.jsonl", [evaluation(0, 0.25, 0.0), row])
+    lines = before_after_table(run).splitlines()
+    by_label = {line.strip().split("  ")[0]: line for line in lines}
+    assert by_label["E[parses]"].endswith("0.750 ± 0.020  1.000 ± 0.020")
+    assert by_label["KL to base (nats)"].endswith("1.500 ± 0.020  0.625 ± 0.020")
+    assert [line.strip().split("  ")[0] for line in lines[6:]] == [
+        "to target p, on exact samples of p",
+        "Jensen–Shannon (trained)",
+        "forward KL(p‖π)",
+        "to target p, from the policy's samples, reweighted",
+        "reverse KL(π‖p)",
+        "total variation",
+    ]
+    assert "– 0.375 ± 0.020" in " ".join(by_label["Jensen–Shannon (trained)"].split())
+    page = Page(write_report(run)).text
+    for part in ("under the target 1.000 ± 0.020", "under the target 0.625", "forward KL(p‖π), on exact samples of p"):
+        assert part in page
+    table = compare_table(read_runs([run, run]))
+    assert "Jensen–Shannon, on exact samples of p" in table and "without support, on" not in table
 
 
 def test_table_keeps_its_width_with_a_long_feature_name(make_run):
@@ -331,7 +360,7 @@ def test_the_trained_divergence_is_found_under_the_name_that_was_measured(make_r
     row["metrics"][f"divergence/{name}"] = {"value": 0.125, "standard_error": 0.01, "ess": 64.0}
     write_jsonl(run / "evaluation.jsonl", [row | recorded])
     (line,) = (line for line in before_after_table(run).splitlines() if "(trained)" in line)
-    assert line.startswith(f"to target: {name} (trained)") and line.endswith("0.125 ± 0.020")
+    assert line.startswith(f"  {name} (trained)") and line.endswith("0.125 ± 0.020")
     assert f"to minimise {divergence} between" in Page(write_report(run)).text
     compare_table(read_runs([run, run]))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fdpg_fast.runs.folder import TARGET_SAMPLES as NAME
 from support import runs
 from support.runs import Moment
 
@@ -47,6 +48,25 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(moment, uninterrupte
     assert resumed.status == 0, resumed.stderr
     runs.assert_equal(runs.record(tmp_path / "run"), uninterrupted)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["round-000006", "round-000008"]
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [Moment("os.rename", ".target-samples"), Moment("open", "metrics.jsonl", 3)],
+    ids=["before they are kept", "after a checkpoint"],
+)
+def test_exact_samples_of_the_target_survive_a_kill(moment, tiny_model, tmp_path):
+    found = []
+    for run_dir in ("whole", "killed"):
+        config = runs.settings(tiny_model, run_dir, contexts={"train": str(runs.write_contexts(tmp_path, "a", "b"))})
+        path = runs.write_config(tmp_path, runs.merged(config, {"trainer": {"rounds": 3}}))
+        ended = runs.run(tmp_path, "train", path, at=moment if run_dir == "killed" else None)
+        if run_dir == "killed":
+            assert ended.status == -9
+            ended = runs.run(tmp_path, "train", "--resume", run_dir)
+        assert ended.status == 0, ended.stderr
+        found.append(runs.record(tmp_path / run_dir) | {"kept": (tmp_path / run_dir / NAME).read_bytes()})
+    runs.assert_equal(*found)
 
 
 def test_killed_twice(uninterrupted, tiny_model, tmp_path):
