@@ -3,8 +3,7 @@
 python benchmarks/parts_memory.py --output FILE.json [--layers 16] [--width 1536] [--vocabulary 32000]
 
 Anonymous memory, sampled every millisecond, above that of a process that has imported everything; pages of the model's
-file, which the system may take back, are not in it. No engine is started: completions are made up. By itself glibc
-keeps holes of several hundred MiB between gathered weights that come and go: MALLOC_MMAP_THRESHOLD_=1048576 is without.
+file, which the system may take back, are not in it. No engine is started: completions are made up.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from process_memory import memory
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 2
 ALLOWANCE = 1.15
-THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # of glibc: from so many bytes memory goes back at once
 TOKENS = 16  # of a micro-batch: activations are next to nothing
 WORKER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), __file__]
 
@@ -167,7 +165,7 @@ def main() -> None:
         from run import machine
 
         shape = {name: value for name, value in vars(options).items() if name != "output"}
-        result = {"machine": machine(), THRESHOLD: os.environ.get(THRESHOLD), "shape": shape}
+        result = {"machine": machine(), "shape": shape}
         result |= {"arithmetic": limits, "peaks": peaks}
         options.output.write_text(json.dumps(result | {"processes": measured}, indent=1) + "\n")
 

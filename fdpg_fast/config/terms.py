@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..errors import UserError, one_line
+from ..features.answers import ExactAnswerFeature, MathFeature
 from ..features.code import Pep8Feature, PythonParsesFeature
 from ..features.entities import EntitiesFeature
 from ..features.feature import ImportedFeature
@@ -28,6 +29,8 @@ FeatureConfig = Annotated[
     | EntitiesFeature
     | ClassifierFeature
     | HTTPFeature
+    | ExactAnswerFeature
+    | MathFeature
     | ImportedFeature,
     Field(discriminator="kind"),
 ]

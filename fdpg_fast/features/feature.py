@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class Feature:
         timeout: seconds that one call may take.
         answers: for majority@k, of a feature that judges an answer; called as `score` is, returns the answer that each
             completion names, None where it names none. Answers that are the same must be equal as text.
+        check: what is wrong, in words, with the columns of a prompt, or None; asked of every prompt at the start.
 
     Raises:
         UserError: the name cannot be shown, a function takes nothing by name, or the timeout is out of range.
@@ -44,6 +45,7 @@ class Feature:
     score: Callable[..., Any]
     timeout: float = 60.0
     answers: Callable[..., Any] | None = None
+    check: Callable[[Mapping[str, Any]], str | None] | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name and self.name.isprintable()):
@@ -132,7 +134,8 @@ def check_columns(features: Sequence[Feature], contexts: Sequence[Context], wher
     """Refuse what calls of features on a data set would end in.
 
     Raises:
-        UserError: a column is called as an argument of ours, or a feature asks for a column that is not there.
+        UserError: a column is called as an argument of ours, or a feature asks for one that is not there, or
+            finds fault with what is in it.
     """
     columns = {name for context in contexts for name in context.columns}
     given = GIVEN | ON_REQUEST
@@ -147,6 +150,10 @@ def check_columns(features: Sequence[Feature], contexts: Sequence[Context], wher
                     f"target: feature {feature.name!r} asks for {parameter.name!r}, which {where} has no column for; "
                     f"there are {', '.join(sorted(columns | given))}"
                 )
+        check = feature.check or (lambda columns: None)
+        for context in contexts:
+            if fault := check(context.columns):
+                raise UserError(f"target: feature {feature.name!r}: {where}, prompt {context.index + 1}: {fault}")
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ FEATURE = (
     "concurrency",
     "attempts",
     "request_timeout",
+    "read",
+    "column",
     "path",
 )
 

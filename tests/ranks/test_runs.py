@@ -133,6 +133,16 @@ def test_distances_on_exact_samples_of_the_target_are_the_same(finished, name):
             assert values[0] == pytest.approx(values[1], abs=1e-4) and values[1] > 0
 
 
+def test_three_processes_do_too(finished, models, tmp_path):
+    """Where rows of a parameter, contexts and passes are no multiple of the processes."""
+    names = ("tied", "fewer sequences than processes", "very uneven lengths")
+    commands = [["train", write(CASES[name], models, tmp_path / name, "three")] for name in names]
+    ended = processes.run(*commands, count=3)
+    assert ended.returncode == 0, ended.stderr
+    found = {name: differences(tmp_path / name / "three", finished / name / "one") for name in names}
+    assert {name: far for name in names if (far := [k for k, v in found[name].items() if not v <= 1e-4])} == {}
+
+
 def test_a_checkpoint_is_in_the_dtype_of_the_run(finished):
     models = (AutoModelForCausalLM.from_pretrained(path) for path in finished.glob("bfloat16/*/checkpoints/*5"))
     assert [model.dtype for model in models] == [torch.bfloat16] * 2

@@ -1,0 +1,57 @@
+"""The asking of `checkers.py`: a few processes for each of its functions, kept as long as they live."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .remote import retried
+
+PROCESSES = min(4, os.cpu_count() or 1)
+_COMMAND = [sys.executable, "-P", str(Path(__file__).with_name("checkers.py"))]  # -P: code.py beside it is not `code`
+
+
+class Apart:
+    """A function of `checkers.py`, called in processes of its own."""
+
+    def __init__(self, function: str):
+        self._function = function
+        self._idle: list[subprocess.Popen[str]] = []
+
+    async def each(self, *rows: Iterable[Any]) -> list[Any]:
+        """What it finds for each of some rows, as `map` takes them; None where it reached its limit of time or memory.
+
+        Raises:
+            ValueError: the function refuses a row.
+        """
+        return await retried(self._ask, *rows, concurrency=PROCESSES, attempts=1, timeout=1e6, passing=())
+
+    def _ask(self, *row: Any) -> Any:
+        """In a thread: what waits here for a process is not interrupted, but the process ends by itself."""
+        process = self._idle.pop() if self._idle else self._start()
+        if process.poll() is not None:  # the system was short of memory, and took it for one to end
+            process = self._start()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(row) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            if (status := process.wait()) > 0:  # no signal
+                raise RuntimeError(f"{Path(_COMMAND[-1]).name} {self._function} ended with status {status}")
+            return None
+        self._idle.append(process)
+        kind, answer = json.loads(line)
+        if kind == "failed":
+            raise ValueError(answer)
+        return answer
+
+    def _start(self) -> subprocess.Popen[str]:
+        few = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        # in a session of its own: a Ctrl-C is for the run, which ends its round first
+        return subprocess.Popen([*_COMMAND, self._function], env=few, text=True, start_new_session=True, **pipes)

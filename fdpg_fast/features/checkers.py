@@ -1,0 +1,91 @@
+"""What judges a model's text in a process apart: a program that answers lines of JSON with lines of JSON.
+
+It is run as a file and imports nothing of ours, so that it starts in the time of the library that it needs. What a
+text makes of that library, an endless power or a number of a gigabyte, ends this process and no other: by a signal
+after SECONDS of CPU time, which also stops arithmetic in C, or by the limit of memory. `apart.py` starts another one.
+"""
+
+import contextlib
+import functools
+import json
+import signal
+import sys
+
+SECONDS = 2.0  # of CPU time for one text: a busy machine changes no verdict
+MEMORY = 4 * 2**30  # bytes of address space
+
+
+@functools.lru_cache(4096)
+def _mathematics(text):
+    """What math-verify reads in a text: [] if nothing. \\boxed{…} goes before all that only looks like an answer."""
+    import math_verify
+
+    extraction = [math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig()]
+    return math_verify.parse(text, extraction, parsing_timeout=None)
+
+
+def math(text, gold):
+    """Whether the answer that a text names equals another one, in LaTeX or plain."""
+    import math_verify
+
+    delimited = any(mark in gold for mark in ("$", "\\(", "\\[", "\\boxed"))
+    wanted = _mathematics(gold if delimited else f"${gold}$")
+    if not wanted:
+        raise ValueError(f"{gold[:80]!r} of the data cannot be read as mathematics")
+    return bool(math_verify.verify(wanted, _mathematics(text), timeout_seconds=None))
+
+
+def math_answer(text):
+    """The answer that a text names, as text; numbers by their value."""
+    import sympy
+
+    for found in _mathematics(text)[:1]:
+        if isinstance(found, sympy.Expr) and found.is_number and found.is_real:
+            return f"{float(sympy.N(found, 15)):.12g}"
+        return str(found)
+    return None
+
+
+@functools.lru_cache(16)
+def _data_set(recipe):
+    import reasoning_gym
+
+    name, settings = json.loads(recipe)
+    return reasoning_gym.create_dataset(name, **settings)
+
+
+@functools.lru_cache(4096)
+def _puzzle(recipe, index):
+    return _data_set(recipe)[index]
+
+
+def reasoning_gym(answer, recipe, index, question):
+    """The score of an answer to a question of a data set that is made again from its recipe, in [0, 1]."""
+    puzzle = _puzzle(recipe, index)
+    if puzzle["question"] != question:
+        raise ValueError("this data set has other questions in another process; it cannot be used")
+    return float(_data_set(recipe).score_answer(answer, puzzle))
+
+
+def serve(function):
+    """Answer each line, the arguments of the function, by ["found", value] or ["failed", why]."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # SIGPROF ends a process that does not handle it
+        try:
+            answer = ["found", function(*json.loads(line))]
+        except ValueError as error:
+            answer = ["failed", str(error)]
+        except (MemoryError, RecursionError):
+            answer = ["found", None]
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on every system
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    serve({"math": math, "math_answer": math_answer, "reasoning_gym": reasoning_gym}[sys.argv[1]])
