@@ -1,4 +1,4 @@
-"""The policy being trained: one fused loss per micro-batch, one AdamW step per round."""
+"""The policy being trained: one fused loss per micro-batch, one optimizer step per update."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from .config.schema import LossConfig, OptimizerConfig
 from .errors import Diverged
 from .models import parallel
 from .models.language_model import LanguageModel
+from .optimizer import AdamWPerTensor
 from .rollouts import Rollouts
 
-BETAS = (0.9, 0.95)  # of AdamW
+BETAS = (0.9, 0.95)  # of both kinds of optimizer
 MAX_OVERFLOWS = 3  # in a row: one may be chance
 
 
@@ -34,9 +35,9 @@ class Update:
 
 
 class Learner:
-    """A policy that is trained in place over so many rounds, and its AdamW.
+    """A policy that is trained in place over so many rounds, and its optimizer.
 
-    `micro_batch_tokens` bounds the memory of a forward and backward pass. AdamW works on float32 copies
+    `micro_batch_tokens` bounds the memory of a forward and backward pass. The optimizer works on float32 copies
     of the trained parameters where some are bfloat16: those do not move by less than 1/256 of themselves.
     """
 
@@ -59,9 +60,12 @@ class Learner:
                 if isinstance(module, torch.nn.Embedding) and module.weight is embedding:
                     module.sparse = True
             self._tables = {embedding, self._head} & {*self._parameters, *self._copies}
-        self.optimizer = torch.optim.AdamW(  # fused: one pass over the parameters, and no temporaries of their size
-            self._trained.values(), optimizer.learning_rate, BETAS, weight_decay=optimizer.weight_decay, fused=True
-        )
+        rate, decay = optimizer.learning_rate, optimizer.weight_decay
+        self.optimizer: torch.optim.Optimizer
+        if optimizer.kind == "adamw":  # fused: one pass over the parameters, and no temporaries of their size
+            self.optimizer = torch.optim.AdamW(self._trained.values(), rate, BETAS, weight_decay=decay, fused=True)
+        else:
+            self.optimizer = AdamWPerTensor(self._trained.values(), rate, BETAS, decay)
 
     def backward(
         self, rollouts: Rollouts, target_log_score: Tensor, log_z: Tensor, baseline: Tensor, divergence: Divergence
@@ -124,8 +128,9 @@ class Learner:
 
     @property
     def optimizer_bytes(self) -> int:
-        """What AdamW's two moments take, which it makes at its first step."""
-        return sum(2 * p.numel() * p.element_size() for p in self._trained.values())
+        """What moments of the size of the parameters take, which the optimizer makes at its first step."""
+        moments = 2 if self._settings.kind == "adamw" else 1
+        return sum(moments * p.numel() * p.element_size() for p in self._trained.values())
 
     def learning_rate(self, round_index: int) -> float:
         """The rate of a round, counted from 0."""

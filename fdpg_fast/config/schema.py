@@ -79,8 +79,10 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
+    kind: Literal["adamw", "adamw_per_tensor"] = "adamw"
+    """adamw_per_tensor: one second moment a tensor, its gradient's mean square, where AdamW has one a coordinate."""
     learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: stay, or fall to 0 at the last round."""
     warmup_rounds: int = Field(default=0, ge=0, le=10**9)

@@ -75,6 +75,7 @@ KEYS = [
     "loss.ratio_cap",
     "loss.ratio_drop",
     "loss.reward_cap",
+    "optimizer.kind",
     "optimizer.learning_rate",
     "optimizer.schedule",
     "optimizer.warmup_rounds",

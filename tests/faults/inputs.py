@@ -36,6 +36,7 @@ KEYS = {
     "--contexts=prompts.jsonl": "contexts",
     "--lora.r=4": "lora",
     "--optimizer.lr=1": "optimizer",
+    "--optimizer.kind=sgd": "optimizer.kind",
     # numbers
     "--trainer.rounds=many": "trainer.rounds",
     "--trainer.rounds=0": "trainer.rounds",

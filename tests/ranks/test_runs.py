@@ -50,6 +50,7 @@ CASES = {
         sections={"engine": {"max_new_tokens": 60}, "trainer": {"micro_batch_tokens": 64}, "target": [BEGINS]}
     ),
     "a round ahead": Case(sections={"trainer": {"pipeline_depth": 1}}),
+    "one second moment a tensor": Case(sections={"optimizer": {"kind": "adamw_per_tensor", "weight_decay": 0.1}}),
     "two updates a round": Case(sections={"trainer": {"updates_per_round": 2, "micro_batch_tokens": 20}}),
     "adaptive proposal": Case(sections={"proposal": {"kind": "adaptive", "every": 2}}),
     "another base": Case(base="untied", sections={"partition": {"kind": "oracle"}}),
@@ -162,10 +163,11 @@ def test_two_machines_do_what_two_processes_of_one_do(finished, models, tmp_path
 def test_a_checkpoint_goes_on_with_any_number_of_processes(models, tmp_path):
     """2 → 2 to the last bit, with a feature that draws too; 2 → 1 and 1 → 2 as near as sums in another order are.
 
-    Their base moves. 2 → 2 from a checkpoint that was written while the next round went on.
+    Their base moves, and of second moments each tensor has one. 2 → 2 from a checkpoint that was written while the next
+    round went on.
     """
     names = ("two", "one", "2 to 2", "2 to 1", "1 to 2")
-    moves = Case("untied", sections={"base": {"refresh_every": 2}})
+    moves = Case("untied", sections={"base": {"refresh_every": 2}, "optimizer": {"kind": "adamw_per_tensor"}})
     paths = {name: write(moves, models, tmp_path / name, "run") for name in names}
     for name in ("drawing", "drawing, 2 to 2"):
         (tmp_path / name).mkdir()
