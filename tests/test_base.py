@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fdpg_fast.base import sampled_from
 from fdpg_fast.config.load import parse_config
 from fdpg_fast.experiments.compare import measure_runs
 from fdpg_fast.session import Session
@@ -100,10 +101,13 @@ EVERY = {"refresh_every": 2}
 ROUNDS = {"trainer": {"rounds": 6, "checkpoint_every": 3, "contexts_per_round": 3}}
 
 
-def test_a_base_that_moves_is_the_policy_of_that_round_and_z_begins_anew(tiny_model, tmp_path):
-    run_dir = runs.train(tiny_model, tmp_path, base=EVERY, target=[TEXT], **ROUNDS)
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_base_that_moves_is_the_policy_of_that_round_and_z_begins_anew(depth, tiny_model, tmp_path):
+    sections = runs.merged(ROUNDS, {"trainer": {"pipeline_depth": depth}})
+    run_dir = runs.train(tiny_model, tmp_path, base=EVERY, target=[TEXT], **sections)
     for k, row in enumerate(runs.rows(run_dir / "metrics.jsonl")):
-        assert (abs(row["policy/kl_to_base"]) < 1e-4) == (k % 2 == 0)
+        sampled_with, base = max(k - depth, 0), k - k % 2  # rounds before which the weights are
+        assert (abs(row["policy/kl_to_base"]) < 1e-4) == (sampled_with == base)
         assert row["z/ess"] <= 4 + 4 * (k % 2)  # of the samples of each prompt since the base moved
 
 
@@ -154,6 +158,14 @@ def test_compare_and_evaluate_measure_against_the_runs_own_base(base, tiny_model
         assert runs.call("evaluate", run_dir, "--samples=8") == runs.call("sample", run_dir) == 0
     sampled = {path.name for path in dirs[0].glob("base-sample-*.safetensors")}
     assert len(sampled) == (1 if base is None else 2)
+
+
+def test_of_servers_that_have_the_policy_none_samples_from_the_base(tiny_model, other):
+    served = {"kind": "vllm_server", "urls": ["http://localhost:1"], "max_new_tokens": 6}
+    config = parse_config(runs.settings(tiny_model, "run", base=str(other), engine=served))
+    alone = sampled_from(config)
+    assert (alone.model, alone.engine.kind, alone.engine.max_new_tokens) == (str(other), "transformers", 6)
+    assert sampled_from(parse_config(runs.settings(tiny_model, "run", engine=served))).engine.kind == "vllm_server"
 
 
 def changed(folder, target, **edits):

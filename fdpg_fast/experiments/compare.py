@@ -86,7 +86,8 @@ def measure(
     The evaluation contexts are those of another run, `like`, if there is one.
     """
     session = Session(config, resume=True)
-    session.restore()  # a base that moves
+    if session.state.base is not None:  # it is in the checkpoint
+        session.restore()
     if like is not None:
         prompting = replace(session.prompting, settings=like.contexts)
         contexts = load_contexts(like.contexts.eval or like.contexts.train, prompting)[: like.evaluation.contexts]
