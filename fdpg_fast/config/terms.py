@@ -12,6 +12,8 @@ from ..features.answers import ExactAnswerFeature, MathFeature
 from ..features.code import Pep8Feature, PythonParsesFeature
 from ..features.entities import EntitiesFeature
 from ..features.feature import ImportedFeature
+from ..features.formats import InstructionsFeature, JSONSchemaFeature
+from ..features.judge import JudgeFeature
 from ..features.remote import HTTPFeature
 from ..features.text import ClassifierFeature, RegexFeature, SentimentFeature, WordFeature
 from ..imports import import_object
@@ -29,8 +31,11 @@ FeatureConfig = Annotated[
     | EntitiesFeature
     | ClassifierFeature
     | HTTPFeature
+    | JudgeFeature
     | ExactAnswerFeature
     | MathFeature
+    | JSONSchemaFeature
+    | InstructionsFeature
     | ImportedFeature,
     Field(discriminator="kind"),
 ]

@@ -70,21 +70,18 @@ async def retried(
             task.cancel()
 
 
-def _without_password(url: HttpUrl) -> HttpUrl:
+def without_password(url: HttpUrl) -> HttpUrl:
     if url.username or url.password:
         raise ValueError("a password has no place in an address, which is written to files; see token_env")
     return url
 
 
-class HTTPFeature(FeatureSection):
-    kind: Literal["http"]
-    """Numbers from a server, which gets prompts, completions, finished and columns by POST, as an object of lists."""
-    url: Annotated[HttpUrl, AfterValidator(_without_password)]
-    """Its address; it answers with a JSON list of a number, or null, for each completion."""
+class ServerSection(FeatureSection):
+    """A server that is asked by POST, again where an error may pass."""
+
+    url: Annotated[HttpUrl, AfterValidator(without_password)]
     token_env: str | None = None
     """Environment variable that holds its bearer token, which is written nowhere."""
-    batch_size: int = Field(default=32, ge=1)
-    """Completions in one request."""
     concurrency: int = Field(default=8, ge=1)
     """Requests at the same time."""
     attempts: int = Field(default=6, ge=1)
@@ -92,19 +89,28 @@ class HTTPFeature(FeatureSection):
     request_timeout: float = Field(default=60.0, gt=0, le=LONGEST)
     """Seconds of one attempt."""
 
-    def make(self, device: str) -> Feature:
-        url, seconds, token = str(self.url), self.request_timeout, ""
-        address = urlsplit(url).netloc + urlsplit(url).path  # no query: it may hold a secret
+    def asker(self, path: str = "") -> Callable[..., Any]:
+        """An async function that posts each of some bodies to the address with a path behind it, and reads the answers.
+
+        Args of that function: bodies, as JSON has them; and what makes a result of a body, its answer and what to show
+        of that answer: it gets None for an answer that is no JSON, and raises ValueError for one that is no result.
+
+        Raises:
+            UserError: the token is none.
+        """
+        kind, seconds, token = self.kind, self.request_timeout, ""  # type: ignore[attr-defined]
+        url = str(self.url).rstrip("/") + path if path else str(self.url)
+        address = self.address + path
         headers = {"Content-Type": "application/json", "User-Agent": "fdpg-fast"}
         if self.token_env is not None:
             token = os.environ.get(self.token_env, "").strip()
             if not (token and token.isascii() and token.isprintable()):
-                raise UserError(f"feature http: the environment variable {self.token_env} (token_env) holds no token")
+                raise UserError(f"feature {kind}: the environment variable {self.token_env} (token_env) holds no token")
             headers["Authorization"] = f"Bearer {token}"
 
-        def ask(rows: dict[str, list[Any]]) -> list[Any]:
+        def post(body: Any, read: Callable[[Any, Any, str], Any]) -> Any:
             try:
-                request = Request(url, json.dumps(rows).encode(), headers)
+                request = Request(url, json.dumps(body).encode(), headers)
                 with build_opener(_AnyStatus).open(request, timeout=seconds) as response:
                     answer, status = response.read(), response.status
             except (OSError, HTTPException) as error:
@@ -116,19 +122,45 @@ class HTTPFeature(FeatureSection):
                     raise _NotNow(refusal, response.headers.get("Retry-After", ""))
                 raise ValueError(refusal)
             values = None
-            with contextlib.suppress(ValueError):  # of JSON
+            with contextlib.suppress(ValueError, RecursionError):  # of JSON
                 values = json.loads(answer)
+            return read(body, values, f"{address} answered {said!r}")
+
+        async def ask(bodies: list[Any], read: Callable[[Any, Any, str], Any]) -> list[Any]:
+            limits: dict[str, Any] = {"concurrency": self.concurrency, "attempts": self.attempts, "timeout": seconds}
+            return await retried(post, bodies, [read] * len(bodies), **limits)
+
+        return ask
+
+    @property
+    def address(self) -> str:
+        """For people: without a query, which may hold a secret."""
+        parts = urlsplit(str(self.url))
+        return parts.netloc + parts.path.rstrip("/") * (parts.path != "/")
+
+
+class HTTPFeature(ServerSection):
+    kind: Literal["http"]
+    """Numbers from a server, which gets prompts, completions, finished and columns by POST, as an object of lists."""
+    url: Annotated[HttpUrl, AfterValidator(without_password)]
+    """Its address; it answers with a JSON list of a number, or null, for each completion."""
+    batch_size: int = Field(default=32, ge=1)
+    """Completions in one request."""
+
+    def make(self, device: str) -> Feature:
+        ask = self.asker()
+
+        def read(rows: dict[str, list[Any]], values: Any, answered: str) -> list[Any]:
             if not isinstance(values, list) or len(values) != len(rows["completions"]):
-                raise ValueError(f"{address} answered {said!r}, not a list of {len(rows['completions'])} numbers")
+                raise ValueError(f"{answered}, not a list of {len(rows['completions'])} numbers")
             return values
 
         async def score(texts: list[str], completion_ids: list[list[int]], **sent: list[Any]) -> list[Any]:
             batches = [slice(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)]
             parts = [{name: rows[batch] for name, rows in sent.items()} for batch in batches]
-            limits: dict[str, Any] = {"concurrency": self.concurrency, "attempts": self.attempts, "timeout": seconds}
-            return list(chain.from_iterable(await retried(ask, parts, **limits)))
+            return list(chain.from_iterable(await ask(parts, read)))
 
-        return Feature(f"http:{address}", score, timeout=600.0)
+        return Feature(f"http:{self.address}", score, timeout=600.0)
 
 
 def http(url: str, **keys: Any) -> Feature:

@@ -26,8 +26,14 @@ FEATURE = (
     "concurrency",
     "attempts",
     "request_timeout",
+    "template",
+    "verdict",
+    "no_verdict",
+    "request",
     "read",
     "column",
+    "definition",
+    "score",
     "path",
 )
 

