@@ -10,7 +10,7 @@ from ..runs.folder import write_whole
 from ..runs.tables import DOUBT, LABELS, doubtful, in_short, is_of_feature, label_of, with_error
 from .experiment import Experiment
 from .intervals import average
-from .pictures import draw_curves, draw_trade_offs
+from .pictures import draw_by_k, draw_curves, draw_trade_offs
 from .rows import Row, settings_of
 
 # of the metrics that every evaluation has, those that tables show
@@ -22,12 +22,14 @@ COLUMNS = (
 
 
 def write_page(place: Path, name: str, budget: str, experiment: Experiment, rows: Sequence[Row]) -> Path:
-    """Make results.md, trade-offs.png and curves.png in `place`; returns the page."""
+    """Make results.md and its pictures in `place`; returns the page."""
     studies = {row.labels["study"]: [r for r in rows if r.labels["study"] == row.labels["study"]] for row in rows}
     pictures = []
     if draw_trade_offs(studies, place / "trade-offs.png"):
         note = "After training; bars are 95 % intervals, without what a seed does to all colours of one marker alike."
         pictures.append(f"![trade-offs](trade-offs.png)\n\n{note}")
+    if any("pass@" in str(finding) for finding in experiment.findings) and draw_by_k(studies, place / "pass-at-k.png"):
+        pictures.append("![pass@k](pass-at-k.png)\n\nThe same, of at least one of k samples.")
     if draw_curves(studies, place / "curves.png"):
         pictures.append("![curves](curves.png)\n\nMean over seeds; shaded from the lowest to the highest.")
     judged = [finding for finding in experiment.findings if finding.study in (None, *studies)]

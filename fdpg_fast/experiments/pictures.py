@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs.plots import PALETTE, draw_line, finite, style_axes
-from ..runs.tables import label_of
+from ..runs.plots import PALETTE, draw_line, finite, scale_by_k, style_axes
+from ..runs.tables import curves_by_k, label_of
 from .intervals import average, within_seeds
 from .rows import Row, settings_of
 
@@ -21,6 +21,7 @@ NAMED = (
     *("squared_hellinger", "pearson_chi2", "neyman_chi2"),
 )
 COLOURS = dict(zip(NAMED, PALETTE, strict=False))
+ENDS = ("forward_kl", "reverse_kl")  # of α, 0 and 1
 
 
 def draw_trade_offs(studies: dict[str, list[Row]], path: Path) -> bool:
@@ -80,6 +81,33 @@ def draw_curves(studies: dict[str, list[Row]], path: Path) -> bool:
     return True
 
 
+def draw_by_k(studies: dict[str, list[Row]], path: Path) -> bool:
+    """pass@k and majority@k against log2 k, a panel for each setting besides what colours tell apart; whether any."""
+    shown = []
+    for study, rows in studies.items():
+        axis, colours = _colours(rows)
+        curves = curves_by_k(dict.fromkeys(key for row in rows for key in row.metrics))
+        for rest, title in itertools.product(dict.fromkeys(_rest(x, axis) for x in settings_of(rows)), curves):
+            here = [row for row in rows if _rest(row.labels, axis) == rest]
+            shown.append((", ".join(filter(None, [study, rest, title])), here, curves[title], axis, colours))
+    if not shown:
+        return False
+    figure, panels = _figure(len(shown), 1)
+    for (title, rows, keys, axis, colours), (axes,) in zip(shown, panels, strict=True):
+        by_k = [within_seeds(rows, key) for key in keys.values()]
+        for labels, means in zip(settings_of(rows), zip(*by_k, strict=True), strict=True):
+            band = [
+                [finite(end) for end in ends] for ends in zip(*((mean.low, mean.high) for mean in means), strict=True)
+            ]
+            draw_line(axes, [*keys], [finite(mean.mean) for mean in means], band, colours[labels[axis]])
+        scale_by_k(axes, keys)
+        axes.set_title(title, fontsize=9)
+        handles = [_handle(colour, "s", label) for label, colour in colours.items()]
+        axes.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _save(figure, path)
+    return True
+
+
 def draw_point(axes: Any, x: tuple[float, float], y: tuple[float, float], colour: str, marker: str = "o") -> bool:
     """Two numbers, each with its error, as a point with bars; whether both are finite."""
     if not (math.isfinite(x[0]) and math.isfinite(y[0])):
@@ -113,17 +141,19 @@ def _colours(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
     """The axis that is told apart by colour, and the colour of each of its labels."""
     axes = [axis for axis in rows[0].labels if axis != "study"]
     axis = "divergence" if "divergence" in axes else axes[0] if axes else "study"
-    labels = list(dict.fromkeys(row.labels[axis] for row in rows))
-    return axis, {label: colour_of(label, PALETTE[place % len(PALETTE)]) for place, label in enumerate(labels)}
+    known = {row.labels[axis]: colour_of(row.labels[axis]) for row in rows}
+    taken = {*known.values(), *(COLOURS[name] for name in ENDS if any(x.startswith("alpha:") for x in known))}
+    others = itertools.cycle([colour for colour in PALETTE if colour not in taken] or PALETTE)
+    return axis, {label: colour or next(others) for label, colour in known.items()}
 
 
-def colour_of(label: str, otherwise: str = PALETTE[-1]) -> str:
+def colour_of(label: str, otherwise: str = "") -> str:
     """Of a divergence: α lies between forward KL (0) and reverse KL (1), so does its colour; a path is a darker end."""
     if not label.startswith("alpha:"):
         return COLOURS.get(label, otherwise)
     share = float(label.rpartition("..")[2].removeprefix("alpha:"))
     light = 0.6 if ".." in label else 1.0
-    ends = [[int(COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)] for name in ("forward_kl", "reverse_kl")]
+    ends = [[int(COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)] for name in ENDS]
     mixed = [round(light * ((1 - share) * a + share * b)) for a, b in zip(*ends, strict=True)]
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 

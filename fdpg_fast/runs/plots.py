@@ -54,10 +54,15 @@ def draw_by_k(evaluations: Sequence[tuple[dict[str, Estimate], str]]) -> list[Dr
             here = [(k, metrics[key]) for k, key in keys.items() if key in metrics]
             band = [[finite(estimate.interval[side]) for _, estimate in here] for side in (0, 1)]
             draw_line(axes, [k for k, _ in here], [finite(estimate.value) for _, estimate in here], band, colour)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([*keys], [*map(str, keys)])
+        scale_by_k(axes, keys)
         pictures.append(drawing(title, axes))
     return pictures
+
+
+def scale_by_k(axes: Any, ks: Iterable[int]) -> None:
+    """log2 k from left to right."""
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="k", xticks=[*ks], xticklabels=[*map(str, ks)])
 
 
 def coloured(names: Iterable[str]) -> dict[str, str]:

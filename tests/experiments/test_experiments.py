@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fdpg_fast.errors import UserError
-from fdpg_fast.experiments.experiment import FOLDER, cases, find_folder, load_experiment
+from fdpg_fast.experiments.experiment import FOLDER, Experiment, cases, find_folder, load_experiment
 from fdpg_fast.experiments.findings import (
     BetweenFinding,
     EqualFinding,
@@ -17,6 +17,7 @@ from fdpg_fast.experiments.findings import (
     UndominatedFinding,
 )
 from fdpg_fast.experiments.intervals import average, difference, t_quantile, within_seeds
+from fdpg_fast.experiments.page import write_page
 from fdpg_fast.experiments.rows import Row, append_row, read_rows
 from fdpg_fast.experiments.sweep import run_experiment
 from fdpg_fast.measure.estimators import Estimate
@@ -252,3 +253,21 @@ def test_what_an_experiment_does_not_have(change, message):
     with pytest.raises(UserError, match="one of .*lexical"):
         find_folder("nowhere")
     assert isinstance(FOLDER, Path)
+
+
+def test_a_page_draws_curves_over_k_where_a_finding_is_about_them(tmp_path):
+    metrics = {f"pass@{k}/right": Estimate(value, 0.02, 64.0) for k, value in ((1, 0.2), (2, 0.3), (4, 0.5), (8, 0.6))}
+    rows = [
+        Row({"study": "s", "method": method, "task": task}, seed, metrics)
+        for method in ("alpha:0.1", "base", "other")
+        for task in ("one", "two")
+        for seed in (0, 1)
+    ]
+    labels = {"study": "s"}
+    finding = {"claim": "c", "metric": "pass@8/right", "more": labels, "less": labels}
+    spec = {"claim": "c", "fairness": "f", "run": {}, "studies": {"s": {}}, "budgets": {"full": {"seeds": 2}}}
+    for name, findings in ("with", [finding]), ("without", []):
+        (tmp_path / name).mkdir()
+        page = write_page(tmp_path / name, "x", "full", Experiment(**spec, findings=findings), rows)
+        assert ("pass-at-k.png" in page.read_text()) == (name == "with") == (tmp_path / name / "pass-at-k.png").exists()
+        assert "pass@4 of right | pass@8 of right" in page.read_text() and "pass@2" not in page.read_text()
