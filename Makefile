@@ -2,6 +2,7 @@
 # make test   install the test extras, check style, types and layers, run the tests
 # make faults kills, signals, bad input, bad servers and made-up examples, all of them (five minutes)
 # make bench  the benchmarks beside a plain PyTorch pipeline (minutes)
+# make docs   the site, in build/html
 # make hub    what Hugging Face's kernel-builder takes, in build/hub or HUB=FOLDER
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ RUN := runs/quickstart
 METADATA := pyproject.toml kernels/pyproject.toml
 HUB ?= build/hub
 
-.PHONY: demo test faults bench hub
+.PHONY: demo test faults bench docs hub
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -33,6 +34,11 @@ faults: .venv/installed-test
 
 bench: .venv/installed-test
 	$(BIN)/pytest benchmarks --benchmark-columns=median,min,max,rounds --benchmark-group-by=group
+
+docs: .venv/installed $(METADATA)
+	$(BIN)/pip install -q -e '.[docs]'
+	$(BIN)/python docs/site/lay_out.py build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # copies, not links: kernel-builder takes files that end in .py and leaves links to folders out
 hub:

@@ -37,7 +37,7 @@ class RunResult:
 
 
 class Trainer:
-    """f-DPG on one machine.
+    """A run of f-DPG, by this process or by all that torchrun has started.
 
     Args:
         config: of the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 import fdpg_fast
 import fdpg_kernels
+from fdpg_fast.imports import import_object
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -36,6 +38,16 @@ def test_what_a_document_links_to_is_there(document):
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+def test_all_that_the_reference_names_is_there(tmp_path):
+    """And documented: the site shows docstrings."""
+    lay_out = import_object(f"{ROOT / 'docs/site/lay_out.py'}:lay_out")
+    lay_out(tmp_path)
+    text = "\n".join(page.read_text() for page in tmp_path.glob("docs/reference/*.md"))
+    names = [name.rpartition(".")[::2] for name in re.findall(r"(?m)^::: (\S+)", text)]
+    undocumented = [name for module, name in names if not getattr(importlib.import_module(module), name).__doc__]
+    assert undocumented == [] and len(names) > 30
 
 
 def test_one_version():
