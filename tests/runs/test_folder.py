@@ -78,7 +78,7 @@ def test_nothing_is_discarded_once_a_round_is_done(tiny_model, tmp_path, monkeyp
 def test_a_report_that_cannot_be_made_unmakes_no_run(tiny_model, tmp_path, capsys):
     feature = tmp_path / "spoils.py"  # a line of samples.jsonl, before the report reads it
     feature.write_text(
-        "calls = 0\ndef spoils(completions):\n    global calls\n    calls += 1\n    if calls == 4:\n"
+        "calls = 0\ndef spoils(completions):\n    global calls\n    calls += 1\n    if calls == 5:\n"
         f"        open({str(tmp_path / 'run/samples.jsonl')!r}, 'a').write('no JSON\\n')\n"
         "    return [1.0] * len(completions)\n"
     )
