@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import JsonValue
+from pydantic import JsonValue, model_validator
 
 from .config.section import Section, UserPath
 from .errors import UserError, one_line
+from .puzzles import Puzzles, PuzzlesConfig
 
 Messages = list[dict[str, Any]]
 
@@ -26,6 +27,24 @@ class ContextsConfig(Section):
     """For the chat template, such as {enable_thinking: false}; chat_template is its name where there are several."""
     tools: list[dict[str, JsonValue]] = []
     """JSON schemas for the chat template; columns called tools and chat_template_kwargs go before these two."""
+    reasoning_gym: PuzzlesConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ContextsConfig:
+        for key in ("train", "eval"):
+            if self.reasoning_gym is not None and getattr(self, key) is not None:
+                raise ValueError(f"{key} has no effect beside reasoning_gym, which makes both; leave one of them out")
+        return self
+
+    @property
+    def to_train_on(self) -> str | Puzzles | None:
+        """What `load_contexts` takes; None: the start token."""
+        return self.train if self.reasoning_gym is None else Puzzles(self.reasoning_gym, held_out=False)
+
+    @property
+    def to_evaluate_on(self) -> str | Puzzles | None:
+        """What `load_contexts` takes; None: what is trained on."""
+        return self.eval if self.reasoning_gym is None else Puzzles(self.reasoning_gym, held_out=True)
 
     def refuse_chat_keys(self, where: str) -> None:
         """Raises UserError where one is set that reaches chats only, of which there is none."""

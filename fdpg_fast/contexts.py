@@ -12,6 +12,7 @@ from .chats import ContextsConfig, is_chat, render
 from .data import Row, read_rows
 from .errors import UserError, one_line
 from .progress import activity, advance
+from .puzzles import Puzzles
 
 CHUNK = 1000  # prompts that are made at a time
 WRITTEN_CHAT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
@@ -39,8 +40,8 @@ class Prompting:
     settings: ContextsConfig = ContextsConfig()  # what the template of chats gets
 
 
-def load_contexts(path: str | None, prompting: Prompting) -> list[Context]:
-    """The contexts of a data set, as `read_rows` takes it, or of None: unconditional sampling.
+def load_contexts(path: str | Puzzles | None, prompting: Prompting) -> list[Context]:
+    """The contexts of a data set, as `read_rows` takes it, of puzzles, or of None: unconditional sampling.
 
     Raises:
         UserError: naming file and line: unreadable, empty, or a prompt that the model cannot be given as it is meant.
@@ -54,7 +55,7 @@ def load_contexts(path: str | None, prompting: Prompting) -> list[Context]:
         _check(starts[:1], prompting, "contexts: the start")
         return [Context(0, "", (starts[0],))]
     with activity(f"reading {path}"):
-        rows = read_rows(path)
+        rows = path.rows() if isinstance(path, Puzzles) else read_rows(path)
     if not rows:
         raise UserError(f"contexts: {path!r} holds no prompt; write one a line, or leave the path out")
     with activity(f"tokenizing {path}", len(rows)):

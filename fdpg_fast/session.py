@@ -70,7 +70,7 @@ class Session:
             raise UserError("base.refresh_every: λ of a distributional target is of the first base; leave the key out")
         start = self._load(config.model)  # that training starts from
         base = load_base(config, start, self.tokenizer, self._load)
-        max_new_tokens, held_out = config.engine.max_new_tokens, config.contexts.eval
+        max_new_tokens, held_out = config.engine.max_new_tokens, config.contexts.to_evaluate_on
         room, positions = min((model.prompt_room(max_new_tokens), model.max_length) for model in (start, base))
         if room < 1:
             raise UserError(
@@ -79,7 +79,7 @@ class Session:
             )
         rows = len(start.model.get_input_embeddings().weight)
         self.prompting = Prompting(self.tokenizer, room, rows, start.continues_prompt, config.contexts)
-        self.contexts = load_contexts(config.contexts.train, self.prompting)
+        self.contexts = load_contexts(config.contexts.to_train_on, self.prompting)
         in_round, updates = min(config.trainer.contexts_per_round, len(self.contexts)), config.trainer.updates_per_round
         if updates > in_round:
             raise UserError(

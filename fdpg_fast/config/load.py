@@ -161,7 +161,8 @@ def _explain(error: Any) -> str:
             return f"{key}: samples come from the policy itself, or the recorded log q and all ratios would be wrong"
         near = [known for known in _FIELDS if known.split(".")[-1] == path[-1] and "N" not in known]
         near = near or difflib.get_close_matches(_generic(key), _FIELDS, n=1, cutoff=0.5)
-        return f"{key}: there is no such key" + (f"; did you mean {near[0]}?" if near else "")
+        meant = f"; did you mean {min(near, key=lambda known: known.count('.'))}?" if near else ""
+        return f"{key}: there is no such key{meant}"
     if error["type"] == "missing":
         return f"{key}: this key is required"
     if error["type"] == "union_tag_not_found":

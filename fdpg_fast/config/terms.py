@@ -15,6 +15,7 @@ from ..features.feature import ImportedFeature
 from ..features.formats import InstructionsFeature, JSONSchemaFeature
 from ..features.judge import JudgeFeature
 from ..features.remote import HTTPFeature
+from ..features.solved import ReasoningGymFeature
 from ..features.text import ClassifierFeature, RegexFeature, SentimentFeature, WordFeature
 from ..imports import import_object
 from ..targets import Target, base_power, distributional, pointwise, rlhf
@@ -36,6 +37,7 @@ FeatureConfig = Annotated[
     | MathFeature
     | JSONSchemaFeature
     | InstructionsFeature
+    | ReasoningGymFeature
     | ImportedFeature,
     Field(discriminator="kind"),
 ]

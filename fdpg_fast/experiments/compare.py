@@ -90,7 +90,8 @@ def measure(
         session.restore()
     if like is not None:
         prompting = replace(session.prompting, settings=like.contexts)
-        contexts = load_contexts(like.contexts.eval or like.contexts.train, prompting)[: like.evaluation.contexts]
+        source = like.contexts.to_evaluate_on or like.contexts.to_train_on
+        contexts = load_contexts(source, prompting)[: like.evaluation.contexts]
         for model in (session.base, session.state.learner.policy):
             model.refuse_lengths(contexts, config.engine.max_new_tokens)
         check_columns(session.scorer.target.features, contexts, f"what {like.run_dir} is evaluated on")

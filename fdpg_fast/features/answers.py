@@ -35,7 +35,7 @@ class Reading(FeatureSection):
 
     @model_validator(mode="after")
     def _one_way(self) -> Reading:
-        if self.pattern is not None and "read" in self.model_fields_set and self.read != "last_number":
+        if self.pattern is not None and self.read != type(self).model_fields["read"].default:
             raise ValueError(f"read: {self.read} has no effect beside pattern; leave one of them out")
         return self
 

@@ -34,8 +34,11 @@ FEATURE = (
     "column",
     "definition",
     "score",
+    "partial",
     "path",
 )
+
+PUZZLES = ("dataset", "size", "eval_size", "seed", "options", "template", "chat")
 
 # adding a key is free; renaming or removing one breaks the configs that people have
 KEYS = [
@@ -64,6 +67,7 @@ KEYS = [
     "contexts.system_prompt",
     "contexts.chat_template_kwargs",
     "contexts.tools",
+    *(f"contexts.reasoning_gym.{key}" for key in PUZZLES),
     "engine.kind",
     "engine.max_new_tokens",
     "engine.max_sequences",
