@@ -47,7 +47,7 @@ class ReasoningGymFeature(Reading):
 
 
 def _check(columns: Mapping[str, Any]) -> str | None:
-    puzzle = columns.get("reasoning_gym")
+    puzzle: Any = columns.get("reasoning_gym")
     try:
         recipe, index, question = puzzle
         name = json.loads(recipe)[0]
