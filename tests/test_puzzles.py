@@ -1,8 +1,12 @@
 """Problems of reasoning-gym: none is in both parts, each is scored by its own data set, and no answer is executed."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 from reasoning_gym.factory import DATASETS, create_dataset
 
 from fdpg_fast.config.load import parse_config
@@ -129,3 +133,22 @@ def test_a_run_on_problems_ends_and_is_resumed_with_no_others(tiny_model, tmp_pa
     capsys.readouterr()
     assert runs.call("train", "--resume", run_dir, "--trainer.rounds=4") == 2
     assert "contexts.reasoning_gym.size has changed from 8 to 9" in capsys.readouterr().err
+
+
+def test_the_guides_config_runs(tiny_model, tmp_path):
+    """But for the model, and for less of everything."""
+    guide = (Path(__file__).parents[1] / "docs/guide.md").read_text(encoding="utf-8")
+    chapter = guide.partition("## Verifiable rewards")[2]
+    config = yaml.safe_load(re.search("```yaml\n(.*?)```", chapter, re.DOTALL)[1])
+    config["contexts"]["system_prompt"] = "<answer>"
+    config["contexts"]["reasoning_gym"] |= {"size": 4, "eval_size": 2}
+    config["contexts"]["reasoning_gym"]["options"] |= {"max_terms": 2, "max_digits": 1}
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = json.loads((path := folder / "tokenizer_config.json").read_text())
+    written = "{% for message in messages %}{{ message['content'][-20:] }}{% endfor %}"
+    path.write_text(json.dumps({**settings, "chat_template": written}))
+    less = runs.settings(folder, tmp_path / "run")
+    sections = {key: less[key] for key in ("model", "run_dir", "engine", "trainer", "evaluation")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(runs.merged(config, sections)))
+    assert runs.call("train", tmp_path / "config.yaml") == 0
+    assert "pass@2" in (tmp_path / "run/evaluation.jsonl").read_text()
