@@ -10,7 +10,7 @@ from .errors import UserError
 from .models.language_model import LanguageModel
 from .models.load import load_tokenizer
 
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL = ("bos_token_id", "eos_token_id")
 
 
 def is_start(config: TrainConfig) -> bool:

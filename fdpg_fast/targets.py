@@ -99,27 +99,20 @@ class Target:
         exponents = torch.tensor(self.exponents or (), dtype=torch.float64)
         return _checked(self, values, lambda _: fixed + centred @ exponents)
 
-    def fit(
-        self,
-        values: Tensor,
-        context_index: Tensor,
-        base_logprob: Tensor | None = None,
-        behavior_logprob: Tensor | None = None,
-        *,
-        contexts: int | None = None,
-    ) -> Target:
-        """λ such that all moments hold together, from samples: values [S, F] of `features`, contexts [S].
+    def fit(self, *sample: Tensor, contexts: int | None = None) -> Target:
+        """λ such that all moments hold together.
 
         Args:
-            base_logprob, behavior_logprob: log a and log q [S]; left out, the base is what was sampled from.
+            sample: values [S, F] of `features` and each one's context [S]; then log a and log q [S] where they were
+                sampled from another model than the base, or log a alone where a term reads it.
             contexts: how many there are, of which those of the sample were drawn at random; None: these are all.
 
         Raises:
             UserError: a feature hardly occurs, or a moment is out of reach.
             TooFewSamples: too few samples carry the weight, in all or within a context.
         """
-        sample = self._base_sample(values, context_index, base_logprob, behavior_logprob, contexts, LEAST_CONTEXTS)
-        for (name, moment), column in zip(self.moments, sample.centred.T, strict=True):
+        usable = self._usable(sample, contexts, LEAST_CONTEXTS)
+        for (name, moment), column in zip(self.moments, usable.centred.T, strict=True):
             low, high = float(column.min()), float(column.max())
             if not low < 0 < high:
                 raise UserError(
@@ -127,48 +120,32 @@ class Target:
                     f"samples, so no reweighting of them has mean {moment:g}; {REMEDY}, choose another moment, or "
                     "start nearer"
                 )
-        exponents, covariance, each = solve_exponents(sample)
-        ess = each * len(sample.context_index.unique())
+        exponents, covariance, each = solve_exponents(usable)
+        ess, count = each * len(usable.context_index.unique()), len(sample[0])
         if ess < LEAST_ESS or each < LEAST_PER_CONTEXT:
             names, moments = map(list, zip(*self.moments, strict=True))
             raise TooFewSamples(
-                f"target: the moments {moments} of {names} rest on {ess:.1f} effective samples out of {len(values)}, "
+                f"target: the moments {moments} of {names} rest on {ess:.1f} effective samples out of {count}, "
                 f"{each:.1f} a context (at least {LEAST_ESS:g}, and {LEAST_PER_CONTEXT:g} a context, are needed); "
                 f"{REMEDY}"
             )
         errors = covariance.diagonal().sqrt()
         return replace(self, exponents=tuple(exponents.tolist()), exponent_errors=tuple(errors.tolist()))
 
-    def moments_found(
-        self,
-        values: Tensor,
-        context_index: Tensor,
-        base_logprob: Tensor | None = None,
-        behavior_logprob: Tensor | None = None,
-        *,
-        contexts: int | None = None,
-    ) -> Moments:
+    def moments_found(self, *sample: Tensor, contexts: int | None = None) -> Moments:
         """What the moments are under the fitted λ on another sample; arguments and errors as of `fit`."""
         exponents = torch.tensor(self.exponents, dtype=torch.float64)
-        sample = self._base_sample(values, context_index, base_logprob, behavior_logprob, contexts, 2)
-        return moments_under(exponents, sample)
+        return moments_under(exponents, self._usable(sample, contexts, 2))
 
-    def _base_sample(
-        self,
-        values: Tensor,
-        context_index: Tensor,
-        base_logprob: Tensor | None,
-        behavior_logprob: Tensor | None,
-        contexts: int | None,
-        least: int,
-    ) -> BaseSample:
+    def _usable(self, sample: Sequence[Tensor], contexts: int | None, least: int) -> BaseSample:
         """The samples that λ may rest on: without contexts in which fewer than LEAST_MET meet the hard terms.
 
         `least` contexts must be left where they stand for others.
         """
-        fixed, centred = self._factors(values, base_logprob)
-        if base_logprob is not None and behavior_logprob is not None:
-            fixed = fixed + base_logprob - behavior_logprob
+        values, context_index, *logprobs = sample
+        fixed, centred = self._factors(values, logprobs[0] if logprobs else None)
+        if len(logprobs) > 1:
+            fixed = fixed + logprobs[0] - logprobs[1]
         context_index, drawn = by_context.renumber(context_index)
         possible = fixed > -torch.inf
         usable = context_index[possible].bincount(minlength=len(drawn)) >= LEAST_MET
