@@ -11,10 +11,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
 
-from . import __version__
-from .arguments import positive, positive_number, split_overrides
+from .arguments import MAX_DRAWS, make_parser, split_overrides
 from .errors import RunError, UserError, is_out_of_memory, one_line, printable
 from .progress import lines_for_a_person
 
@@ -24,7 +22,6 @@ ENVIRONMENT = {
     **{"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "2000"},
     **{"THP_MEM_ALLOC_ENABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
 }
-MAX_DRAWS = 4096
 PATIENCE = 20.0  # seconds
 LESS_MEMORY = (
     "set trainer.activation_checkpointing: on, lower trainer.micro_batch_tokens, engine.max_sequences or "
@@ -37,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_environment()
     try:
         known, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-        options = _parser().parse_args(known, argparse.Namespace(overrides=overrides))
+        options = make_parser().parse_args(known, argparse.Namespace(overrides=overrides))
         with lines_for_a_person():
             _import_parts()
-            options.run(options)
+            COMMANDS[options.command](options)
             sys.stdout.flush()  # where nobody reads any more, here is where it shows
     except BrokenPipeError:
         (output := select.poll()).register(sys.stdout, 0)
@@ -89,80 +86,6 @@ def _import_parts() -> None:
         gc.enable()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fdpg-fast", description="Align a language model with an explicit target distribution.")
-    parser.add_argument("--version", action="version", version=f"fdpg-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(run: Any, summary: str, description: str = "") -> Any:
-        added = commands.add_parser(run.__name__.strip("_"), help=summary, description=description or summary)
-        added.set_defaults(run=run)
-        return added.add_argument
-
-    add = command(
-        _train,
-        "train a policy",
-        "Train as CONFIG.yaml says; any key can be overridden, e.g. --trainer.rounds=20. "
-        "`fdpg-fast train --keys` lists every key.",
-    )
-    add("config", nargs="?", help="YAML file")
-    add("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
-    add("--dry-run", action="store_true", help="print the resolved config and what would be done")
-    add("--keys", action="store_true", help="list the config keys with their documentation")
-
-    add = command(_evaluate, "measure a run's newest checkpoint on a fresh sample")
-    add("run_dir", metavar="RUN")
-    add("--samples", type=positive, help="completions per context (default: the run's)")
-    add("--seed", type=int, default=1, help="of the fresh sample")
-
-    add = command(
-        _compare,
-        "measure several runs alike: a table and a Pareto plot",
-        "Every run's newest checkpoint is sampled on the evaluation contexts of the first, with one seed, and held "
-        "against Z from one large sample of the base, which is kept in the first run's folder.",
-    )
-    add("run_dirs", nargs="+", metavar="RUN")
-    add("--output", default="comparison.html", help="HTML file to write")
-    add("--samples", type=positive, default=32, help="completions per context of each run")
-    add("--base-samples", type=positive, default=256, help="completions per context of the base")
-    add("--seed", type=int, default=1, help="of the samples")
-
-    add = command(_sample, "print completions of a run's newest checkpoint as JSON lines")
-    add("run_dir", metavar="RUN")
-    add("--prompt", help="continue this text, or chat: messages in JSON (default: the run's evaluation contexts)")
-    add("--count", type=positive, default=8, help="how many completions")
-    add("--seed", type=int, default=0)
-    beta = "keep a draw with probability min(1, p/(B·policy)): nearer to the target p the larger B is, and fewer; also "
-    add("--quasi-rejection-beta", type=positive_number, metavar="B", help=f"{beta}prints what other values would do")
-    add("--max-draws", type=positive, help=f"with the former: give up after so many (default: {MAX_DRAWS})")
-
-    add = command(
-        _experiment,
-        "a sweep of runs whose findings are judged from their numbers",
-        "Runs the cases of examples/experiments/NAME that are not done yet, or of any folder with an experiment.yaml, "
-        "and writes results.md. Stopped, it goes on where it was.",
-    )
-    add("name", metavar="NAME")
-    add("--budget", default="quick", help="quick (default), full, or another one of the experiment")
-    add("--divergences", help="only these, separated by commas")
-    add("--seeds", type=positive, help="how many (default: the budget's)")
-    add("--output", help="folder for runs and results (default: runs/experiments/NAME/BUDGET)")
-    add("--jobs", type=positive, default=1, help="runs side by side on the CPU")
-
-    add = command(
-        _doctor,
-        "what this machine can run, and why not more",
-        "With CONFIG.yaml also what its run would do; keys can be overridden as for `train`.",
-    )
-    add("config", nargs="?", help="YAML file")
-    return parser
-
-
 def _train(options: argparse.Namespace) -> None:
     from .config.load import config_keys, dump_config, load_config
     from .runs.folder import read_config
@@ -200,7 +123,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .runs.tables import evaluation_table
     from .session import Session
 
-    session = Session(read_finished(options.run_dir), resume=True)
+    session = Session(read_finished(options.run_dir), resume=True, best=options.checkpoint == "best")
     evaluation = evaluate_checkpoint(session, options.samples, options.seed)
     row = {"round": session.state.round, **evaluation.as_dict()}
     print(evaluation_table(row))  # first: it is not lost where the disk is full
@@ -226,7 +149,7 @@ def _sample(options: argparse.Namespace) -> None:
     beta, draws = options.quasi_rejection_beta, options.max_draws
     if beta is None and draws is not None:
         raise UserError("sample: --max-draws bounds the draws of --quasi-rejection-beta B, which is missing")
-    session = Session(read_finished(options.run_dir), resume=True)
+    session = Session(read_finished(options.run_dir), resume=True, best=options.checkpoint == "best")
     if beta is None:
         for row in sample_checkpoint(session, options.prompt, options.count, options.seed):
             print(to_json(row))
@@ -261,6 +184,16 @@ def _doctor(options: argparse.Namespace) -> None:
         raise UserError(f"doctor: --{next(iter(options.overrides))} changes a config; give a CONFIG.yaml")
     for line in report(options.config and load_config(options.config, options.overrides)):
         print(line, flush=True)
+
+
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "sample": _sample,
+    "experiment": _experiment,
+    "doctor": _doctor,
+}
 
 
 if __name__ == "__main__":

@@ -89,6 +89,12 @@ class Sampling:
             self._engine.sync_weights(model, version)
             self._synced = version
 
+    def sync_policy(self, version: int) -> None:
+        """Hand the learner's weights to the engine, whatever the rounds sample with."""
+        if version != self._engine.version:  # it has those of the round before, or of an adaptive proposal
+            self._engine.sync_weights(self._policy, version)
+            self._synced = -1
+
     def observe(self, rollouts: Rollouts, scores: Scores, updates: Updates, done: int) -> None:
         """Let an adaptive proposal see the last of `done` rounds, and take the new weights if they are nearer."""
         proposal, rows = self.proposal, updates.rows

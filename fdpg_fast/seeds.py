@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
 
 
 def derived_seed(seed: int, purpose: str, round_index: int) -> int:
@@ -22,3 +27,16 @@ def schedule(num_contexts: int, per_round: int, round_index: int, seed: int) -> 
             random.Random(f"{seed}/{epoch}").shuffle(permutation)
         chosen.append(permutation[place])
     return sorted(chosen)
+
+
+@contextlib.contextmanager
+def own_generators(device: torch.device, seed: int = 0) -> Iterator[None]:
+    """The global generators start from a seed in this block, and are left as they were."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield

@@ -22,7 +22,7 @@ from .errors import UserError, is_out_of_memory, one_line
 from .features import check_columns
 from .learner import Learner
 from .measure.estimators import LogPartition
-from .measure.evaluate import Evaluation, evaluate
+from .measure.evaluate import Evaluation, evaluate, metric_names
 from .measure.target_samples import TargetSamples
 from .models.activations import plan_passes, recompute
 from .models.generation import eos_token_ids
@@ -34,6 +34,7 @@ from .partition import Baseline, Estimates, PartitionFunction
 from .progress import activity
 from .proposal import AdaptiveProposal
 from .rollouts import Rollouts, pack
+from .runs.best import best_checkpoint, refuse_unknown
 from .runs.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, round_of
 from .runs.folder import refuse_taken
 from .runs.origin import origin_of, refuse_changes
@@ -50,12 +51,13 @@ class Session:
     Args:
         config: of the run.
         resume: with the weights of the newest checkpoint in config.run_dir, if there is one.
+        best: of the best one instead, which there must be.
 
     Raises:
         UserError: something in the config does not fit; nothing has been written.
     """
 
-    def __init__(self, config: TrainConfig, *, resume: bool = False):
+    def __init__(self, config: TrainConfig, *, resume: bool = False, best: bool = False):
         self.config, self.resumes, rounds = config, resume, config.trainer.rounds
         if not resume:
             refuse_taken(config.run_dir)
@@ -95,7 +97,10 @@ class Session:
         self._origin = origin_of(config, start, base, self.tokenizer, **prompts)
         if resume:
             refuse_changes(config.run_dir, self._origin)
-        self.checkpoint = latest_checkpoint(config.run_dir) if resume else None
+        count = config.evaluation.samples_per_context
+        refuse_unknown(config, partial(metric_names, target, self.divergence, self.eval_contexts[0], count))
+        found = best_checkpoint(config) if best else latest_checkpoint(config.run_dir) if resume else None
+        self.checkpoint = found
         done = 0 if self.checkpoint is None else round_of(self.checkpoint)
         if done > rounds:
             raise UserError(f"trainer.rounds: {rounds} is less than the {done} that the run has done")

@@ -18,6 +18,7 @@ from .measure.evaluate import Evaluation
 from .preparation import find_target_samples, prepare
 from .runs.metrics import Round
 from .runs.recorder import Recorder
+from .seeds import own_generators
 from .session import Session
 from .updates import mini_batches, update
 
@@ -51,29 +52,34 @@ class Trainer:
         self.session = Session(config, resume=resume)
 
     def train(self, evaluate: bool = True) -> RunResult:
-        """Run all rounds that are left, evaluate before and after, and write the report.
+        """Run all rounds that are left, evaluate before, after and where the config asks for it, and write the report.
 
         Args:
-            evaluate: False: only the rounds, for whoever measures many runs alike (see `compare`).
+            evaluate: False: not before and after, and no report, for whoever measures many runs alike (see `compare`).
 
         Raises:
             RunError: something failed on the way; the checkpoints written so far are intact.
         """
-        session, rounds = self.session, self.session.config.trainer.rounds
+        session, config = self.session, self.session.config
+        rounds, every = config.trainer.rounds, config.evaluation.every
         before = after = None
         with contextlib.closing(session), session.recorder() as run:
-            transformers.set_seed(session.config.trainer.seed)  # for features that draw from the global generators
+            transformers.set_seed(config.trainer.seed)  # for features that draw from the global generators
             prepare(session) if session.checkpoint is None else session.restore()
-            if evaluate:
+            if evaluate or every:
                 find_target_samples(session)
             run.start(session.state, session.checkpoint)
             if session.checkpoint is None and evaluate:
                 before = self._evaluate(run)
-            log.info("%s", describe_engine(session.config, session.state.learner.policy))
+            log.info("%s", describe_engine(config, session.state.learner.policy))
             for index in range(session.state.round, rounds):
+                if index and every and index % every == 0:
+                    after = self._evaluate(run)
+                    if run.ends_early():
+                        break
                 run.record(self.round(index))
-            if evaluate:
-                after = self._evaluate(run)
+            else:
+                after = self._evaluate(run) if evaluate else None
             return RunResult(run.folder.path, before, after, run.report() if evaluate else None)
 
     def round(self, index: int) -> Round:
@@ -108,12 +114,17 @@ class Trainer:
             state.estimates.partition.forget()
 
     def _evaluate(self, run: Recorder) -> Evaluation:
-        """Measure the policy as it is now, on one fresh sample, and record that."""
+        """Measure the policy as it is now, on one fresh sample, and record that; unless a process before has.
+
+        No round knows of it: generators stay as they are, and the engine gets back what rounds sample with.
+        """
         session, done = self.session, self.session.state.round
-        if session.engine.version != done:  # of the round before, or of an adaptive proposal
-            session.engine.sync_weights(session.state.learner.policy, done)
+        if done in run.evaluations:
+            return run.evaluations[done]
+        session.sampling.sync_policy(done)
         # one seed for every evaluation: before and after are compared on common random numbers
         each, seed = session.config.evaluation.samples_per_context, session.seed("evaluation", 0)
-        evaluation, samples = session.measure(each, seed, SAMPLES_LOGGED["evaluation"])
+        with own_generators(session.base.device, seed):
+            evaluation, samples = session.measure(each, seed, SAMPLES_LOGGED["evaluation"])
         run.evaluation(done, evaluation, samples)
         return evaluation

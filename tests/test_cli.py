@@ -57,8 +57,7 @@ def test_another_pipe_that_breaks_is_no_reader(monkeypatch, capfd):
     def fails(options):
         raise BrokenPipeError("of the engine")
 
-    monkeypatch.setattr(fails, "__name__", "_doctor")
-    monkeypatch.setattr(cli, "_doctor", fails)
+    monkeypatch.setitem(cli.COMMANDS, "doctor", fails)
     with pytest.raises(BrokenPipeError, match="of the engine"):
         runs.call("doctor")
 

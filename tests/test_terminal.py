@@ -46,8 +46,7 @@ def test_an_error_that_quotes_somebody_is_one_line(error, monkeypatch, capsys):
         noted.add_note(NASTY)
         raise noted
 
-    monkeypatch.setattr(cli, "_doctor", fails)
-    monkeypatch.setattr(fails, "__name__", "_doctor", raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "doctor", fails)
     assert runs.call("doctor") == (1 if error is RunError else 2)
     assert capsys.readouterr() == ("", f"fdpg-fast: http://server: {SHOWN}; {SHOWN}\n")
 

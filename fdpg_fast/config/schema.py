@@ -7,55 +7,16 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ..chats import ContextsConfig
 from ..divergence import last_divergence
-from ..errors import UserError
-from .section import Section, UserPath
+from .engine import EngineConfig
+from .section import Count, Section, UserPath
 from .terms import DistributionalTerm, ImportedTarget, PointwiseTerm, TermConfig
 
-Count = Annotated[int, Field(ge=1, le=10**9)]
 MAX_SAMPLES = 10**5  # of a context: more of them, and a round would not end
-
-
-def _server_address(url: str) -> str:
-    if "@" in url:  # which an error of pydantic would repeat
-        raise UserError(
-            "engine.urls: an address with a user name or password would end in config.yaml; leave them out, start the "
-            "servers with --api-key, and set the environment variable VLLM_API_KEY to that key here"
-        )
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or re.search(r"[\s?#]", url):
-        raise ValueError("this is no address of a server; write [http://HOST:PORT, …]")
-    if parts.path.rstrip("/").endswith("/v1"):
-        raise ValueError("leave /v1 out: it is asked for more than completions")
-    return url
-
-
-class EngineConfig(Section):
-    kind: Literal["auto", "transformers", "vllm", "vllm_server"] = "auto"
-    """What samples: the learner's own module, vLLM in this process, or vLLM servers; auto: vLLM where it has a GPU."""
-    max_new_tokens: Count = 64
-    """Completions are cut off there; a cut completion is a text without EOS."""
-    max_sequences: Count = 256
-    """Completions decoded side by side; bounds the memory of the key-value cache."""
-    tensor_parallel: Count = 1
-    """vllm under torchrun: processes, and so GPUs, over which one vLLM is spread; each has one of its own if 1."""
-    urls: list[Annotated[str, AfterValidator(_server_address)]] = []
-    """vllm_server: addresses of the servers, such as http://gpu-box:8000."""
-    weight_transfer: Literal["nccl", "ipc", "disk"] = "nccl"
-    """vllm_server: from GPU to GPU, within one GPU, or through a folder that both sides see."""
-    weights_dir: UserPath | None = None
-    """vllm_server: the folder of weight_transfer disk."""
-    request_timeout: float = Field(default=600.0, gt=0, le=1e6)
-    """vllm_server: seconds that one request, or sending the weights, may take."""
-    gap_warning: float | None = Field(default=None, gt=0)
-    """Mean |log q − log π| a token, in nats, above which a round warns; left out, 1e-4, or 0.1 in bfloat16."""
-    gap_limit: float | None = Field(default=None, gt=0)
-    """The same, above which the run stops: the engine has other weights; left out, 0.01, or 0.3 in bfloat16."""
 
 
 class PartitionConfig(Section):
@@ -151,7 +112,32 @@ class RoundsConfig(Section):
         return ("off", "on")[value] if isinstance(value, bool) else value
 
 
+def _directed(metric: str) -> str:
+    if re.fullmatch(r"(max|min) \S.*", metric) is None:
+        raise ValueError("write max NAME or min NAME: a metric of evaluations, and which way is better")
+    return metric
+
+
+Metric = Annotated[str, AfterValidator(_directed)]
+
+
+class CheckpointConfig(Section):
+    best: Metric | None = None
+    """max NAME or min NAME, such as max feature/safe: the checkpoint that evaluates best stays beside the newest."""
+    keep_best: Count = 1
+    """How many of the best stay."""
+
+
+class EarlyStopConfig(Section):
+    metric: Metric
+    """max NAME or min NAME: the run ends once this metric of its evaluations has stopped getting better."""
+    patience: Count
+    """After so many evaluations in a row that are no better than the best one before."""
+
+
 class EvaluationConfig(Section):
+    every: Count | None = None
+    """k: evaluate after every k rounds; left out: before the first round and after the last one only."""
     contexts: Count = 64
     """Contexts to evaluate on, the first ones of the file."""
     samples_per_context: int = Field(default=32, ge=2, le=MAX_SAMPLES)
@@ -191,6 +177,8 @@ class TrainConfig(Section):
     lora: LoRAConfig | None = None
     trainer: RoundsConfig = RoundsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    early_stop: EarlyStopConfig | None = None
     tracking: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides metrics.jsonl."""
 
@@ -238,12 +226,16 @@ class TrainConfig(Section):
             ("loss", ("ratio_cap", "ratio_drop"), self.loss.ratio == "sequence", "loss.ratio: sequence"),
             ("evaluation", ("base_samples",), has_exact_samples, "pointwise terms alone, and a base that is model"),
             ("", ("target_fit_samples",), is_fitted, "a distributional target"),
+            ("checkpoint", ("keep_best",), self.checkpoint.best is not None, "checkpoint.best"),
+            ("checkpoint", ("best",), self.evaluation.every is not None, "evaluation.every"),
         ):
             settings = getattr(self, section) if section else self
             for key in keys:
                 if not has_effect and getattr(settings, key) != type(settings).model_fields[key].default:
                     name = f"{section}.{key}".lstrip(".")
                     raise ValueError(f"{name}: {getattr(settings, key)} has an effect only with {beside}; leave it out")
+        if self.early_stop is not None and self.evaluation.every is None:
+            raise ValueError("early_stop needs evaluation.every: evaluations between the rounds are what it goes by")
         if is_served and (not engine.urls or (engine.weight_transfer == "disk" and engine.weights_dir is None)):
             raise ValueError("engine.kind: vllm_server needs engine.urls, and weight_transfer: disk engine.weights_dir")
         return self
@@ -252,6 +244,8 @@ class TrainConfig(Section):
 # what a resumed run may change without becoming another run
 RESUMABLE = (
     *("trainer.rounds", "trainer.checkpoint_every", "trainer.activation_checkpointing", "tracking", "device"),
+    *("evaluation.every", "checkpoint.best", "checkpoint.keep_best"),
+    *("early_stop", "early_stop.metric", "early_stop.patience"),
     "trainer.reshard_after_forward",
     *(f"engine.{key}" for key in EngineConfig.model_fields if key != "max_new_tokens"),
 )

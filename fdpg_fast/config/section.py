@@ -3,7 +3,7 @@
 import os.path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 def _user_path(path: str) -> str:
@@ -15,6 +15,7 @@ def _user_path(path: str) -> str:
     return expanded
 
 
+Count = Annotated[int, Field(ge=1, le=10**9)]
 UserPath = Annotated[str, AfterValidator(_user_path)]  # a file, a folder or whatever begins with one; ~ is expanded
 
 

@@ -6,12 +6,10 @@ import contextlib
 import gc
 import logging
 import os
-import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import ranks
@@ -19,6 +17,7 @@ from ..contexts import Context
 from ..errors import RunError, UserError, one_line
 from ..models.language_model import LanguageModel
 from ..rollouts import Completion, Rollouts, pack
+from ..seeds import own_generators
 from .vllm_patches import keeping_groups, own_classes, repack_experts, sampled_logprobs_only, without_global_draws
 
 log = logging.getLogger(__name__)
@@ -163,7 +162,7 @@ class VLLMEngine:
         parameters = [SamplingParams(**shared, seed=first) for first in seeds]
         prompts = [{"prompt_token_ids": list(context.token_ids)} for context in contexts]
         # features may be drawing from the global generators in another thread; else vLLM may have them for itself
-        own = without_global_draws() if self._beside_learner else _own_generators(self._policy.device, seed)
+        own = without_global_draws() if self._beside_learner else own_generators(self._policy.device, seed)
         with own, sampled_logprobs_only():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return pack(contexts, [[self._checked(completion) for completion in output.outputs] for output in outputs])
@@ -200,7 +199,7 @@ def _make_llm(settings: dict[str, Any], device: torch.device) -> Any:
     threads = torch.get_num_threads()
     try:
         # the warnings of the start are about nothing that can be changed here
-        with _own_generators(device), warnings.catch_warnings(action="ignore"):
+        with own_generators(device), warnings.catch_warnings(action="ignore"):
             import vllm
             from vllm.platforms import current_platform
 
@@ -219,19 +218,6 @@ def _make_llm(settings: dict[str, Any], device: torch.device) -> Any:
     finally:
         if device.type == "cuda":
             torch.set_num_threads(threads)  # vLLM takes one for all; the learner scores and packs on the CPU
-
-
-@contextlib.contextmanager
-def _own_generators(device: torch.device, seed: int = 0) -> Iterator[None]:
-    """The global generators, of which vLLM draws from any, start from a seed, and are left as they were."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        yield
 
 
 def _reason(error: Exception) -> str:

@@ -144,7 +144,7 @@ def write_comparison(runs: Sequence[Run], path: str | Path) -> Path:
         colours=colours,
         trade_offs=[_scatter(ends, x, y) for y in features for x in ("entropy_per_token", "kl_to_base")],
         by_k=draw_by_k([(metrics, colour) for _, colour, metrics in ends]),
-        curves=[curve(titles[key], [(run, key, colours[name]) for name, run in named]) for key in titles],
+        curves=[curve(titles[key], [(run.metrics, key, colours[name]) for name, run in named]) for key in titles],
         quality=list(zip(header, *quality, strict=True)),
         divergences=list(zip(header, *divergences, strict=True)),
     )

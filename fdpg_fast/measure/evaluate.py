@@ -7,11 +7,14 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fdpg_kernels import Divergence
 
-from ..rollouts import Rollouts
+from ..contexts import Context
+from ..features import Completions
+from ..rollouts import Rollouts, pack
 from ..scoring import Scores
 from ..targets import Target
 from . import target_samples
@@ -96,3 +99,16 @@ def evaluate(
         distances = target_samples.measure(*exact, log_pi, log_score, context_index)
         metrics |= {f"target_samples/{name}": estimate for name, estimate in distances.items()}
     return Evaluation(metrics, len(rollouts), len(rollouts.contexts))
+
+
+def metric_names(target: Target, divergence: str | Divergence, context: Context, samples_per_context: int) -> list[str]:
+    """What `evaluate` may measure, found by measuring empty completions of one context; all but λ, which is known."""
+    rollouts = pack([context], [[((0,), (0.0,), True)] * samples_per_context])
+    nothing, chats = [""] * len(rollouts), [context.messages] * len(rollouts)
+    columns = {name: [value] * len(rollouts) for name, value in context.columns.items()}
+    texts = Completions(nothing, nothing, [[]] * len(rollouts), [True] * len(rollouts), columns, chats=chats)
+    zeros = torch.zeros(len(rollouts), dtype=torch.float64)
+    scores = Scores(texts, zeros[:, None].expand(-1, len(target.features)), zeros, zeros, zeros)
+    exact = TargetSamples(rollouts, samples_per_context), zeros
+    is_exact = all(term.can_be_zero for term in target.terms)
+    return list(evaluate(rollouts, scores, target, divergence, exact=exact if is_exact else None).metrics)

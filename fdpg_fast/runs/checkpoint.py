@@ -19,7 +19,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +86,12 @@ class TrainerState:
         return Settled(self.round, _named(groups), trainer, generators)
 
 
-def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokenizer: Any) -> Path:
+def save_checkpoint(
+    run_dir: Path, state: TrainerState, settled: Settled, tokenizer: Any, best: Collection[int] = ()
+) -> Path:
     """Write the checkpoint of `settled.round` rounds and delete old ones; a RunError leaves what was there.
+
+    best: rounds whose checkpoints stay, however old.
 
     It is there when `finish_checkpoint` has come back.
     """
@@ -130,9 +134,7 @@ def save_checkpoint(run_dir: Path, state: TrainerState, settled: Settled, tokeni
             _fsync(path)
         temporary.rename(final)
         _fsync(folder)  # or the rename does not survive a power cut
-        older = [path for path in checkpoints(run_dir) if round_of(path) < settled.round]
-        for old in older[: 1 - NEWEST]:
-            shutil.rmtree(old, ignore_errors=True)
+        prune(run_dir, settled.round, best)
 
     def attempt(step: Callable[[], Any]) -> Any:
         done = False
@@ -161,6 +163,14 @@ def finish_checkpoint(state: TrainerState) -> None:
         writing.result()
 
 
+def prune(run_dir: Path, newest: int, best: Collection[int]) -> None:
+    """Delete all checkpoints but the NEWEST ones, of which one is that of `newest` rounds, and those of `best`."""
+    older = [path for path in checkpoints(run_dir) if round_of(path) < newest]
+    for old in older[: 1 - NEWEST]:
+        if round_of(old) not in best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first; folders of other names, such as a copy, are none of ours."""
     found = [path for path in Path(run_dir).glob("checkpoints/round-*") if re.fullmatch(r"round-\d{6,}", path.name)]
@@ -175,10 +185,15 @@ def round_of(path: Path) -> int:
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest checkpoint, or None; raises UserError that names the one before if it is damaged."""
     *older, newest = [None, *checkpoints(run_dir)]
-    if newest is not None and (fault := _fault(newest)):
-        remedy = f"continue from {older[-1].name}" if older[-1] else "start again from round 0"
-        raise UserError(f"checkpoint {newest} is damaged ({fault}); delete that folder to {remedy}")
+    if newest is not None:
+        refuse_damaged(newest, f"continue from {older[-1].name}" if older[-1] else "start again from round 0")
     return newest
+
+
+def refuse_damaged(path: Path, remedy: str) -> None:
+    """Raises UserError that names what is wrong with a checkpoint's files, and what deleting it would lead to."""
+    if fault := _fault(path):
+        raise UserError(f"checkpoint {path} is damaged ({fault}); delete that folder to {remedy}")
 
 
 def load_checkpoint(path: Path, state: TrainerState, contexts: Callable[[int], list[Context]]) -> None:

@@ -62,12 +62,20 @@ class RunFolder:
         """Write a file whole or not at all."""
         write_whole(self.path / name, text)
 
-    def forget_from(self, round_index: int) -> dict[str, int]:
-        """Drop what rounds ≥ round_index left in the .jsonl files, to be written again; the last round of each file."""
-        last = {}
-        for path, rows in self.rows().items():
+    def forget_from(self, round_index: int, keeps_evaluation: bool) -> dict[str, int]:
+        """Drop what rounds ≥ round_index left in the .jsonl files, to be written again; the last round of each file.
+
+        keeps_evaluation: but not an evaluation that was made, and written to its end, before that round.
+        """
+        last, files = {}, self.rows()
+        evaluated = {index for path, rows in files.items() if path.stem == "evaluation" for index, _ in rows}
+        for path, rows in files.items():
             last[path.stem] = max((index for index, _ in rows), default=-1)
-            write_whole(path, "".join(to_json(row) + "\n" for index, row in rows if index < round_index))
+            kept = [row for index, row in rows if index < round_index]
+            if keeps_evaluation and round_index in evaluated:
+                before = [row for index, row in rows if index == round_index]
+                kept += [row for row in before if "evaluation" in (path.stem, row.get("split"))]
+            write_whole(path, "".join(to_json(row) + "\n" for row in kept))
         return last
 
     def rows(self) -> dict[Path, list[tuple[int, Json]]]:
@@ -95,7 +103,7 @@ class NoFolder(RunFolder):
 
     def write(self, name: str, text: str) -> None: ...
 
-    def forget_from(self, round_index: int) -> dict[str, int]:
+    def forget_from(self, round_index: int, keeps_evaluation: bool) -> dict[str, int]:
         return {}
 
     def close(self) -> None: ...
@@ -120,6 +128,7 @@ class Run:
     trained: str  # the name under which `before` and `after` have the divergence that is trained
     metrics: list[dict[str, float]]
     samples: list[Json]
+    evaluations: dict[int, dict[str, Estimate]]  # by the rounds that were done
     before: dict[str, Estimate]  # the evaluation of the base
     after: dict[str, Estimate]  # of the last policy that was evaluated
 
@@ -139,7 +148,9 @@ def read_run(run_dir: str | Path) -> Run:
     # a lone evaluation is the base model's if it says round 0
     has_before = len(rows) > 1 or any(row.get("round") == 0 for row in rows)
     before, after = rows[0] if has_before else {}, rows[-1] if len(rows) > has_before else {}
-    return Run(path.parent, config, trained, metrics, samples, before.get("metrics", {}), after.get("metrics", {}))
+    evaluations = {int(row.get("round", place)): row["metrics"] for place, row in enumerate(rows)}
+    ends = before.get("metrics", {}), after.get("metrics", {})
+    return Run(path.parent, config, trained, metrics, samples, evaluations, *ends)
 
 
 def estimates_of(evaluation: Json) -> dict[str, Estimate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -14,24 +14,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..measure.estimators import Estimate
-from .folder import Run
 from .tables import curves_by_k
 
 PALETTE = ("#3b82c4", "#dd7a2f", "#2f9e77", "#b8578f", "#8370c9", "#a88a1f", "#5f8f9e", "#c2504b")
 INK = "#010203"  # stands for currentColor, which matplotlib does not know
 MAX_POINTS = 500
+Rows = Sequence[Mapping[str, float]]
 Drawing = tuple[str, str]  # a title, and a picture as an element of HTML
 
 
-def curve(title: str, lines: Iterable[tuple[Run, str, str]]) -> Drawing | None:
+def curve(title: str, lines: Iterable[tuple[Rows, str, str]]) -> Drawing | None:
     """Metrics over the rounds, with ±1.96·se bands where an error is known; None without any data.
 
-    lines: run, key of the metric and colour of each.
+    lines: rows with a round each, key of the metric and colour of each.
     """
     axes = new_axes("round")
     drawn: list[float] = []
-    for run, key, colour in lines:
-        rows = run.metrics[:: len(run.metrics) // MAX_POINTS + 1]
+    for rows, key, colour in lines:
+        rows = rows[:: len(rows) // MAX_POINTS + 1]
         x = [row.get("round", place) for place, row in enumerate(rows)]
         y, error = ([finite(row.get(k, math.nan)) for row in rows] for k in (key, f"{key}_se"))
         band = [[v + side * e for v, e in zip(y, error, strict=True)] for side in (-1.96, 1.96)]

@@ -18,10 +18,12 @@ from ..measure.diagnostics import Watch
 from ..measure.evaluate import Evaluation
 from ..rollouts import Rollouts
 from ..stopping import Stopped, check, signalled, stoppable
-from .checkpoint import Settled, TrainerState, checkpoints, finish_checkpoint, round_of, save_checkpoint
+from .best import best_rounds, early_end, read_evaluations, refuse_unknown
+from .checkpoint import Settled, TrainerState, checkpoints, finish_checkpoint, prune, round_of, save_checkpoint
 from .folder import ORIGIN, TRACKING, Json, NoFolder, RunFolder, refuse_taken
 from .metrics import Round, progress_line, round_metrics
 from .report import write_report
+from .tables import evaluation_line
 from .tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,9 @@ class Recorder:
         self._state: TrainerState | None = None
         self._latest: Rollouts | None = None  # of the last finished round
         self._due = self._ends = False  # a checkpoint, and the run
+        self.evaluations: dict[int, Evaluation] = {}  # by the rounds that were done
+        self._best: dict[int, Evaluation] = {}  # of them, those whose checkpoints stay
+        self._saved = 0  # rounds of the newest checkpoint
 
     def __enter__(self) -> Self:
         def at_rest() -> bool:
@@ -87,23 +92,47 @@ class Recorder:
         self._state, self._first, state.settled = state, state.round, state.settle()
         sent: dict[str, int] = {}
         if self._resume:
-            sent = self.folder.forget_from(state.round)
+            sent = self.folder.forget_from(state.round, self._is_evaluated(state.round))
+            self.evaluations, there = ranks.by_first(self._found)
+            self._saved = state.round if checkpoint else 0
+            self._best = {done: evaluation for done, evaluation in self.evaluations.items() if done in there}
+            self._best = dict(self._ranked(self._best))
             origin = f"after {checkpoint.name}" if checkpoint else "from round 0: it has no checkpoint yet"
             log.info("resuming %s %s", self.folder.path, origin)
         for name in self._config.tracking if ranks.is_first() else ():
             self._trackers.append(Tracker(name, self._config, state.round, sent))
             self._until_done.callback(self._trackers[-1].close)
+        if state.round in self.evaluations:
+            self._track(state.round)  # again to whom has dropped what this round began with
 
     def evaluation(self, round_index: int, evaluation: Evaluation, samples: list[dict[str, Any]]) -> None:
-        """Add a line to evaluation.jsonl, and its samples to samples.jsonl."""
-        trained = last_divergence(self._config.divergence).name
+        """Add a line to evaluation.jsonl, and its samples to samples.jsonl; keep the checkpoint if it is a best one."""
+        if not self.evaluations:  # some metrics depend on the values that features have
+            refuse_unknown(self._config, evaluation.metrics.keys)
+        trained, rounds = last_divergence(self._config.divergence).name, self._config.trainer.rounds
+        self._samples(round_index, "evaluation", samples)  # first: the line says that all is there
         self.folder.append("evaluation.jsonl", {"round": round_index, "divergence": trained, **evaluation.as_dict()})
-        found = {f"evaluation/{name}": estimate.value for name, estimate in evaluation.metrics.items()}
-        errors = {f"evaluation/{name}_se": estimate.standard_error for name, estimate in evaluation.metrics.items()}
-        for tracker in self._trackers:
-            tracker.send("evaluation", found | errors, round_index)
-        self._complain({f"{room}/{name}": found[f"evaluation/{name}"] for room, name in EVALUATED})
-        self._samples(round_index, "evaluation", samples)
+        self.evaluations[round_index] = evaluation
+        self._track(round_index)
+        self._complain({f"{room}/{name}": evaluation.metrics[name].value for room, name in EVALUATED})
+        self._keep_if_best(round_index)
+        if 0 < round_index < rounds:
+            shown = ["kl_to_base", f"divergence/{trained}"]
+            log.info("%s", evaluation_line(round_index, rounds, evaluation.metrics, shown))
+
+    def ends_early(self) -> bool:
+        """Whether the run ends with its last evaluation, for it gets no better; then says so, and has a checkpoint."""
+        assert self._state is not None and self._state.settled is not None
+        section, rounds = self._config.early_stop, self._config.trainer.rounds
+        found = {done: evaluation.metrics for done, evaluation in self.evaluations.items()}
+        why = early_end(None if section is None else section.model_dump(), found, rounds)
+        if why is None:
+            return False
+        if self._saved != self._state.round:
+            self._save(self._state.settled)
+        finish_checkpoint(self._state)
+        log.info("%s; to go on, resume it with a larger --early_stop.patience, or with --early_stop=null", why)
+        return True
 
     def record(self, this: Round) -> None:
         """Write and say what happened in a round, and a checkpoint where one is due. Then the round is finished."""
@@ -162,7 +191,45 @@ class Recorder:
         assert self._state is not None and self._latest is not None
         if not bool(self._state.learner.policy.token_logprobs(self._latest, 1).isfinite().all()):
             raise Diverged("its log-probs are not finite")
-        return save_checkpoint(self.folder.path, self._state, settled, self._tokenizer)
+        self._saved = settled.round
+        return save_checkpoint(self.folder.path, self._state, settled, self._tokenizer, self._best)
+
+    def _keep_if_best(self, done: int) -> None:
+        """Of the evaluation after so many rounds: make a best checkpoint, and delete the one that it drives out."""
+        if self._config.checkpoint.best is None or done == 0:
+            return
+        assert self._state is not None and self._state.settled is not None
+        self._best = dict(self._ranked(self._best | {done: self.evaluations[done]}))
+        if done in self._best:
+            if self._saved != done:
+                self._save(self._state.settled)
+            finish_checkpoint(self._state)  # before what it drives out goes
+            if ranks.is_first():
+                prune(self.folder.path, done, self._best)
+
+    def _ranked(self, evaluations: dict[int, Evaluation]) -> list[tuple[int, Evaluation]]:
+        """The best evaluations, as many as keep their checkpoints."""
+        settings = self._config.checkpoint
+        if settings.best is None:
+            return []
+        order = best_rounds(settings.best, {done: evaluation.metrics for done, evaluation in evaluations.items()})
+        return [(done, evaluations[done]) for done in order[: settings.keep_best]]
+
+    def _found(self) -> tuple[dict[int, Evaluation], set[int]]:
+        """The evaluations in the folder, and the rounds that have checkpoints there."""
+        return read_evaluations(self.folder.path), set(map(round_of, checkpoints(self.folder.path)))
+
+    def _is_evaluated(self, done: int) -> bool:
+        """Whether the config asks for an evaluation after so many rounds."""
+        every, rounds = self._config.evaluation.every, self._config.trainer.rounds
+        return done in (0, rounds) or (every is not None and done % every == 0)
+
+    def _track(self, done: int) -> None:
+        metrics = self.evaluations[done].metrics
+        found = {f"evaluation/{name}": estimate.value for name, estimate in metrics.items()}
+        errors = {f"evaluation/{name}_se": estimate.standard_error for name, estimate in metrics.items()}
+        for tracker in self._trackers:
+            tracker.send("evaluation", found | errors, done)
 
     def _complain(self, metrics: dict[str, float]) -> None:
         for complaint in self._watch(metrics):

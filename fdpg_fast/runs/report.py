@@ -9,9 +9,10 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from ..measure.diagnostics import complaints
-from .folder import Json, read_run, to_float, write_whole
-from .plots import PALETTE, coloured, curve, draw_by_k, finite
-from .tables import DOUBT, UNKNOWN, is_number, label_of, metric_keys, of_target, text_of, with_error
+from .best import early_end
+from .folder import Json, Run, read_run, to_float, write_whole
+from .plots import PALETTE, Drawing, coloured, curve, draw_by_k, finite
+from .tables import DOUBT, MATRIX, UNKNOWN, is_number, label_of, metric_keys, of_target, text_of, with_error
 
 CURVES = {
     "policy/kl_to_base": "KL to base (nats)",
@@ -34,8 +35,8 @@ def write_report(run_dir: str | Path) -> Path:
     trained = [key[7:-3] for row in run.metrics for key in row if key.startswith("target/") and key.endswith("_se")]
     colours = coloured([key.removeprefix("feature/") for key in features] + trained)
     title = "E[φ]" if len(colours) > 1 else f"E[{''.join(colours)}]"
-    curves = [curve(title, [(run, f"target/{name}", colour) for name, colour in colours.items()])]
-    curves += [curve(label, [(run, key, PALETTE[0])]) for key, label in CURVES.items()]
+    curves = [curve(title, [(run.metrics, f"target/{name}", colour) for name, colour in colours.items()])]
+    curves += [curve(label, [(run.metrics, key, PALETTE[0])]) for key, label in CURVES.items()]
     return write_page(
         run.path / "report.html",
         "runs/report.html.j2",
@@ -47,6 +48,10 @@ def write_report(run_dir: str | Path) -> Path:
         curves=curves,
         ends=(ends := coloured(["after", "before"])),
         by_k=draw_by_k([(run.before, ends["before"]), (run.after, ends["after"])]),
+        evaluated=_evaluated(run, keys) if len(run.evaluations) > 2 else [],
+        early_end=early_end(
+            run.config.get("early_stop"), run.evaluations, (run.config.get("trainer") or {}).get("rounds", 0)
+        ),
         others=[key for key in keys if key not in divergences],
         divergences=divergences,
         phases=_phases(run.metrics),
@@ -63,6 +68,21 @@ def write_page(path: Path, template: str, **content: Any) -> Path:
     pages.globals |= {"unknown": UNKNOWN, "doubt": DOUBT}
     pages.filters |= {"coloured": coloured, "label": label_of, "text": text_of, "number": _number, "term": _term}
     return write_whole(path, pages.get_template(template).render(content) + "\n")
+
+
+def _evaluated(run: Run, keys: list[str]) -> list[Drawing | None]:
+    """A curve of each metric that is one of its evaluations' to watch: of features, to the base and to the target."""
+    rows = [
+        {"round": float(done)}
+        | {key: estimate.value for key, estimate in metrics.items()}
+        | {f"{key}_se": estimate.standard_error for key, estimate in metrics.items()}
+        for done, metrics in sorted(run.evaluations.items())
+    ]
+    beside = ("feature_of_target/", "exponent/")
+    shown = [key for key in keys if key == "kl_to_base" or ("/" in key and not key.startswith(beside))]
+    few = (*MATRIX, f"divergence/{run.trained}")
+    shown = [key for key in shown if key in few or not key.startswith("divergence/")]
+    return [curve(label_of(key), [(rows, key, PALETTE[0])]) for key in shown]
 
 
 def _number(value: float | str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size
@@ -157,6 +157,13 @@ def before_after_table(run_dir: str | Path) -> str:
             key, label = f"{kind}/{name}", label_of(f"divergence/{name}") + " (trained)" * (name == run.trained)
             rows.append([f"  {label}", *(text_of(x.get(key, UNKNOWN), key) for x in columns), ""])
     return text_table(rows)
+
+
+def evaluation_line(done: int, rounds: int, metrics: Mapping[str, Estimate], keys: Iterable[str]) -> str:
+    """The features of an evaluation, and what else of it, in a line beside those of the rounds."""
+    shown = [*(key for key in metrics if key.startswith("feature/")), *keys]
+    values = [f"{label_of(key)} {text_of(metrics[key], key)}" for key in shown]
+    return "  ".join([f"round {done:>{len(str(rounds))}}/{rounds}", "evaluated:", *values])
 
 
 def evaluation_table(row: Json) -> str:

@@ -106,9 +106,14 @@ KEYS = [
     "trainer.activation_checkpointing",
     "trainer.reshard_after_forward",
     "trainer.checkpoint_every",
+    "evaluation.every",
     "evaluation.contexts",
     "evaluation.samples_per_context",
     "evaluation.base_samples",
+    "checkpoint.best",
+    "checkpoint.keep_best",
+    "early_stop.metric",
+    "early_stop.patience",
     "tracking",
 ]
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from fdpg_fast.engines import vllm_patches
-from fdpg_fast.engines.vllm import VLLMEngine, _make_llm, _own_generators
+from fdpg_fast.engines.vllm import VLLMEngine, _make_llm
 from fdpg_fast.errors import RunError, UserError
 from fdpg_fast.models.load import load_model
+from fdpg_fast.seeds import own_generators
 from support.vllm_cases import CONFIG_EOS, CONTEXTS, EOS, TOLERANCE, VOCABULARY, gap, perturb, save_model, vllm_engine
 
 MAX_NEW_TOKENS = 12
@@ -212,7 +213,7 @@ def test_rounds_ahead_draw_nothing_from_the_global_generators(running):
 
 def test_whichever_generator_vllm_draws_from_starts_from_the_seed():
     def draws(seed):
-        with _own_generators(torch.device("cpu"), seed):
+        with own_generators(torch.device("cpu"), seed):
             return torch.rand(4).tolist(), numpy.random.randint(2**62), random.random()
 
     first, other, again = (draws(seed) for seed in (5, 2**62 - 6, 5))
