@@ -6,6 +6,13 @@ import json
 import pytest
 import torch
 
+from fdpg_fast.contexts import Prompting, load_contexts
+from fdpg_fast.engines import TransformersEngine
+from fdpg_fast.features import Completions
+from fdpg_fast.imports import import_object
+from fdpg_fast.measure.pass_at_k import pass_at_k
+from fdpg_fast.models.load import load_model, load_tokenizer
+from support import runs
 from support.examples import EXAMPLES, load_example
 
 FOLDER = EXAMPLES / "tiny-arithmetic"
@@ -150,7 +157,28 @@ def test_prompts_are_held_out_and_have_several_derivations(problems, task):
     assert len(set(prompts)) == len(prompts) and all(map(problems.is_held_out, prompts))
     for row in rows["eval"][:10]:
         columns = {name: value for name, value in row.items() if name not in ("prompt", "derivations")}
-        assert len(problems.DERIVATIONS[task](**columns)) == row["derivations"] > 1
+        derivations = problems.DERIVATIONS[task](**columns)
+        assert len(derivations) == row["derivations"] > 1 and problems.is_asked(task, derivations)
+
+
+@pytest.mark.parametrize("task", ["countdown", "chain"])
+def test_the_configs_would_run(task, monkeypatch, capsys):
+    monkeypatch.chdir(EXAMPLES.parent)
+    assert runs.call("train", FOLDER / f"{task}.yaml", "--dry-run") == 0
+    assert "nothing was done yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["countdown", "chain"])
+def test_the_base_model_solves_some_at_once_and_most_in_many_tries(task):
+    model, tokenizer = load_model(str(FOLDER), "float32", "cpu", False), load_tokenizer(str(FOLDER), False)
+    contexts = load_contexts(str(FOLDER / f"prompts/{task}-eval.jsonl"), Prompting(tokenizer, 32, len(tokenizer)))[:32]
+    engine = TransformersEngine(model, [tokenizer.eos_token_id], max_new_tokens=32)
+    rollouts = engine.sample(contexts, 32, seed=1)
+    solved = import_object(f"{FOLDER}/features.py:{task}")(Completions.decode(rollouts, tokenizer))
+    curve = pass_at_k(solved, rollouts.context_index)
+    low, high = curve[1].interval
+    assert low > 0.05 and high < 0.5 and 0.1 < curve[1].value < 0.4
+    assert curve[32].value > 2 * curve[1].value
 
 
 def test_equal_seeds_learn_equal_weights(problems):

@@ -16,7 +16,7 @@ from features import chain_forms, countdown_forms
 
 from fdpg_fast.contexts import Prompting, load_contexts
 from fdpg_fast.engines import TransformersEngine
-from fdpg_fast.features.completions import Completions
+from fdpg_fast.features import Completions
 from fdpg_fast.measure.estimators import mean
 from fdpg_fast.measure.pass_at_k import pass_at_k
 from fdpg_fast.models.load import load_model, load_tokenizer

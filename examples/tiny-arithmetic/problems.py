@@ -114,6 +114,16 @@ def chain_derivations(start: int, goal: int, moves: list[str]) -> set[str]:
 DERIVATIONS = {"countdown": countdown_derivations, "chain": chain_derivations}
 
 
+def is_asked(task: str, derivations: set[str]) -> bool:
+    """Whether a problem is for prompts/: with several derivations, and a chain with few of them, all long.
+
+    Of shorter chains the model solves more than a half at once.
+    """
+    if task == "chain":
+        return 1 < len(derivations) < 5 and min(len(text.split()) for text in derivations) >= MOST_MOVES - 1
+    return len(derivations) > 1
+
+
 def different(drawn: Iterable[Problem]) -> Iterator[Problem]:
     """Problems without those that were there before."""
     seen: set[str] = set()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from problems import DERIVATIONS, TASKS, different, problems
+from problems import DERIVATIONS, TASKS, different, is_asked, problems
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as HFTokenizer
@@ -111,12 +111,12 @@ def write_prompts(out: Path) -> None:
     """Held-out problems with several derivations, each in exactly one file, with what their verifier asks for."""
     out.mkdir(parents=True, exist_ok=True)
     for task, derivations in DERIVATIONS.items():
-        counted = ((p, len(derivations(**p.columns))) for p in different(problems(task, held_out=True, seed=SEED)))
-        several = ((problem, count) for problem, count in counted if count > 1)
+        drawn = ((problem, derivations(**problem.columns)) for problem in different(problems(task, True, SEED)))
+        chosen = ((problem, len(found)) for problem, found in drawn if is_asked(task, found))
         for split, size in PROMPTS.items():
             rows = [
                 json.dumps({"prompt": problem.prompt, **problem.columns, "derivations": count}) + "\n"
-                for problem, count in itertools.islice(several, size)
+                for problem, count in itertools.islice(chosen, size)
             ]
             (out / f"{task}-{split}.jsonl").write_text("".join(rows), encoding="utf-8")
 
