@@ -119,7 +119,7 @@ class VLLMServerEngine:
         finally:
             pool.shutdown(cancel_futures=True)
         self._drawn_by = [replica for replica, completions in answers for _ in completions]
-        requests = iter([completions for _, completions in answers])
+        requests = (completions for _, completions in answers)
         return pack(contexts, [[*chain.from_iterable(next(requests) for _ in firsts)] for _ in contexts])
 
     def leave_out(self, rows: Sequence[int], reason: str) -> None:
@@ -193,8 +193,7 @@ class VLLMServerEngine:
         return found
 
     def _live(self) -> list[Replica]:
-        live = [replica for replica in self.replicas if replica.url not in self.lost]
-        if not live:
+        if not (live := [replica for replica in self.replicas if replica.url not in self.lost]):
             reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
             raise RunError(
                 f"no vLLM server is left to sample with ({reasons}). See what their logs say; start them again with "
@@ -243,12 +242,11 @@ class VLLMServerEngine:
             try:
                 return replica, replica.complete(token_ids, asked)
             except ReplicaError as error:
-                pause = next(pauses, None) if isinstance(error, PassingError) else None
-                if pause is None:
+                if isinstance(error, PassingError) and (pause := next(pauses, 0.0)):
+                    time.sleep(pause)
+                else:
                     self._leave_out(replica, error)
                     pauses = iter(BACK_OFF)
-                else:
-                    time.sleep(pause)
             finally:
                 with self._lock:
                     self._in_flight[replica.url] -= 1
