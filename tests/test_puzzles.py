@@ -1,6 +1,7 @@
 """Problems of reasoning-gym: none is in both parts, each is scored by its own data set, and no answer is executed."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -90,6 +91,7 @@ def test_answers_are_scored_by_their_data_set():
     assert values(by_own_scorer(), row, *texts) == [1, 0, 0, 0, 0, 0]
     assert values(by_own_scorer(read="last_number"), row, f"it is {right}") == [1]
     assert 0 < values(by_own_scorer(partial=True), row, f"<answer>x{right}</answer>")[0] < 1
+    assert math.isnan(values(by_own_scorer(), {"reasoning_gym": None}, right)[0])  # of `sample --prompt`, say
 
 
 def test_arithmetic_is_computed_and_nothing_is_executed(tmp_path):
@@ -104,7 +106,8 @@ def test_scorers_that_execute_answers_are_refused_at_the_start():
     row = rows(dataset="binary_matrix", options={}, size=1, eval_size=1)[0]
     assert "the scorer of binary_matrix executes answers as Python" in by_own_scorer().check(row)
     assert by_own_scorer().check(rows()[0]) is None
-    for damaged in (None, 3, ["x", 1, "q"], ['["chain_sum"]', "1", "q"]):
+    assert by_own_scorer().check({"reasoning_gym": None}) is None
+    for damaged in (3, "xyz", ["x", 1, "q"], ['["chain_sum"]', "1", "q"]):
         assert "is not what contexts.reasoning_gym makes" in by_own_scorer().check({"reasoning_gym": damaged})
     refused = {name for name in DATASETS if solved._evaluates_answers(name)}
     integrals = {"simple_integration", "intermediate_integration", "polynomial_multiplication"}

@@ -35,19 +35,22 @@ class ReasoningGymFeature(Reading):
             found = map(read, completion_texts, finished)
             return [None if answer is None else answer.strip() for answer in found]
 
-        async def score(completion_texts: list[str], finished: list[bool], reasoning_gym: list[Any]) -> list[float]:
-            rows = [
-                (answer or "", *puzzle)
-                for answer, puzzle in zip(answers(completion_texts, finished), reasoning_gym, strict=True)
-            ]
-            values = [value or 0.0 for value in await scorer.each(*zip(*rows, strict=True))]
-            return values if self.partial else [float(value > 1 - 1e-9) for value in values]
+        async def score(
+            completion_texts: list[str], finished: list[bool], reasoning_gym: list[Any]
+        ) -> list[float | None]:
+            given = zip(answers(completion_texts, finished), reasoning_gym, strict=True)
+            rows = [(answer or "", *puzzle) for answer, puzzle in given if puzzle is not None]
+            found = iter(await scorer.each(*zip(*rows, strict=True)) if rows else [])
+            values = [None if puzzle is None else next(found) or 0.0 for puzzle in reasoning_gym]
+            return values if self.partial else [None if v is None else float(v > 1 - 1e-9) for v in values]
 
         return Feature("reasoning_gym", score, timeout=600.0, answers=answers, check=_check)
 
 
 def _check(columns: Mapping[str, Any]) -> str | None:
     puzzle: Any = columns.get("reasoning_gym")
+    if puzzle is None:
+        return None
     try:
         recipe, index, question = puzzle
         name = json.loads(recipe)[0]
