@@ -77,12 +77,15 @@ class Baseline:
         # replaced, never changed in place
         self.state = {name: torch.zeros((), dtype=torch.float64) for name in ("reward_sum", "reward_count")}
 
-    def __call__(self, rewards: Tensor, context_index: Tensor) -> Tensor:
-        """Baselines [B] for pseudo-rewards [B] float64, estimated under the sampler; then remembers these."""
+    def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """Baselines [B] for pseudo-rewards [B] float64, estimated under the sampler; then remembers these.
+
+        groups: [B] int64, the context of each, or what a context's samples are divided into.
+        """
         if self.kind == "leave_one_out":
-            counts = context_index.bincount()
-            totals = by_context.sums(rewards, context_index, len(counts))
-            return (totals[context_index] - rewards) / (counts[context_index] - 1).clamp(min=1)
+            counts = groups.bincount()
+            totals = by_context.sums(rewards, groups, len(counts))
+            return (totals[groups] - rewards) / (counts[groups] - 1).clamp(min=1)
         total, count = self.state["reward_sum"], self.state["reward_count"]
         self.state = {"reward_sum": total + rewards.sum(), "reward_count": count + len(rewards)}
         baseline = total / count.clamp(min=1) if self.kind == "running" else torch.zeros_like(total)
@@ -97,12 +100,17 @@ class Estimates:
     baseline: Baseline
     reward_cap: float | None = None  # limit of |pseudo-reward|
 
-    def update(self, rollouts: Rollouts, scores: Scores, divergence: Divergence) -> tuple[Tensor, Tensor]:
-        """log Z and baseline of each of B sequences, [B] float64 each, the round's own samples included."""
+    def update(
+        self, rollouts: Rollouts, scores: Scores, divergence: Divergence, groups: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """log Z and baseline of each of B sequences, [B] float64 each, the round's own samples included.
+
+        groups: [B] int64, of a context and an update; a sequence is left out of its own. None: the contexts.
+        """
         self.partition.update(scores.log_score - scores.behavior_logprob, rollouts.dataset_index)
         log_z = self.partition.log_z(rollouts.dataset_index)
         rewards = pseudo_rewards(scores.behavior_logprob, scores.log_score, log_z, divergence, self.reward_cap)
-        return log_z, self.baseline(rewards, rollouts.context_index)
+        return log_z, self.baseline(rewards, rollouts.context_index if groups is None else groups)
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` takes."""

@@ -61,11 +61,6 @@ class Rollouts:
             finished=self.finished[rows],
         )
 
-    def of_contexts(self, chosen: Sequence[int]) -> tuple[Tensor, Rollouts]:
-        """Which completions continue these contexts, ascending places among `contexts`, [b] int64; and they alone."""
-        rows = torch.isin(self.context_index, torch.tensor(chosen))
-        return rows.nonzero()[:, 0], self.where(rows)
-
     def where(self, chosen: Tensor) -> Rollouts:
         """The completions that are chosen, [B] bool, with the contexts that they continue."""
         tokens = chosen.repeat_interleave(self.lengths)

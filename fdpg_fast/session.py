@@ -83,9 +83,10 @@ class Session:
         self.prompting = Prompting(self.tokenizer, room, rows, start.continues_prompt, config.contexts)
         self.contexts = load_contexts(config.contexts.to_train_on, self.prompting)
         in_round, updates = min(config.trainer.contexts_per_round, len(self.contexts)), config.trainer.updates_per_round
-        if updates > in_round:
+        if updates > max(in_round, config.trainer.samples_per_context // 2):
             raise UserError(
-                f"trainer.updates_per_round: {updates} updates need {updates} contexts, and a round has {in_round}"
+                f"trainer.updates_per_round: {updates} updates need {updates} contexts in a round, which has "
+                f"{in_round}, or trainer.samples_per_context: {2 * updates}"
             )
         self.eval_contexts = self.contexts if held_out is None else load_contexts(held_out, self.prompting)
         self.eval_contexts = self.eval_contexts[: config.evaluation.contexts]

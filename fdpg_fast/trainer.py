@@ -20,7 +20,7 @@ from .runs.metrics import Round
 from .runs.recorder import Recorder
 from .seeds import own_generators
 from .session import Session
-from .updates import mini_batches, update
+from .updates import division, mini_batches, update
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +92,11 @@ class Trainer:
         self._refresh_base(index)
         rollouts = sampling.take(index, session.round_contexts, clock)  # waits; starts what is ahead
         scores = session.scorer(rollouts, clock)  # φ beside log a
-        log_z, baseline = state.estimates.update(rollouts, scores, divergence)
         count, seed = session.config.trainer.updates_per_round, session.seed("updates", index)
-        batches = mini_batches(rollouts, scores.log_score, log_z, baseline, count, seed)
+        part = division(rollouts, count, seed)  # [B]: the update that each sequence is for
+        groups = rollouts.context_index * count + part
+        log_z, baseline = state.estimates.update(rollouts, scores, divergence, groups)
+        batches = mini_batches(rollouts, scores.log_score, log_z, baseline, part)
         with clock("update"):
             loss, weights = learner.backward(*batches[0][:4], divergence)
         sampling.meet(index, batches[0].rollouts, weights, clock)  # all samples must agree with weights that now move

@@ -1,11 +1,10 @@
-"""The updates of a round: its contexts in mini-batches, and a step after each as long as the samples are near enough.
+"""The updates of a round: its sequences in mini-batches, and a step after each as long as the samples are near enough.
 
 The ratio π/q is of the weights as they are when a mini-batch has its turn, so every step follows the exact gradient.
 """
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,23 +61,33 @@ class Updates:
         return all(update.skipped for update in self.made)
 
 
-def mini_batches(
-    rollouts: Rollouts, log_score: Tensor, log_z: Tensor, baseline: Tensor, count: int, seed: int
-) -> list[MiniBatch]:
-    """A round's contexts, shuffled by a seed, in so many parts of equal size, more or less by one.
+def division(rollouts: Rollouts, count: int, seed: int) -> Tensor:
+    """Which of so many updates each sequence of a round is for, [B] int64 from 0, by a seed.
 
-    Whole contexts: all samples of one count alike in one mean, and its leave-one-out baselines (and its Z) come from
-    samples of one mini-batch. Were they divided, the weights that a later mini-batch meets would depend on its own
-    samples, through the baselines of an earlier one, and its gradient would be biased.
+    Whole contexts, if there are as many: all samples of one count alike in one mean, and its leave-one-out baselines
+    (and its Z) come from samples of one update. Else an equal share of each context's samples, and baselines must then
+    be of that share: through those of an earlier update the weights that a sample meets would depend on itself.
+    Through the Z of its context they do, as little as its own weight does.
     """
-    contexts = list(range(len(rollouts.contexts)))
-    if count > 1:
-        random.Random(seed).shuffle(contexts)
-    parts = [sorted(contexts[len(contexts) * i // count : len(contexts) * (i + 1) // count]) for i in range(count)]
+    rng, context_index, contexts = torch.Generator().manual_seed(seed), rollouts.context_index, len(rollouts.contexts)
+    if contexts >= count:
+        return (torch.randperm(contexts, generator=rng) * count // contexts)[context_index]
+    shuffled = torch.randperm(len(rollouts), generator=rng)
+    order = shuffled[context_index[shuffled].argsort(stable=True)]  # context by context
+    samples = context_index.bincount()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order)) - (samples.cumsum(0) - samples)[context_index[order]]
+    return place * count // samples[context_index]
+
+
+def mini_batches(
+    rollouts: Rollouts, log_score: Tensor, log_z: Tensor, baseline: Tensor, part: Tensor
+) -> list[MiniBatch]:
+    """What each update learns from; part: as `division` gives it."""
     made = []
-    for part in parts:
-        rows, own = rollouts.of_contexts(part)
-        made.append(MiniBatch(own, log_score[rows], log_z[rows], baseline[rows], rows))
+    for index in range(int(part.max()) + 1):
+        own = part == index
+        made.append(MiniBatch(rollouts.where(own), log_score[own], log_z[own], baseline[own], own.nonzero()[:, 0]))
     return made
 
 

@@ -12,7 +12,7 @@ from fdpg_fast.errors import UserError
 from fdpg_fast.rollouts import pack
 from fdpg_fast.session import Session
 from fdpg_fast.trainer import Trainer
-from fdpg_fast.updates import mini_batches
+from fdpg_fast.updates import division, mini_batches
 from support import runs
 
 FOUR = ("a", "tea ", "def f(", "x = ")
@@ -32,7 +32,7 @@ def make_rollouts():
 def test_every_context_is_whole_in_one_mini_batch(count):
     rollouts = make_rollouts()
     given = torch.arange(3.0 * len(rollouts)).view(3, -1)
-    batches = mini_batches(rollouts, *given, count, seed=1)
+    batches = mini_batches(rollouts, *given, division(rollouts, count, seed=1))
     assert {len(batch.rollouts.contexts) for batch in batches} <= {5 // count, -(-5 // count)}
     assert sorted(torch.cat([batch.rows for batch in batches]).tolist()) == list(range(len(rollouts)))
     texts = list(zip(rollouts.dataset_index.tolist(), rollouts.completion_ids(), strict=True))
@@ -48,10 +48,17 @@ def test_every_context_is_whole_in_one_mini_batch(count):
 
 
 def test_the_division_depends_on_the_seed_alone():
-    rollouts = make_rollouts()
-    nothing = torch.zeros(3, len(rollouts))
-    rows = [[b.rows.tolist() for b in mini_batches(rollouts, *nothing, 2, seed)] for seed in (0, 0, 1, 2, 3)]
-    assert rows[0] == rows[1] and len(set(map(str, rows))) > 2
+    for count in (2, 6):
+        parts = [division(make_rollouts(), count, seed).tolist() for seed in (0, 0, 1, 2, 3)]
+        assert parts[0] == parts[1] and len(set(map(str, parts))) > 2
+
+
+def test_of_too_few_contexts_the_samples_are_divided_each_context_alike():
+    rollouts = pack([Context(i, str(i), (i,)) for i in range(2)], [[([7], [0.0], False)] * 13] * 2)
+    part = division(rollouts, 3, seed=0)
+    shares = [part[rollouts.context_index == i].bincount().tolist() for i in range(2)]
+    assert shares == [[5, 4, 4]] * 2 and part[:13].tolist() != part[13:].tolist()
+    assert part[:13].tolist() != sorted(part[:13].tolist())  # an engine may list completions as they ended
 
 
 def settings(model, folder, updates=4, **sections):
@@ -74,6 +81,11 @@ def test_later_updates_find_samples_of_older_weights(tiny_model, tmp_path):
         shares = [row[f"policy/ratio_ess/{i}"] for i in range(1, 5)]
         assert shares[0] > 1 - 1e-6 > max(shares[1:]) and min(shares) >= 0.5
         assert row["policy/ratio_ess"] == min(shares) and row["policy/log_ratio_max"] > 1e-2
+
+
+def test_one_context_is_enough_if_it_has_samples(tiny_model, tmp_path):
+    rows = trained(tiny_model, tmp_path, trainer={"contexts_per_round": 1, "samples_per_context": 8})
+    assert [row["policy/updates"] for row in rows] == [4] * 4
 
 
 def test_a_round_ends_when_its_samples_are_too_far_away(tiny_model, tmp_path, capsys):
@@ -131,9 +143,9 @@ def test_a_resumed_run_is_the_same_run(sections, tiny_model, tmp_path):
 
 def test_more_updates_than_contexts_are_refused(tiny_model, tmp_path):
     for contexts_per_round in (16, 3):
-        given = settings(tiny_model, tmp_path, updates=5, trainer={"contexts_per_round": contexts_per_round})
-        with pytest.raises(
-            UserError, match="^trainer.updates_per_round: 5 updates need 5 contexts, and a round has [34]$"
-        ):
+        trainer = {"contexts_per_round": contexts_per_round, "samples_per_context": 9}
+        given = settings(tiny_model, tmp_path, updates=5, trainer=trainer)
+        needed = "5 contexts in a round, which has [34], or trainer.samples_per_context: 10$"
+        with pytest.raises(UserError, match=f"^trainer.updates_per_round: 5 updates need {needed}"):
             Session(parse_config(given))
     assert not (tmp_path / "run").exists()

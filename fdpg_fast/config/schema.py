@@ -94,7 +94,7 @@ class RoundsConfig(Section):
     samples_per_context: int = Field(default=16, ge=1, le=MAX_SAMPLES)
     """Completions of each."""
     updates_per_round: Count = 1
-    """n: steps a round, each on an n-th of its contexts; a part whose ratios have an ESS of less than half ends it."""
+    """n: steps a round, each on an n-th of contexts or samples, until the ratios of one have an ESS below half."""
     pipeline_depth: int = Field(default=0, ge=0, le=1000)
     """n: sample n rounds ahead, while the learner trains, with weights n rounds old (the ratio keeps it exact)."""
     micro_batch_tokens: Count | None = None

@@ -14,12 +14,12 @@ from fdpg_fast.learner import Learner
 from fdpg_fast.models.load import load_model
 from fdpg_fast.partition import Baseline, pseudo_rewards
 from fdpg_fast.rollouts import pack
-from fdpg_fast.updates import mini_batches, update
+from fdpg_fast.updates import division, mini_batches, update
 from fdpg_kernels import divergences, sum_by_sequence
 from support.enumerable_llama import LONGEST, TEXTS, save_model
 
 CONTEXTS = [Context(0, "c", (3,)), Context(1, "b", (2,)), Context(2, "ab", (1, 2))]
-SAMPLES = 2048
+SAMPLES = 4096
 DIRECTIONS, MAX_Z = 64, 4.0  # were they independent, one gradient in 250 would have a larger |z|
 
 
@@ -39,7 +39,7 @@ class Exact:
         self.place = {tuple(own): i for i, own in enumerate(ids)}
 
     def log_prob(self, context: int) -> Tensor:
-        own = self.texts.of_contexts([context])[1]
+        own = self.texts.where(self.texts.context_index == context)
         tokens = self.policy.head.logprob(self.policy.hidden(own), own.token_ids).double()
         sequence = torch.repeat_interleave(own.lengths)
         return torch.zeros(len(TEXTS), dtype=torch.float64).index_add(0, sequence, tokens)
@@ -60,22 +60,27 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.parametrize("num_contexts", [3, 1])
 @pytest.mark.parametrize("ratio", ["sequence", "none"])
 @pytest.mark.parametrize("name", ["jensen_shannon", "forward_kl", "reverse_kl"])
-def test_every_update_is_unbiased_and_without_the_ratio_only_the_first(name, ratio, model, monkeypatch):
+def test_every_update_is_unbiased_and_without_the_ratio_only_the_first(name, ratio, num_contexts, model, monkeypatch):
     policy = load_model(str(model), "float32", "cpu", trust_remote_code=False)
-    rollouts = TransformersEngine(policy, [0], max_new_tokens=LONGEST).sample(CONTEXTS, SAMPLES, seed=3)
+    rollouts = TransformersEngine(policy, [0], max_new_tokens=LONGEST).sample(
+        CONTEXTS[:num_contexts], 3 * SAMPLES // num_contexts, seed=3
+    )
     exact, divergence = Exact(policy), divergences.get(name)
-    learner = Learner(policy, LossConfig(ratio=ratio), OptimizerConfig(learning_rate=1e-3), 1, 100_000)
+    learner = Learner(policy, LossConfig(ratio=ratio), OptimizerConfig(learning_rate=7e-4), 1, 100_000)
     place = torch.tensor([exact.place[tuple(ids)] for ids in rollouts.completion_ids()])
     log_phi = torch.tensor([1.5 * text.count(2) for text in TEXTS], dtype=torch.float64)
     log_p = torch.stack([exact.log_prob(i).detach() + log_phi for i in range(len(CONTEXTS))])
     of_sample = (log_p, log_p.logsumexp(1, keepdim=True).expand_as(log_p))  # Z from samples would bring its own bias
     log_score, log_z = (x[rollouts.context_index, place] for x in of_sample)
     log_q = sum_by_sequence(rollouts.behavior_logprob, rollouts.cu_seqlens).double()
-    baseline = Baseline()(pseudo_rewards(log_q, log_score, log_z, divergence, None), rollouts.context_index)
-    batches = mini_batches(rollouts, log_score, log_z, baseline, len(CONTEXTS), seed=0)
-    assert len({int(rollouts.context_index[batch.rows[0]]) for batch in batches}) == 3
+    part = division(rollouts, 3, seed=0)
+    rewards = pseudo_rewards(log_q, log_score, log_z, divergence, None)
+    baseline = Baseline()(rewards, rollouts.context_index * 3 + part)
+    batches = mini_batches(rollouts, log_score, log_z, baseline, part)
+    assert len({int(rollouts.context_index[batch.rows[0]]) for batch in batches}) == num_contexts
 
     step, largest = learner.step, []
 
@@ -87,12 +92,11 @@ def test_every_update_is_unbiased_and_without_the_ratio_only_the_first(name, rat
         true = exact.gradients(D_F[name](log_pi.exp(), log_p[context].softmax(0))[None])[0]
         found = torch.cat([dense(p.grad).flatten() for p in policy.model.parameters()]).double()
         directions = torch.randn(len(true), DIRECTIONS, generator=torch.Generator().manual_seed(1)).double()
-        terms = (
-            -weights.weight.double()[:, None] * (exact.gradients(log_pi) @ directions)[place[rows]]
-        )  # of each sample
-        torch.testing.assert_close(terms.mean(0), found @ directions, rtol=1e-3, atol=1e-3)
+        scores = (exact.gradients(log_pi) @ directions)[place[rows]]  # along ∇log π of each sample
+        terms = -weights.weight.double()[:, None] * scores
         error = terms.std(0) / len(rows) ** 0.5
-        largest.append(float(((terms.mean(0) - true @ directions) / error).abs().max()))
+        assert float(((terms.mean(0) - found @ directions) / error).abs().max()) < 0.05  # float32
+        largest.append(float(((found - true) @ directions / error).abs().max()))
         return step(loss, weights, index)
 
     monkeypatch.setattr(learner, "step", compared)
@@ -103,4 +107,4 @@ def test_every_update_is_unbiased_and_without_the_ratio_only_the_first(name, rat
     if ratio == "sequence":
         assert max(largest) < MAX_Z
     else:
-        assert min(largest[1:]) > 2 * MAX_Z
+        assert min(largest[1:]) > 1.5 * MAX_Z
