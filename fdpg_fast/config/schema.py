@@ -185,7 +185,7 @@ class TrainConfig(Section):
     @field_validator("base", mode="before")
     @classmethod
     def _short_form(cls, base: Any) -> Any:
-        return {"model": base} if isinstance(base, str) else base
+        return {"model": base} if base is None or isinstance(base, str) else base
 
     @field_validator("divergence")
     @classmethod
