@@ -242,7 +242,7 @@ class VLLMServerEngine:
             try:
                 return replica, replica.complete(token_ids, asked)
             except ReplicaError as error:
-                if isinstance(error, PassingError) and (pause := next(pauses, 0.0)):
+                if isinstance(error, PassingError) and (pause := next(pauses, None)) is not None:
                     time.sleep(pause)
                 else:
                     self._leave_out(replica, error)
