@@ -24,7 +24,7 @@ from .errors import one_line, printable
 from .progress import activity
 from .session import Session
 
-PACKAGES = ("torch", "transformers", "triton", "peft", "tensorboard", "wandb", "trackio", "pycodestyle")
+PACKAGES = ("torch", "transformers", "triton", "peft", "tensorboard", "wandb", "trackio", "pycodestyle", "math-verify")
 PROBE_SECONDS = 180  # importing vLLM takes 5 to 30
 
 # importing is the only proof that vLLM and its compiled parts fit this torch; it prints, and changes its process

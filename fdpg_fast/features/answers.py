@@ -19,9 +19,10 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # a sign stands before a number, not between two; a currency may stand on either side of it
 _SIGN = r"(?:(?<![\w)\]}.])[-+][$€£¥]?|[$€£¥][-+]?)?"
 _NUMBER = re.compile(rf"{_SIGN}(?:{_DIGITS})(?:[eE][-+]?\d{{1,3}}(?!\w))?(?:\s?/\s?\d+)?")
-_UNITS = re.compile(r"[$€£¥%\s]|\\[$%!,;]")
+_UNITS = re.compile(r"[$€£¥%]|\\[$%!,;]|\s+(?=/)|(?<=/)\s+")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([-+\d.]+)\}\s*\{(\d+)\}")
 _MINUS = str.maketrans("−﹣－", "---")
+LONGEST_NUMBER = 1000  # characters; Python writes out no number of some thousand digits
 _TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 
 
@@ -45,7 +46,7 @@ class Reading(FeatureSection):
         Where nothing marks the end of an answer, as behind a last number, that of a completion which was cut off
         before its EOS may be half of one, and counts as none.
         """
-        kind, read = self.kind, _READERS[self.read]  # type: ignore[attr-defined]
+        kind, read = self.kind, _READERS[self.read]
         if self.pattern is None:
             whole = self.read in ("last_number", "all")
             return lambda text, finished: read(text) if finished or not whole else None
@@ -97,11 +98,13 @@ def as_number(text: str) -> Fraction | None:
 
     Signs of currencies and % are units, and left out: 50% is 50. None where the text is something else.
     """
+    if len(text) > LONGEST_NUMBER:
+        return None
     plain = unicodedata.normalize("NFKC", _FRACTION.sub(r"\1/\2", text).translate(_MINUS))
-    plain = _UNITS.sub("", plain).removesuffix(".")
+    plain = _UNITS.sub("", plain).strip().removesuffix(".")
     try:
         return Fraction(plain.replace(",", "")) if _NUMBER.fullmatch(plain) else None
-    except (ValueError, ZeroDivisionError):  # more digits than Python counts with, or 1/0
+    except ZeroDivisionError:
         return None
 
 

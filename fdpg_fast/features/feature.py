@@ -213,7 +213,8 @@ class FeatureSection(Section):
     name: str | None = None
     """Name in metrics and tables; none: made from the kind."""
     timeout: float | None = Field(default=None, gt=0, le=LONGEST)
-    """Seconds that one call may take; none: 60, or 600 for a classifier or a server."""
+    """Seconds that one call may take; none: 60, or 600 for what asks a model, a server or other processes."""
+    kind: str
 
     def build(self, device: str) -> Feature:
         """The feature that the section describes, under the name and with the timeout that it gives."""

@@ -16,8 +16,6 @@ from ..errors import UserError, one_line
 from .answers import needs
 from .feature import Feature, FeatureSection
 
-_FENCE = re.compile(r"\s*```[ \t]*\w*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
-
 
 class JSONSchemaFeature(FeatureSection):
     kind: Literal["json_schema"]
@@ -104,12 +102,17 @@ def _validator(schema: str) -> Any:
 
 
 def _allows(schema: str, text: str) -> float:
-    fenced = _FENCE.fullmatch(text)
     try:
-        value = json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
+        value = json.loads(_without_fence(text.strip()), parse_constant=_refuse)
         return float(_validator(schema).is_valid(value))
     except (ValueError, RecursionError):  # no JSON, NaN, more digits than are counted with; nested too deep
         return 0.0
+
+
+def _without_fence(text: str) -> str:
+    first, _, rest = text[3:-3].partition("\n")
+    is_fenced = text.startswith("```") and text.endswith("```") and (first.strip() or "json").isalnum()
+    return rest if is_fenced else text
 
 
 def _refuse(constant: str) -> None:

@@ -98,7 +98,7 @@ class ServerSection(FeatureSection):
         Raises:
             UserError: the token is none.
         """
-        kind, seconds, token = self.kind, self.request_timeout, ""  # type: ignore[attr-defined]
+        kind, seconds, token = self.kind, self.request_timeout, ""
         url = str(self.url).rstrip("/") + path if path else str(self.url)
         address = self.address + path
         headers = {"Content-Type": "application/json", "User-Agent": "fdpg-fast"}

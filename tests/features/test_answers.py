@@ -36,6 +36,7 @@ SAME = [
     ("+7", "7"),
     ("1/2", "0.5"),
     ("1 / 2", "2/4"),
+    ("$ 5 %", "5"),
     ("\\frac{1}{2}", "0.5"),
     ("\\dfrac{-3}{6}", "-.5"),
     ("50%", "50"),
@@ -52,7 +53,16 @@ SAME = [
     (" Paris ", "Paris"),
 ]
 OTHERS = [("50%", "0.5"), ("1,00", "100"), ("1", "1.0001"), ("Paris", "paris"), ("1/0", "0"), ("", "0"), ("-", "0")]
-OTHERS += [("1e999999999", "1"), ("1" * 5000, "1"), ("1.2.3", "1.2"), ("1,2", "12"), ("--1", "1"), ("½x", "0.5")]
+OTHERS += [
+    ("1e999999999", "1"),
+    ("1" * 5000, "1"),
+    ("1.2.3", "1.2"),
+    ("12 13", "1213"),
+    ("1" * 4299 + "e999", "1"),
+    ("1,2", "12"),
+    ("--1", "1"),
+    ("½x", "0.5"),
+]
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
@@ -171,7 +181,21 @@ def test_a_pattern_gone_exponential_ends_in_one_line():
 @pytest.mark.parametrize("read", READ)
 def test_long_texts_are_read_in_time(read):
     feature = exact(read=read, timeout=5.0)
-    for part in ("1,", "1,000", "1/", "- ", "\\boxed{", "{", "<answer>", "</answer>", "$", "1e", "\\frac{1}", "￥"):
+    for part in (
+        "1,",
+        "1,000",
+        "1/",
+        "- ",
+        "\\boxed{",
+        "{",
+        "<answer>",
+        "</answer>",
+        "$",
+        "1e",
+        "\\frac{1}",
+        "￥",
+        " ",
+    ):
         feature(batch_of([part * 20_000], ["1"]))
         as_number(part * 20_000)
 
