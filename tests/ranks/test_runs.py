@@ -49,7 +49,7 @@ CASES = {
         # all completions of length 60 hold a letter, and of a target that all meet there is nothing to learn but noise
         sections={"engine": {"max_new_tokens": 60}, "trainer": {"micro_batch_tokens": 64}, "target": [BEGINS]}
     ),
-    "a round ahead": Case(sections={"trainer": {"pipeline_depth": 1}}),
+    "a round ahead": Case(sections={"trainer": {"pipeline_depth": 1}, "loss": {"ratio_drop": 1.02}}),
     "one second moment a tensor": Case(sections={"optimizer": {"kind": "adamw_per_tensor", "weight_decay": 0.1}}),
     "two updates a round": Case(sections={"trainer": {"updates_per_round": 2, "micro_batch_tokens": 20}}),
     "adaptive proposal": Case(sections={"proposal": {"kind": "adaptive", "every": 2}}),
