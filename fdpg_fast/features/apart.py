@@ -24,16 +24,21 @@ class Apart:
         self._idle: list[subprocess.Popen[str]] = []
 
     async def each(self, *rows: Iterable[Any]) -> list[Any]:
-        """What it finds for each of some rows, as `map` takes them; None where it reached its limit of time or memory.
+        """What it finds for each of some texts, with what belongs to their prompts, as `map` takes them.
+
+        None where a text reached the limit of time or memory, or broke the library that judges it.
 
         Raises:
-            ValueError: the function refuses a row.
+            ValueError: what belongs to a prompt is of no use.
         """
         return await retried(self._ask, *rows, concurrency=PROCESSES, attempts=1, timeout=1e6, passing=())
 
     def _ask(self, *row: Any) -> Any:
         """In a thread: what waits here for a process is not interrupted, but the process ends by itself."""
-        process = self._idle.pop() if self._idle else self._start()
+        try:
+            process = self._idle.pop()
+        except IndexError:
+            process = self._start()
         if process.poll() is not None:  # the system was short of memory, and took it for one to end
             process = self._start()
         assert process.stdin is not None and process.stdout is not None
@@ -41,8 +46,8 @@ class Apart:
         process.stdin.flush()
         line = process.stdout.readline()
         if not line:
-            if (status := process.wait()) > 0:  # no signal
-                raise RuntimeError(f"{Path(_COMMAND[-1]).name} {self._function} ended with status {status}")
+            if (status := process.wait()) > 0:  # no signal: it could not begin
+                raise RuntimeError(f"{' '.join([*_COMMAND, self._function])} ended with status {status}")
             return None
         self._idle.append(process)
         kind, answer = json.loads(line)

@@ -1,13 +1,16 @@
 """Answers: where they stand in a text, when two are the same, and what hostile texts do to those who read them."""
 
+import inspect
+import sys
 import time
 
 import pytest
 
 from fdpg_fast.contexts import Context
 from fdpg_fast.errors import RunError, UserError
-from fdpg_fast.features import Completions, check_columns
+from fdpg_fast.features import Completions, apart, check_columns
 from fdpg_fast.features.answers import ExactAnswerFeature, MathFeature, as_number, same_answer
+from fdpg_fast.features.apart import PROCESSES
 from support import runs
 
 
@@ -181,21 +184,8 @@ def test_a_pattern_gone_exponential_ends_in_one_line():
 @pytest.mark.parametrize("read", READ)
 def test_long_texts_are_read_in_time(read):
     feature = exact(read=read, timeout=5.0)
-    for part in (
-        "1,",
-        "1,000",
-        "1/",
-        "- ",
-        "\\boxed{",
-        "{",
-        "<answer>",
-        "</answer>",
-        "$",
-        "1e",
-        "\\frac{1}",
-        "￥",
-        " ",
-    ):
+    parts = ["1,", "1,000", "1/", "-", "\\boxed{", "{", "<answer>", "</answer>", "$", "1e", "\\frac{1}", "￥"]
+    for part in [*parts, " "]:
         feature(batch_of([part * 20_000], ["1"]))
         as_number(part * 20_000)
 
@@ -235,6 +225,25 @@ def test_what_would_not_end_is_wrong_and_the_rest_goes_on():
 def test_gold_that_is_no_mathematics_ends_the_call():
     with pytest.raises(RunError, match="'math' raised ValueError: '.*' of the data cannot be read as mathematics"):
         value(mathematics(), "1", "$")
+
+
+def test_a_process_that_ended_while_idle_is_replaced():
+    feature = mathematics()
+    batch = batch_of(["1"] * 8, ["1"] * 8)
+    assert feature(batch).tolist() == [1] * 8
+    idle = inspect.getclosurevars(feature.score).nonlocals["equal"]._idle
+    assert 1 <= len(idle) <= PROCESSES
+    for process in idle:
+        process.kill()
+        process.wait()
+    assert feature(batch).tolist() == [1] * 8
+
+
+def test_a_library_that_does_not_work_ends_the_call(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr("fdpg_fast.features.apart._COMMAND", [sys.executable, "-S", apart._COMMAND[-1]])  # no packages
+    with pytest.raises(RunError, match=r"'math' raised RuntimeError: .*checkers.py math ended with status 1"):
+        value(mathematics(), "1", "1")
 
 
 def test_a_missing_package_is_named(monkeypatch):
