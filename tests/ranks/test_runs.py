@@ -55,6 +55,14 @@ CASES = {
     "adaptive proposal": Case(sections={"proposal": {"kind": "adaptive", "every": 2}}),
     "another base": Case(base="untied", sections={"partition": {"kind": "oracle"}}),
     "a base that moves": Case(sections={"base": {"refresh_every": 2}}),
+    "the best stays, and the end comes early": Case(
+        sections={
+            "evaluation": {"every": 1},
+            "checkpoint": {"best": "min kl_to_base"},
+            "early_stop": {"metric": "max feature/letters", "patience": 4},
+            "trainer": {"checkpoint_every": 1},
+        }
+    ),
     "LoRA, a base that moves": Case("untied", sections={"lora": {"rank": 4}, "base": {"refresh_every": 2}}),
     "rounds without a sample in support": Case(
         sections={
@@ -144,6 +152,15 @@ def test_three_processes_do_too(finished, models, tmp_path):
     assert {name: far for name in names if (far := [k for k, v in found[name].items() if not v <= 1e-4])} == {}
 
 
+def test_both_end_where_one_does_with_the_same_best_checkpoint(finished):
+    both = [finished / "the best stays, and the end comes early" / name for name in ("two", "one")]
+    rounds, kept = [], []
+    for run_dir in both:
+        rounds.append([row["round"] for row in runs.rows(run_dir / "evaluation.jsonl")])
+        kept.append(sorted(path.name for path in (run_dir / "checkpoints").iterdir()))
+    assert rounds == [[0, 1, 2, 3, 4]] * 2 and kept == [["round-000002", "round-000003", "round-000004"]] * 2
+
+
 def test_a_checkpoint_is_in_the_dtype_of_the_run(finished):
     models = (AutoModelForCausalLM.from_pretrained(path) for path in finished.glob("bfloat16/*/checkpoints/*5"))
     assert [model.dtype for model in models] == [torch.bfloat16] * 2
@@ -176,6 +193,8 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(models, tmp_path):
             "engine": {"kind": "transformers"},
             "optimizer": {"schedule": "constant"},
             "trainer": {"contexts_per_round": 3, "samples_per_context": 3},
+            "evaluation": {"every": 1},
+            "checkpoint": {"best": "max kl_to_base"},
         }
         config = runs.drawing(models["tied"], tmp_path / name, tmp_path / name / "run", **sections)
         paths[name] = runs.write_config(tmp_path / name, config)
