@@ -104,6 +104,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-draws", type=positive, help=f"with the former: give up after so many (default: {MAX_DRAWS})")
 
     add = command(
+        "push",
+        "upload a run's newest or best checkpoint to the Hugging Face hub, with a model card",
+        "The card says what the run was and did, and how to load what it left; it names no licence.",
+    )
+    add("run_dir", metavar="RUN")
+    add("repo", metavar="REPO", help="OWNER/NAME, or a NAME of your own")
+    add("--checkpoint", **WHICH)
+    add("--private", action="store_true", help="make a repository that others do not see")
+    add("--update", action="store_true", help="add a commit to a repository that exists")
+    add("--output", metavar="FOLDER", help="write the card there, to look at, and upload nothing")
+
+    add = command(
         "experiment",
         "a sweep of runs whose findings are judged from their numbers",
         "Runs the cases of examples/experiments/NAME that are not done yet, or of any folder with an experiment.yaml, "

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, compare, sample, experiment, doctor. Bad input ends with status 2 and one line."""
+"""The command line: one function a command. Bad input ends with status 2 and one line."""
 
 from __future__ import annotations
 
@@ -167,6 +167,24 @@ def _sample(options: argparse.Namespace) -> None:
         raise RunError(advice(accepted, options.count, beta, draws))
 
 
+def _push(options: argparse.Namespace) -> None:
+    from .runs import hub
+    from .runs.best import best_checkpoint
+    from .runs.checkpoint import latest_checkpoint
+    from .runs.finished import read_finished
+    from .runs.folder import write_whole
+
+    config = read_finished(options.run_dir)
+    checkpoint = best_checkpoint(config) if options.checkpoint == "best" else latest_checkpoint(config.run_dir)
+    assert checkpoint is not None
+    if options.output is not None:
+        path = Path(options.output) / "README.md"
+        write_whole(path, hub.make_card(config, checkpoint, options.repo))
+        print(f"written to {printable(str(path))}")
+        return
+    print(hub.push(config, checkpoint, options.repo, private=options.private, update=options.update))
+
+
 def _experiment(options: argparse.Namespace) -> None:
     from .experiments.sweep import run_experiment
 
@@ -191,6 +209,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "compare": _compare,
     "sample": _sample,
+    "push": _push,
     "experiment": _experiment,
     "doctor": _doctor,
 }

@@ -61,13 +61,18 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def write_page(path: Path, template: str, **content: Any) -> Path:
-    """Make a page from a template of this package, whole or not at all; what the config does not say is undefined."""
+    """Make a page from a template of this package, whole or not at all."""
+    return write_whole(path, render(template, **content) + "\n")
+
+
+def render(template: str, *, escapes: bool = True, **content: Any) -> str:
+    """A template of this package, filled in; what the config does not say is undefined. escapes: texts, for HTML."""
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": ChainableUndefined}
-    pages = Environment(loader=PackageLoader("fdpg_fast", "."), autoescape=True, **options)
+    pages = Environment(loader=PackageLoader("fdpg_fast", "."), autoescape=escapes, **options)
     pages.tests["numeric"] = is_number
     pages.globals |= {"unknown": UNKNOWN, "doubt": DOUBT}
     pages.filters |= {"coloured": coloured, "label": label_of, "text": text_of, "number": _number, "term": _term}
-    return write_whole(path, pages.get_template(template).render(content) + "\n")
+    return pages.get_template(template).render(content)
 
 
 def _evaluated(run: Run, keys: list[str]) -> list[Drawing | None]:

@@ -138,7 +138,11 @@ def of_target(run: Run, key: str) -> Estimate:
 
 def before_after_table(run_dir: str | Path) -> str:
     """What training changed, with 95 % intervals, and what the target has; raises UserError as `read_run`."""
-    run = read_run(run_dir)
+    return text_table(before_after_rows(read_run(run_dir)))
+
+
+def before_after_rows(run: Run) -> list[list[str]]:
+    """The cells of that table, the first row its header."""
     columns = (run.before, run.after)
     rows = [["", "before", "after", "target"]]
     for key in [*metric_keys([run], ("feature/", *BY_K)), *SUMMARY]:
@@ -156,7 +160,7 @@ def before_after_table(run_dir: str | Path) -> str:
         for name in group:
             key, label = f"{kind}/{name}", label_of(f"divergence/{name}") + " (trained)" * (name == run.trained)
             rows.append([f"  {label}", *(text_of(x.get(key, UNKNOWN), key) for x in columns), ""])
-    return text_table(rows)
+    return rows
 
 
 def evaluation_line(done: int, rounds: int, metrics: Mapping[str, Estimate], keys: Iterable[str]) -> str:
