@@ -78,9 +78,7 @@ def _votes(values: Tensor, answers: Sequence[str | None], rows: Tensor) -> tuple
     """The number of the answer that each sample of a context names, [n], the last for None; and what is right, [A]."""
     named = [answers[row] for row in rows.tolist()]
     numbers = {answer: number for number, answer in enumerate(dict.fromkeys(x for x in named if x is not None))}
-    chosen = torch.tensor(
-        [numbers.get(answer, len(numbers)) if answer is not None else len(numbers) for answer in named]
-    )
+    chosen = torch.tensor([numbers.get(answer, len(numbers)) for answer in named])
     right = torch.zeros(len(numbers) + 1, dtype=torch.float64).index_add(0, chosen, values[rows])
     return chosen, (right / chosen.bincount(minlength=len(right)))[:-1]
 
@@ -89,12 +87,13 @@ def _right(chosen: Tensor, right: Tensor, k: int) -> Tensor:
     """How often the winner of k votes is right, a scalar."""
     n, generator = len(chosen), torch.Generator().manual_seed(k)
     orders = [torch.randperm(n, generator=generator) for _ in range(-(-SUBSETS // (n // k)) if k < n else 1)]
-    sets = torch.cat([order[: n - n % k].view(-1, k) for order in orders])  # [S, k]
-    ballots = torch.zeros(len(sets), len(right) + 1).scatter_add(1, chosen[sets], torch.ones(sets.shape))[:, :-1]
-    if len(right) == 0:
-        return right.new_zeros(())
-    wins = ((ballots == ballots.amax(1, keepdim=True)) & (ballots > 0)).double()
-    return ((wins * right).sum(1) / wins.sum(1).clamp(min=1)).mean()
+    found = []
+    for sets in torch.cat([order[: n - n % k].view(-1, k) for order in orders]).split(SUBSETS):  # [S, k]
+        votes = torch.zeros(len(sets), len(right) + 1).scatter_add(1, chosen[sets], torch.ones(sets.shape))
+        votes[:, -1] = 0.5  # of no answer: what wins without any vote is nothing
+        wins = (votes == votes.amax(1, keepdim=True))[:, :-1].double()
+        found.append((wins * right).sum(1) / wins.sum(1).clamp(min=1))
+    return torch.cat(found).mean()
 
 
 def _estimate(shares: Tensor, samples: int, of_one: tuple[float, int], k: int) -> Estimate:
