@@ -173,14 +173,11 @@ class MathFeature(FeatureSection):
             return [text.translate(_MINUS) if done else "" for text, done in zip(texts, finished, strict=True)]
 
         async def answers(completion_texts: list[str], finished: list[bool]) -> list[str | None]:
-            return await read.each(plain(completion_texts, finished))
+            return await read.each(plain(completion_texts, finished), [()] * len(finished))
 
-        async def score(completion_texts: list[str], finished: list[bool], **columns: list[Any]) -> list[float | None]:
-            right = [gold(value) for value in columns[column]]
-            texts = plain(completion_texts, finished)
-            asked = [(text, wanted) for text, wanted in zip(texts, right, strict=True) if wanted is not None]
-            found = iter(await equal.each(*zip(*asked, strict=True)) if asked else [])
-            return [None if wanted is None else float(next(found) or 0) for wanted in right]
+        async def score(completion_texts: list[str], finished: list[bool], **columns: list[Any]) -> list[bool | None]:
+            right = [None if value is None else [gold(value)] for value in columns[column]]
+            return await equal.each(plain(completion_texts, finished), right, otherwise=False)
 
         return Feature("math", score, timeout=600.0, answers=answers, check=check_gold(column))
 

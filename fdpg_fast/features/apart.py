@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,23 @@ class Apart:
         self._function = function
         self._idle: list[subprocess.Popen[str]] = []
 
-    async def each(self, *rows: Iterable[Any]) -> list[Any]:
-        """What it finds for each of some texts, with what belongs to their prompts, as `map` takes them.
+    async def each(
+        self, texts: Sequence[str], of_prompts: Sequence[Sequence[Any] | None], otherwise: Any = None
+    ) -> list[Any]:
+        """What it finds for each of some texts, with the arguments that belong to their prompts.
 
-        None where a text reached the limit of time or memory, or broke the library that judges it.
+        None where there are none of these, and `otherwise` where a text reached the limit of time or memory, or broke
+        the library that judges it.
 
         Raises:
             ValueError: what belongs to a prompt is of no use.
         """
-        return await retried(self._ask, *rows, concurrency=PROCESSES, attempts=1, timeout=1e6, passing=())
+        rows = [(text, *given) for text, given in zip(texts, of_prompts, strict=True) if given is not None]
+        limits: dict[str, Any] = {"concurrency": PROCESSES, "attempts": 1, "timeout": 1e6, "passing": ()}
+        found = iter(otherwise if value is None else value for value in await retried(self._ask, rows, **limits))
+        return [None if given is None else next(found) for given in of_prompts]
 
-    def _ask(self, *row: Any) -> Any:
+    def _ask(self, row: tuple[Any, ...]) -> Any:
         """In a thread: what waits here for a process is not interrupted, but the process ends by itself."""
         try:
             process = self._idle.pop()

@@ -38,10 +38,8 @@ class ReasoningGymFeature(Reading):
         async def score(
             completion_texts: list[str], finished: list[bool], reasoning_gym: list[Any]
         ) -> list[float | None]:
-            given = zip(answers(completion_texts, finished), reasoning_gym, strict=True)
-            rows = [(answer or "", *puzzle) for answer, puzzle in given if puzzle is not None]
-            found = iter(await scorer.each(*zip(*rows, strict=True)) if rows else [])
-            values = [None if puzzle is None else next(found) or 0.0 for puzzle in reasoning_gym]
+            named = [answer or "" for answer in answers(completion_texts, finished)]
+            values = await scorer.each(named, reasoning_gym, otherwise=0.0)
             return values if self.partial else [None if v is None else float(v > 1 - 1e-9) for v in values]
 
         return Feature("reasoning_gym", score, timeout=600.0, answers=answers, check=_check)
