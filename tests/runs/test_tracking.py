@@ -97,7 +97,7 @@ def test_numbers_that_do_not_exist_are_left_out(recorder, tiny_model, tmp_path):
 @pytest.mark.parametrize("recorder", ["wandb"], indirect=True)
 def test_tracker_is_closed_when_the_run_fails(recorder, tiny_model, tmp_path):
     (tmp_path / "late.py").write_text(
-        "left = [1.0, 1.0]\ndef late(completions):\n    return [left.pop()] * len(completions)\n"
+        "left = [1.0, 1.0, 1.0]\ndef late(completions):\n    return [left.pop()] * len(completions)\n"
     )
     path = config(tiny_model, tmp_path, tracking=[recorder], target=[runs.imported(tmp_path / "late.py", "late")])
     assert runs.call("train", path) == 1
@@ -137,7 +137,7 @@ def test_what_the_environment_names_is_left_to_it(recorder, tiny_model, tmp_path
 
 @pytest.mark.parametrize("recorder", ["wandb", "trackio"], indirect=True)
 def test_a_resumed_run_is_the_same_one_and_no_step_is_sent_twice(recorder, tiny_model, tmp_path, monkeypatch):
-    path = config(tiny_model, tmp_path, tracking=[recorder])
+    path = config(tiny_model, tmp_path, tracking=[recorder], evaluation={"every": 1})
     monkeypatch.setattr(folder.RunFolder, "append", fails_at(folder.RunFolder.append, "metrics.jsonl", 3))
     assert runs.call("train", path, "--trainer.checkpoint_every=2") == 1
     (tmp_path / "run/checkpoints/round-000002").rename(tmp_path / "away")  # as if round 1 were repeated
@@ -151,7 +151,7 @@ def test_a_resumed_run_is_the_same_one_and_no_step_is_sent_twice(recorder, tiny_
     }
     assert again.get("id") == first.get("id") and (recorder == "trackio" or first["id"])
     steps = [(call[2], any(key.startswith("evaluation/") for key in call[1])) for call in calls if call[0] == "log"]
-    assert steps == [(0, True), (0, False), (1, False), (2, False), (3, True)]
+    assert steps == [(0, True), (0, False), (1, True), (1, False), (2, True), (2, False), (3, True)]
 
 
 def fails_at(original, name: str, call: int):
@@ -167,7 +167,7 @@ def fails_at(original, name: str, call: int):
 
 
 def test_tensorboard_has_no_step_twice_after_a_resume(tiny_model, tmp_path):
-    path = config(tiny_model, tmp_path, tracking=["tensorboard"])
+    path = config(tiny_model, tmp_path, tracking=["tensorboard"], evaluation={"every": 1})
     killed = runs.Moment("open", "metrics.jsonl", 3)
     assert runs.run(tmp_path, "train", path, "--trainer.checkpoint_every=1", at=killed).status == -9
     for damaged in tmp_path.glob("run/checkpoints/round-000002"):
@@ -175,7 +175,7 @@ def test_tensorboard_has_no_step_twice_after_a_resume(tiny_model, tmp_path):
     assert runs.run(tmp_path, "train", "--resume", "run").status == 0
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [0, 1, 2]
-    assert [event.step for event in events.Scalars("evaluation/kl_to_base")] == [0, 3]
+    assert [event.step for event in events.Scalars("evaluation/kl_to_base")] == [0, 1, 2, 3]
 
 
 BROKEN = {
