@@ -43,13 +43,10 @@ def measure(folder: str, task: str, problems: int, samples: int) -> None:
             found[i].add(form)
     counts = torch.tensor([float(len(forms)) for forms in found], dtype=torch.float64)
     there_are = torch.tensor([float(context.columns["derivations"]) for context in contexts], dtype=torch.float64)
-    curve = {f"pass@{k}": value for k, value in pass_at_k(correct, rollouts.context_index).items()}
-    each = torch.arange(len(contexts))
-    for name, value in {
-        **curve,
-        "different derivations": mean(counts, each),
-        "share of all": mean(counts / there_are, each),
-    }.items():
+    measured = {f"pass@{k}": value for k, value in pass_at_k(correct, rollouts.context_index).items()}
+    measured["different derivations"] = mean(counts, torch.arange(len(contexts)))
+    measured["share of all"] = mean(counts / there_are, torch.arange(len(contexts)))
+    for name, value in measured.items():
         print(f"  {name}: {value.value:.3f} ± {1.96 * value.standard_error:.3f}")
 
 
