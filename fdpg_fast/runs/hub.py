@@ -50,7 +50,6 @@ def make_card(config: TrainConfig, checkpoint: Path, repo: str) -> str:
         "runs/card.md.j2",
         escapes=False,
         config=config,
-        run=run,
         repo=repo,
         name=repo.split("/")[-1],
         model=Path(config.model).name if base_model is None else base_model,
@@ -90,10 +89,10 @@ def push(config: TrainConfig, checkpoint: Path, repo: str, *, private: bool = Fa
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     kept = [path.relative_to(checkpoint) for path in files]
     kept = [name for name in kept if name.parts[0] != Path(STATE).parts[0] and name.name != SUMS]
+    operations = [CommitOperationAdd("README.md", make_card(config, checkpoint, repo).encode())]
+    operations += [CommitOperationAdd(str(name), checkpoint / name) for name in kept]
     with _in_one_line(repo):
         validate_repo_id(repo)
-        operations = [CommitOperationAdd("README.md", make_card(config, checkpoint, repo).encode())]
-        operations += [CommitOperationAdd(str(name), checkpoint / name) for name in kept]
         if config.lora is not None and _hub_name(config.model) is None:
             log.warning("push: the adapter is for %r, a folder of this machine that others do not find", config.model)
         hub = HfApi()
