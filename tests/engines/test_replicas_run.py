@@ -149,7 +149,8 @@ def test_a_run_whose_only_server_goes_wrong_ends_in_one_line(tiny_model, tmp_pat
     bad = FakeServer(tiny_model, damage=DAMAGES[GENERATE, "log-prob nan"], spared=8)
     engine = {"kind": "vllm_server", "urls": [bad.url], "weight_transfer": "disk", "weights_dir": str(tmp_path / "w")}
     contexts = {"train": str(runs.write_contexts(tmp_path, *runs.PROMPTS))}
-    settings = runs.settings(tiny_model, tmp_path / "run", engine=engine, contexts=contexts, trainer={"rounds": 9})
+    parts = {"engine": engine, "contexts": contexts, "trainer": {"rounds": 9}, "evaluation": {"base_samples": 0}}
+    settings = runs.settings(tiny_model, tmp_path / "run", **parts)
     with servers(bad):
         assert runs.call("train", runs.write_config(tmp_path, settings)) == 1
     last = capsys.readouterr().err.splitlines()[-1]
