@@ -74,7 +74,7 @@ def test_every_round_trains_on_its_own_divergence_and_a_resumed_run_too(tiny_mod
 
     # what is trained in the end is what is evaluated
     assert "divergence/alpha:0.6" in runs.rows(whole / "evaluation.jsonl")[-1]["metrics"]
-    assert "to target: alpha:0.6 (trained)" in before_after_table(whole)
+    assert "\n  alpha:0.6 (trained) " in before_after_table(whole)
     assert "to minimise alpha:0.3..0.6 between" in (whole / "report.html").read_text()
 
 
@@ -113,7 +113,7 @@ def test_a_divergence_of_the_user_s_own_is_trained_measured_reported_and_compare
     for row in (before, after):
         value, known = (row["metrics"][f"divergence/{name}"]["value"] for name in ("triangular", "squared_hellinger"))
         assert math.isfinite(value) and 0 <= value <= 2 * known + 1e-9  # (t−1)²/(t+1) ≤ 2(√t − 1)²
-    assert "to target: triangular (trained)" in before_after_table(mine)
+    assert "\n  triangular (trained) " in before_after_table(mine)
     page = (mine / "report.html").read_text()
     assert "to minimise own.py:mine between" in page and "<td>triangular" in page.replace("<th>", "<td>")
 
