@@ -184,8 +184,10 @@ def test_a_saved_adapter_opens_in_peft_and_here(name, folders, tmp_path):
     again = LoRAPolicy(load(folders(name)), LoRAConfig(rank=2), seed=3, checkpoint=tmp_path)
     with torch.no_grad():
         expected = policy.model(ROW).logits
-        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-        beside = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders(name)), tmp_path)
+        # with our attention, or products of another order would differ in the last bits, as on two threads
+        ours = {"attn_implementation": policy.model.config._attn_implementation, "dtype": torch.float32}
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, **ours)
+        beside = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders(name), **ours), tmp_path)
         for model in (again.model, theirs, beside):
             torch.testing.assert_close(model(ROW).logits, expected, atol=0, rtol=0)
         merged = beside.merge_and_unload()
