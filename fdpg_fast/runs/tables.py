@@ -154,7 +154,7 @@ def before_after_rows(run: Run) -> list[list[str]]:
     others = [name for name in names if name not in exact]
     for kind, heading, group in (
         ("target_samples", f"to target p, {EXACT}", exact),
-        ("divergence", "to target p, from the policy's samples, reweighted", others),
+        ("divergence", "to target p, by reweighting", others),
     ):
         rows += [[heading, "", "", ""]] if group else []
         for name in group:

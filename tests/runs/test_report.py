@@ -250,7 +250,7 @@ def test_before_after_table(make_run):
     assert by_label["Jensen–Shannon (trained)"].endswith("0.550 ± 0.020")
     assert by_label["reverse KL(π‖p)"].split()[-2:] == ["∞", "∞"]
     assert by_label["total variation"].split()[-2:] == ["–", "–"]
-    assert lines[6] == "to target p, from the policy's samples, reweighted" and len(lines) == 1 + 1 + 4 + 1 + 4
+    assert lines[6] == "to target p, by reweighting" and len(lines) == 1 + 1 + 4 + 1 + 4
     assert max(map(len, lines)) <= 100
     # every ± of a column is below the others
     places = [[m.start() for m in re.finditer("±", line)] for line in lines if "±" in line]
@@ -312,7 +312,7 @@ def test_what_the_target_has_stands_beside_what_the_policy_has(make_run):
         "to target p, on exact samples of p",
         "Jensen–Shannon (trained)",
         "forward KL(p‖π)",
-        "to target p, from the policy's samples, reweighted",
+        "to target p, by reweighting",
         "reverse KL(π‖p)",
         "total variation",
     ]
