@@ -13,11 +13,6 @@ from .models.load import load_tokenizer
 SPECIAL = ("bos_token_id", "eos_token_id")
 
 
-def is_start(config: TrainConfig) -> bool:
-    """Whether training starts from the base, so that the first samples of the policy are samples of it."""
-    return config.base.model in (None, config.model)
-
-
 def load_base(
     config: TrainConfig, start: LanguageModel, tokenizer: Any, load: Callable[[str], LanguageModel]
 ) -> LanguageModel:
@@ -30,7 +25,7 @@ def load_base(
     Raises:
         UserError: it cannot be loaded, or is of other texts.
     """
-    if is_start(config):
+    if config.starts_from_base:
         moves_beside_adapter = config.lora is not None and config.base.refresh_every is not None
         return load(config.model) if moves_beside_adapter else start
     path = str(config.base.model)
@@ -46,7 +41,7 @@ def load_base(
 
 def sampled_from(config: TrainConfig) -> TrainConfig:
     """The config of an engine that samples from the base, not from the policy."""
-    if is_start(config):
+    if config.starts_from_base:
         return config
     kind = "transformers" if config.engine.kind == "vllm_server" else config.engine.kind  # servers have the policy
     engine = config.engine.model_copy(update={"kind": kind})

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import ranks
-from .base import is_start
 from .clock import Clock
 from .contexts import Context
 from .errors import UserError, one_line
@@ -51,13 +50,13 @@ def prepare(session: Session) -> None:
         UserError: λ cannot be had from so many samples.
     """
     config, state, scorer, total = session.config, session.state, session.scorer, len(session.contexts)
-    source = "the base" if is_start(config) else "the model, reweighted to the base,"
+    source = "the base" if config.starts_from_base else "the model, reweighted to the base,"
 
     def draw(indices: Sequence[int], each: int, purpose: str) -> tuple[Tensor, ...]:
         with activity(f"{purpose} on samples of {source.strip(',')}", each * len(indices)):
             seed = session.seed(purpose, len(indices))
             samples = session.sample([session.contexts[i] for i in indices], each, seed)
-            known = scorer.read(samples, Clock(), is_start(config))
+            known = scorer.read(samples, Clock(), config.starts_from_base)
             return known.values, samples.context_index, known.base_logprob, known.behavior_logprob
 
     if scorer.target.needs_fit:
@@ -90,7 +89,7 @@ def find_target_samples(session: Session) -> None:
     """
     config, target, contexts = session.config, session.scorer.target, session.eval_contexts
     each, path = config.evaluation.base_samples, Path(config.run_dir) / TARGET_SAMPLES
-    is_base = is_start(config) and not config.base.refresh_every
+    is_base = config.starts_from_base and not config.base.refresh_every
     if not (each and is_base and all(term.can_be_zero for term in target.terms)):
         return
     if session.checkpoint is not None:

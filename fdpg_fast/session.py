@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import ranks
-from .base import is_start, load_base, sampled_from
+from .base import load_base, sampled_from
 from .clock import Clock
 from .config.schema import TrainConfig
 from .config.terms import build_target
@@ -123,7 +123,7 @@ class Session:
         self.eos_token_ids = eos_token_ids(policy.model, self.tokenizer)
         # where activations are kept, scoring keeps none: larger micro-batches fit, and waste less
         scored_tokens = (1 if self.recomputes else 4) * self.micro_batch_tokens
-        if not is_start(config):
+        if not config.starts_from_base:
             plain = config.trainer.model_copy(update={"activation_checkpointing": "off"})
             scored_tokens = min(scored_tokens, 4 * plan_passes(base, base.dtype, plain, longest)[0])
         self.scorer = Scorer(target, base, self.tokenizer, scored_tokens, config.keep_special_tokens)

@@ -182,6 +182,11 @@ class TrainConfig(Section):
     tracking: list[Literal["tensorboard", "wandb", "trackio"]] = []
     """Where metrics go besides metrics.jsonl."""
 
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether training starts from the target's base, so that the first samples of the policy are samples of it."""
+        return self.base.model in (None, self.model)
+
     @field_validator("base", mode="before")
     @classmethod
     def _short_form(cls, base: Any) -> Any:
@@ -216,7 +221,7 @@ class TrainConfig(Section):
         engine, is_served = self.engine, self.engine.kind == "vllm_server"
         is_fitted = any(isinstance(term, (DistributionalTerm, ImportedTarget)) for term in self.target)
         has_exact_samples = all(isinstance(term, (PointwiseTerm, ImportedTarget)) for term in self.target)
-        has_exact_samples &= self.base.model in (None, self.model) and not self.base.refresh_every
+        has_exact_samples &= self.starts_from_base and not self.base.refresh_every
         for section, keys, has_effect, beside in (
             ("engine", ("urls", "weight_transfer", "request_timeout"), is_served, "engine.kind: vllm_server"),
             ("engine", ("tensor_parallel",), engine.kind in ("auto", "vllm"), "engine.kind: vllm"),
